@@ -1,0 +1,36 @@
+"""LoRA adapters whose ranks grow during training, where an importance score says they pay.
+
+IncreLoRA (arXiv 2308.12043) for PEFT and Transformers, with its arithmetic in Rust on torch tensors.
+Importing the package registers the method with PEFT: ``IncreLoraConfig`` takes the place of
+``LoraConfig``, ``IncreLoraCallback`` goes into ``Trainer``, ``attach`` serves every other loop.
+"""
+
+from importlib.metadata import version
+
+from ._torch_check import require_matching_torch
+
+require_matching_torch()
+
+from ._core import RESERVE_E  # noqa: E402
+from .callback import IncreLoraCallback  # noqa: E402
+from .config import IncreLoraConfig  # noqa: E402
+from .export import export_lora  # noqa: E402
+from .model import IncreLoraModel  # noqa: E402
+from .registration import register  # noqa: E402
+from .report import plot_ranks, rank_table  # noqa: E402
+from .scheduler import RankScheduler, attach  # noqa: E402
+
+register()
+
+__version__ = version("increlora_rs")
+__all__ = [
+    "RESERVE_E",
+    "IncreLoraCallback",
+    "IncreLoraConfig",
+    "IncreLoraModel",
+    "RankScheduler",
+    "attach",
+    "export_lora",
+    "plot_ranks",
+    "rank_table",
+]

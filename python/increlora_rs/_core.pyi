@@ -1,0 +1,173 @@
+"""The arithmetic of IncreLoRA on torch tensors, in Rust.
+
+Every function checks its arguments and raises ValueError (shapes, devices, values) or TypeError
+(dtypes) with the name of the argument; RuntimeError where libtorch refuses. None records an autograd
+graph. Tensors may lie on the CPU or on a CUDA device.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+RESERVE_E: float
+"""E of the components in reserve, 1e-5."""
+
+BUILT_FOR: str
+"""The torch that the extension was built for."""
+
+def adapter_forward(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    e: Tensor,
+    scale: float,
+    p: float = 0.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor | None]:
+    """Adds ``scale * B (E * (A drop(x)))`` to ``y`` in place (arXiv 2308.12043, eq. 3).
+
+    Args:
+        y: (tokens, out), overwritten.
+        x: (tokens, in); its dtype is the one of the matrix products.
+        a: (rows, in). b: (out, rows). e: (active, 1), active <= rows; rows past it count with
+            ``RESERVE_E``. The three have one dtype.
+        p: Dropout probability, 0 to 1. seed: of its mask; on the CPU the mask depends on nothing
+            else, elsewhere torch's generator draws it.
+
+    Returns:
+        ``A drop(x)``, (tokens, rows), and the mask (uint8) where ``p`` is above 0: both for
+        :func:`adapter_backward`.
+    """
+
+def adapter_backward(
+    gy: Tensor,
+    x: Tensor,
+    t: Tensor,
+    a: Tensor,
+    b: Tensor,
+    e: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    p: float = 0.0,
+    needs_x: bool = True,
+    importance: Tensor | None = None,
+    slot: int = 0,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Gradients for x (None unless ``needs_x``), A, B, E from ``gy`` (tokens, out).
+
+    ``importance`` is a float64 vector; ``sum |dW * G|`` of this call is added to its slot ``slot``.
+    """
+
+def importance(gy: Tensor, x: Tensor, a: Tensor, b: Tensor, e: Tensor, scale: float) -> Tensor:
+    """``sum_ij |dW_ij G_ij|`` with ``dW = scale B diag(E) A`` and ``G = gy^T x`` (eq. 6), not yet
+    divided by the module's size; a float64 scalar. Neither matrix is built as a whole."""
+
+def smooth_(
+    importance: Tensor,
+    factor: Tensor,
+    mean: Tensor,
+    uncertainty: Tensor,
+    beta1: float,
+    beta2: float,
+) -> None:
+    """One step of the smoothing (eq. 7 and 8) of ``importance * factor``, in place in ``mean`` and
+    ``uncertainty``. All four are float64 vectors, a slot a module. A step with a value that is not
+    finite changes nothing."""
+
+def orthogonality(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Mean over all A (rows, in) and B (out, rows) of ``||A A^T - I||_F`` and ``||B^T B - I||_F``
+    (eq. 4); a float64 scalar."""
+
+def add_orthogonality_gradient_(
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    grad_a: Sequence[Tensor],
+    grad_b: Sequence[Tensor],
+    factor: Tensor,
+) -> Tensor:
+    """Adds ``factor`` (a scalar tensor) times the gradient of :func:`orthogonality` to ``grad_a`` and
+    ``grad_b`` in place; returns the value."""
+
+class Schedule:
+    """When and how much the ranks grow, for ``total_steps`` optimizer steps.
+
+    Args:
+        total_steps: 1 or more.
+        ranks: First rank of each module, uint64. caps: The largest each may have, uint64.
+        budget: Total rank to reach.
+        tinit, deltaT, top_h: None leaves them to the library: warm-up 10 % of the steps, at most 50
+            events, at least 10 steps apart, spread until 60 % of the steps, and as many modules an
+            event as the budget needs. add_r: raised only where that is not enough.
+    """
+
+    def __new__(
+        cls,
+        total_steps: int,
+        ranks: npt.NDArray[np.uint64],
+        caps: npt.NDArray[np.uint64],
+        budget: int,
+        *,
+        tinit: int | None = None,
+        deltaT: int | None = None,
+        top_h: int | None = None,
+        add_r: int = 1,
+    ) -> Schedule: ...
+    @property
+    def tinit(self) -> int:
+        """Steps before the first growth."""
+    @property
+    def deltaT(self) -> int:
+        """Steps between events; an event happens where the step is a multiple of it."""
+    @property
+    def top_h(self) -> int:
+        """Modules that grow at an event."""
+    @property
+    def add_r(self) -> int:
+        """Components that each gains."""
+    @property
+    def reached(self) -> int:
+        """Total rank after the last step, whatever modules are chosen."""
+    def is_event(self, step: int) -> bool:
+        """Do ranks grow after ``step`` (the first is 1)?"""
+    def next_event(self, step: int) -> int:
+        """The first event at or after ``step``."""
+    def choose(
+        self,
+        scores: npt.NDArray[np.float64],
+        ranks: npt.NDArray[np.uint64],
+        caps: npt.NDArray[np.uint64],
+        budget: int,
+    ) -> list[tuple[int, int]]:
+        """(module, components) of those that grow: the ``top_h`` of highest score with room, ties to
+        the first, never past a cap nor past ``budget``."""
+
+def importance_window(beta1: float, beta2: float) -> int:
+    """The smallest n with ``max(beta1, beta2)**n < 1e-3``."""
+
+def restart_(
+    parameters: Sequence[tuple[Tensor, Tensor, Sequence[int], int]],
+    step: int,
+    *,
+    multiplier: float | None = None,
+    lr_warmup: int = 0,
+    linear_until: int | None = None,
+    betas: tuple[float, float] | None = None,
+    adam_lead: int = 0,
+    decay: float = 0.0,
+) -> None:
+    """Gives newborn rows their own learning rate after an optimizer step, in place (section 3.3).
+
+    Args:
+        parameters: (parameter, its value before the step, the step at which each row was born, the
+            dimension of the rows).
+        step: The step just taken.
+        multiplier: Learning rate over initial learning rate of that step; None: no restart warm-up.
+        lr_warmup: Steps of the linear warm-up. linear_until: Step at which a linear decay ends; None
+            for every other schedule.
+        betas: Adam's, for its bias correction; None for other optimizers. adam_lead: Steps that the
+            optimizer had taken before the first counted one.
+        decay: Decoupled weight decay of the step: learning rate times weight decay.
+    """

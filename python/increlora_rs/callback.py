@@ -1,0 +1,63 @@
+"""The scheduler in ``transformers.Trainer``."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from transformers import SchedulerType, TrainerCallback
+
+from .scheduler import RankScheduler, attach
+
+
+class IncreLoraCallback(TrainerCallback):
+    """Makes ranks grow in ``Trainer``: ``Trainer(..., callbacks=[IncreLoraCallback()])``.
+
+    The number of steps, the learning rate's warm-up and schedule, and the loss scaler come from the
+    Trainer. Its logs gain ``total_rank`` and ``orth_reg``. After training ``scheduler`` still holds
+    the ranks and the history.
+
+    Raises:
+        ValueError: at the start of the training, as :func:`increlora_rs.attach` does.
+    """
+
+    def __init__(self) -> None:
+        self.scheduler: RankScheduler | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attaches the scheduler to the Trainer's optimizer."""
+        optimizer = kwargs["optimizer"]
+        if self.scheduler is not None:
+            self.scheduler.detach()
+        linear = args.lr_scheduler_type == SchedulerType.LINEAR
+        self.scheduler = attach(
+            kwargs["model"],
+            optimizer,
+            total_steps=state.max_steps,
+            lr_warmup_steps=args.get_warmup_steps(state.max_steps),
+            lr_schedule="linear" if linear else "follow",
+            scaler=getattr(optimizer, "scaler", None),
+        )
+        if state.global_step and not self.scheduler.restored:
+            warnings.warn(
+                f"resuming at step {state.global_step} from a checkpoint without the scheduler's state "
+                "(no optimizer.pt, or one of another method): scores and restart warm-up start anew",
+                UserWarning,
+                stacklevel=2,
+            )
+            self.scheduler.step = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Adds ``total_rank`` and ``orth_reg`` to the log of a training step."""
+        logs = kwargs.get("logs")
+        if self.scheduler is None or logs is None or "loss" not in logs:
+            return
+        ours = {"total_rank": self.scheduler.total_rank, "orth_reg": self.scheduler.orth_reg}
+        logs.update(ours)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(ours)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes the scheduler off the optimizer."""
+        if self.scheduler is not None:
+            self.scheduler.detach()

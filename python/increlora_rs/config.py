@@ -1,0 +1,314 @@
+"""``IncreLoraConfig``: LoraConfig with a budget of ranks, every argument checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any, Literal
+
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from .registration import PEFT_TYPE
+
+# Options of LoraConfig that mean here what they mean there. Every other one raises unless it is left
+# at its default, also one that a later PEFT may add.
+_SUPPORTED = frozenset(
+    {
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "target_modules",
+        "exclude_modules",
+        "lora_alpha",
+        "lora_dropout",
+        "bias",
+        "use_rslora",
+        "modules_to_save",
+        "init_lora_weights",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+    }
+)
+
+
+@dataclass
+class IncreLoraConfig(LoraConfig):
+    """Configuration of IncreLoRA (arXiv 2308.12043), in place of ``peft.LoraConfig``.
+
+    Args:
+        r: The budget: the average rank of the adapted modules at the end of training, 1 or more.
+        init_r: Rank of every module at the start, from 1 to ``r``. ``rank_pattern`` sets it by module.
+        max_r: Rank that no module may pass, at least ``r``; None: only min(in, out) of the module.
+        total_step: Optimizer steps of the training; None: from the Trainer, or given to ``attach``.
+        tinit: Steps before the first growth; None: 10 % of the steps.
+        deltaT: Steps between growth events; None: spread so that 60 % of the steps reach the budget.
+        top_h: Modules that grow at one event; None: what the budget needs.
+        add_r: Components that each of them gains.
+        beta1: Decay of the smoothed importance, in [0, 1) (eq. 7 of the paper).
+        beta2: Decay of its uncertainty, in [0, 1) (eq. 8).
+        orth_reg_weight: Weight of the orthogonality regulariser (eq. 4); None: 0.1 with
+            ``init_lora_weights="svd"``, else 0, for LoRA's init is not orthonormal.
+        init_lora_weights: True: LoRA's own (A Kaiming uniform, B 0, E 1). "svd": the paper's
+            (A, B ~ N(0, 0.02^2), E 0). False: like True but B random, so that a fresh adapter is
+            not the identity (for tests).
+        scaling: "budget": alpha / r for every module at all times, so alpha and learning rate carry
+            over from LoraConfig(r=r). "rank": alpha / r_k with the module's own rank (the paper).
+            ``use_rslora=True`` takes the square root of the rank in either.
+        advance_learning: Keep components in reserve that learn before they count (section 3.3);
+            None: where ``init_lora_weights="svd"``, the only init for which it is defined.
+        restart_warmup: New components go through the learning rate's warm-up anew (section 3.3).
+        preserve_output: With ``scaling="rank"``, rescale the old E at a growth so that the module's
+            update does not shrink by it; False is the paper's behaviour.
+        importance_window: Steps before each growth in which the importance is computed. "auto": as
+            many as weigh 1e-3 or more in the smoothing; None: every step, as the paper does.
+        importance_norm: Divide a module's importance by "sqrt": sqrt(out in), as the authors' code
+            does, or "mean": out in, as the paper prints.
+
+    The other arguments are LoraConfig's: ``target_modules``, ``lora_alpha``, ``lora_dropout``,
+    ``bias``, ``use_rslora``, ``modules_to_save``, ``exclude_modules``, ``layers_to_transform``,
+    ``layers_pattern``, ``rank_pattern`` (initial ranks; kept up to date as ranks grow),
+    ``alpha_pattern``, ``task_type``, ``inference_mode``.
+
+    Raises:
+        ValueError: an argument has a wrong value, or is an option of LoraConfig that is not
+            supported; the message names it.
+        TypeError: an argument has a wrong type.
+    """
+
+    init_r: int = field(default=1, metadata={"help": "Rank of every module at the start."})
+    max_r: int | None = field(default=None, metadata={"help": "Rank no module may pass."})
+    total_step: int | None = field(default=None, metadata={"help": "Optimizer steps in all."})
+    tinit: int | None = field(default=None, metadata={"help": "Steps before the first growth."})
+    deltaT: int | None = field(default=None, metadata={"help": "Steps between growth events."})
+    top_h: int | None = field(default=None, metadata={"help": "Modules that grow at an event."})
+    add_r: int = field(default=1, metadata={"help": "Components each of them gains."})
+    beta1: float = field(default=0.85, metadata={"help": "Decay of the smoothed importance."})
+    beta2: float = field(default=0.85, metadata={"help": "Decay of its uncertainty."})
+    orth_reg_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the orthogonality regulariser."}
+    )
+    init_lora_weights: bool | Literal["svd"] = field(  # type: ignore[assignment]
+        default=True,
+        metadata={"help": "True (LoRA's), 'svd' (the paper's) or False.", "lora_variants": ()},
+    )
+    scaling: Literal["budget", "rank"] = field(
+        default="budget", metadata={"help": "alpha / r ('budget') or alpha / r_k ('rank')."}
+    )
+    advance_learning: bool | None = field(
+        default=None, metadata={"help": "Components in reserve learn before they count."}
+    )
+    restart_warmup: bool = field(
+        default=True, metadata={"help": "New components warm their learning rate up anew."}
+    )
+    preserve_output: bool = field(
+        default=True, metadata={"help": "Growth leaves the update of a module as it is."}
+    )
+    importance_window: Literal["auto"] | int | None = field(
+        default="auto", metadata={"help": "Steps before a growth that compute the importance."}
+    )
+    importance_norm: Literal["sqrt", "mean"] = field(
+        default="sqrt", metadata={"help": "Divide the importance by sqrt(out in) or out in."}
+    )
+
+    def __post_init__(self) -> None:
+        self._refuse_unsupported()
+        if self.rank_pattern is None:
+            self.rank_pattern = {}
+        if self.alpha_pattern is None:
+            self.alpha_pattern = {}
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        self._check_ranks()
+        self._check_schedule()
+        self._check_choices()
+
+    @classmethod
+    def paper(cls, **kwargs: Any) -> IncreLoraConfig:
+        """The method as published: the paper's value of everything that ``kwargs`` does not set.
+
+        The schedule stays automatic: the paper sets tinit = deltaT to 100, 500 or 1000 steps and
+        top_h to 2 to 12 by task.
+        """
+        values: dict[str, Any] = {
+            "r": 2,
+            "init_r": 1,
+            "lora_alpha": 16,
+            "init_lora_weights": "svd",
+            "scaling": "rank",
+            "advance_learning": True,
+            "restart_warmup": True,
+            "preserve_output": False,
+            "orth_reg_weight": 0.1,
+            "beta1": 0.85,
+            "beta2": 0.85,
+            "importance_window": None,
+            "importance_norm": "sqrt",
+        }
+        return cls(**(values | kwargs))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """Reads the configuration of a saved adapter; see ``peft.PeftConfig.from_pretrained``.
+
+        Raises:
+            ValueError: the adapter's weights lie beside it and are damaged.
+        """
+        folder = os.path.join(str(pretrained_model_name_or_path), subfolder or "")
+        check_weights_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+
+    @property
+    def uses_reserve(self) -> bool:
+        """Are components kept in reserve (``advance_learning``, None resolved)?"""
+        if self.advance_learning is None:
+            return self.init_lora_weights == "svd"
+        return self.advance_learning
+
+    @property
+    def orthogonality_weight(self) -> float:
+        """``orth_reg_weight``, None resolved."""
+        if self.orth_reg_weight is None:
+            return 0.1 if self.init_lora_weights == "svd" else 0.0
+        return self.orth_reg_weight
+
+    def scale(self, lora_alpha: float, rank: int) -> float:
+        """The scale s_k of a module of ``rank`` active components."""
+        divisor = float(self.r if self.scaling == "budget" else max(rank, 1))
+        return lora_alpha / (divisor**0.5 if self.use_rslora else divisor)
+
+    def _refuse_unsupported(self) -> None:
+        for option in dataclasses.fields(LoraConfig):
+            if option.name in _SUPPORTED or not option.init:
+                continue
+            if option.default is not dataclasses.MISSING:
+                default = option.default
+            elif option.default_factory is not dataclasses.MISSING:
+                default = option.default_factory()
+            else:
+                continue
+            value = getattr(self, option.name)
+            if value is not None and value != default:
+                raise ValueError(
+                    f"{option.name}={value!r} is not supported by IncreLoraConfig; leave it at "
+                    f"{default!r}, or use LoraConfig."
+                )
+
+    def _check_ranks(self) -> None:
+        _integer("r", self.r, at_least=1)
+        _integer("init_r", self.init_r, at_least=1)
+        _integer("max_r", self.max_r, at_least=1, optional=True)
+        _integer("add_r", self.add_r, at_least=1)
+        if self.init_r > self.r:
+            raise ValueError(
+                f"r={self.r} is below init_r={self.init_r}; r is the budget, the average rank at the "
+                "end of training: give at least init_r."
+            )
+        if self.max_r is not None and self.max_r < self.r:
+            raise ValueError(
+                f"max_r={self.max_r} is below r={self.r}, so the budget can never be reached; give at "
+                "least r."
+            )
+        _number("lora_alpha", self.lora_alpha, above=0.0)
+        _number("lora_dropout", self.lora_dropout, at_least=0.0, below=1.0)
+        for key, rank in _pattern("rank_pattern", self.rank_pattern):
+            _integer(f"rank_pattern[{key!r}]", rank, at_least=1)
+        for key, alpha in _pattern("alpha_pattern", self.alpha_pattern):
+            _number(f"alpha_pattern[{key!r}]", alpha, above=0.0)
+
+    def _check_schedule(self) -> None:
+        _integer("total_step", self.total_step, at_least=1, optional=True)
+        _integer("tinit", self.tinit, at_least=0, optional=True)
+        _integer("deltaT", self.deltaT, at_least=1, optional=True)
+        _integer("top_h", self.top_h, at_least=1, optional=True)
+        if self.total_step is not None and (self.tinit or 0) >= self.total_step:
+            raise ValueError(
+                f"tinit={self.tinit} leaves no step for growth out of total_step={self.total_step}; "
+                "give less."
+            )
+        _number("beta1", self.beta1, at_least=0.0, below=1.0)
+        _number("beta2", self.beta2, at_least=0.0, below=1.0)
+        if self.orth_reg_weight is not None:
+            _number("orth_reg_weight", self.orth_reg_weight, at_least=0.0)
+        if self.importance_window != "auto":
+            _integer("importance_window", self.importance_window, at_least=1, optional=True)
+
+    def _check_choices(self) -> None:
+        _choice("init_lora_weights", self.init_lora_weights, (True, False, "svd"))
+        _choice("scaling", self.scaling, ("budget", "rank"))
+        _choice("importance_norm", self.importance_norm, ("sqrt", "mean"))
+        _choice("bias", self.bias, ("none", "all", "lora_only"))
+        _choice("advance_learning", self.advance_learning, (True, False, None))
+        for name in ("restart_warmup", "preserve_output", "use_rslora"):
+            _choice(name, getattr(self, name), (True, False))
+        if self.advance_learning and self.init_lora_weights != "svd":
+            raise ValueError(
+                f"advance_learning=True needs init_lora_weights='svd', not "
+                f"{self.init_lora_weights!r}: with LoRA's init a new component starts at B = 0 and "
+                "there is nothing to keep in reserve."
+            )
+
+
+def check_weights_file(path: str) -> None:
+    """Raises ValueError if the safetensors file ``path`` exists but cannot be read whole."""
+    if not os.path.isfile(path):
+        return
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} ({os.path.getsize(path)} bytes) is not a complete safetensors file: {error}. "
+            "Save the adapter again, or restore the file."
+        ) from error
+
+
+def _integer(name: str, value: Any, *, at_least: int, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}={value!r} must be an integer, {at_least} or more.")
+    if value < at_least:
+        raise ValueError(f"{name}={value} is too small; it must be {at_least} or more.")
+
+
+def _number(
+    name: str,
+    value: Any,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float = float("inf"),
+) -> None:
+    bounds = [f"at least {at_least}"] if at_least is not None else []
+    bounds += [f"above {above}"] if above is not None else []
+    bounds += [f"below {below}"] if below != float("inf") else ["finite"]
+    want = " and ".join(bounds)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}={value!r} must be a number, {want}.")
+    low = at_least is not None and not value >= at_least
+    if low or (above is not None and not value > above) or not value < below:
+        raise ValueError(f"{name}={value} is out of range; it must be {want}.")
+
+
+def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
+        raise ValueError(f"{name}={value!r} is unknown; it must be one of {list(choices)}.")
+
+
+def _pattern(name: str, value: Any) -> list[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{name}={value!r} must be a dictionary from module name to value.")
+    return list(value.items())

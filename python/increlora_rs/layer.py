@@ -1,0 +1,325 @@
+"""One adapted linear layer: its parameters, its forward pass, merging, growing."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from ._core import RESERVE_E
+from .config import IncreLoraConfig
+from .ops import Probe, adapter
+
+_PAPER_STD = 0.02
+
+
+class Linear(nn.Module, LoraLayer):
+    """A frozen ``nn.Linear`` with an update ``s B diag(E) A`` whose rank can grow.
+
+    For each adapter the parameters are ``lora_A`` (rows, in), ``lora_B`` (out, rows) and ``lora_E``
+    (rank, 1), rows = rank + components in reserve. They keep their identity when they grow, so
+    optimizers and hooks that hold them stay valid.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_E")
+    other_param_names: tuple[str, ...] = (
+        "r",
+        "lora_alpha",
+        "scaling",
+        "lora_dropout",
+        "configs",
+        "probes",
+        "slots",
+    )
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: IncreLoraConfig,
+        r: int,
+        lora_alpha: float,
+        probe: Probe,
+    ) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        self.lora_A = nn.ParameterDict({})
+        self.lora_B = nn.ParameterDict({})
+        self.lora_E = nn.ParameterDict({})
+        self.configs: dict[str, IncreLoraConfig] = {}
+        self.probes: dict[str, Probe] = {}
+        self.slots: dict[str, int] = {}
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha, config=config, probe=probe)
+
+    def update_layer(  # type: ignore[override]
+        self,
+        adapter_name: str,
+        r: int,
+        lora_alpha: float,
+        config: IncreLoraConfig,
+        probe: Probe,
+    ) -> None:
+        """Creates, or creates anew, the parameters of an adapter of rank ``r``."""
+        largest = self.largest_rank
+        if r > largest:
+            raise ValueError(
+                f"rank {r} is more than {largest}, the smaller of in_features={self.in_features} and "
+                f"out_features={self.out_features}; lower init_r or rank_pattern, or leave this "
+                "module out of target_modules."
+            )
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.configs[adapter_name] = config
+        self.probes[adapter_name] = probe
+        self.slots[adapter_name] = probe.new_slot()
+        self.use_rslora[adapter_name] = config.use_rslora
+        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0.0 else nn.Identity()
+        self.lora_dropout.update(nn.ModuleDict({adapter_name: dropout}))
+        a, b, e = self._draw(adapter_name, r, None)
+        self.lora_A[adapter_name] = nn.Parameter(a)
+        self.lora_B[adapter_name] = nn.Parameter(b)
+        self.lora_E[adapter_name] = nn.Parameter(e)
+        self.scaling[adapter_name] = config.scale(lora_alpha, r)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @property
+    def largest_rank(self) -> int:
+        """min(in, out): no update of this layer has a higher rank."""
+        return min(self.in_features, self.out_features)
+
+    def reserve(self, adapter_name: str) -> int:
+        """Number of components in reserve."""
+        return int(self.lora_A[adapter_name].shape[0]) - self.r[adapter_name]
+
+    def _draw(
+        self, adapter_name: str, n: int, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``n`` new components, float32: A (n, in), B (out, n), E (n, 1)."""
+        a = torch.empty(n, self.in_features)
+        b = torch.zeros(self.out_features, n)
+        init = self.configs[adapter_name].init_lora_weights
+        if init == "svd":
+            a.normal_(0.0, _PAPER_STD, generator=generator)
+            b.normal_(0.0, _PAPER_STD, generator=generator)
+            return a, b, torch.zeros(n, 1)
+        bound = 1.0 / math.sqrt(self.in_features)
+        a.uniform_(-bound, bound, generator=generator)
+        if init is False:
+            b.uniform_(-bound, bound, generator=generator)
+        return a, b, torch.ones(n, 1)
+
+    def grow(self, adapter_name: str, components: int, generator: torch.Generator) -> None:
+        """Makes ``components`` more components active: first those in reserve, then new ones.
+
+        Parameters keep their identity and lose their ``grad``; new rows stand at the end.
+
+        Raises:
+            ValueError: the adapter is merged, or the rank would pass min(in, out).
+        """
+        if adapter_name in self.merged_adapters:
+            raise ValueError(
+                f"adapter {adapter_name!r} is merged into the base weight and cannot grow; call "
+                "unmerge_adapter() first."
+            )
+        rank = self.r[adapter_name] + components
+        if rank > self.largest_rank:
+            raise ValueError(f"rank {rank} is more than min(in, out) = {self.largest_rank}.")
+        from_reserve = min(components, self.reserve(adapter_name))
+        a, b, e = self._draw(adapter_name, components - from_reserve, generator)
+        reserve_e = torch.full((from_reserve, 1), RESERVE_E)
+        config = self.configs[adapter_name]
+        before = config.scale(self.lora_alpha[adapter_name], self.r[adapter_name])
+        after = config.scale(self.lora_alpha[adapter_name], rank)
+        with torch.no_grad():
+            if config.preserve_output:
+                self.lora_E[adapter_name].mul_(before / after)
+        _append(self.lora_A[adapter_name], a, 0)
+        _append(self.lora_B[adapter_name], b, 1)
+        _append(self.lora_E[adapter_name], torch.cat([reserve_e, e]), 0)
+        self.r[adapter_name] = rank
+        self.scaling[adapter_name] *= after / before
+
+    def set_reserve(
+        self, adapter_name: str, components: int, generator: torch.Generator | None = None
+    ) -> None:
+        """Draws, or drops, components so that ``components`` are in reserve."""
+        rows = self.r[adapter_name] + components
+        missing = rows - int(self.lora_A[adapter_name].shape[0])
+        if missing > 0:
+            a, b, _ = self._draw(adapter_name, missing, generator)
+            self.add_reserve(adapter_name, a, b)
+        elif missing < 0:
+            _resize(self.lora_A[adapter_name], self.lora_A[adapter_name][:rows])
+            _resize(self.lora_B[adapter_name], self.lora_B[adapter_name][:, :rows])
+
+    def add_reserve(self, adapter_name: str, a: Tensor, b: Tensor) -> None:
+        """Puts given components in reserve: A (n, in), B (out, n)."""
+        _append(self.lora_A[adapter_name], a, 0)
+        _append(self.lora_B[adapter_name], b, 1)
+
+    def resize(self, adapter_name: str, rank: int, rows: int | None = None) -> None:
+        """Gives the adapter ``rank`` active of ``rows`` components (None: no reserve), values
+        undefined: for loading."""
+        rows = rank if rows is None else rows
+        if rank == self.r[adapter_name] and rows == self.lora_A[adapter_name].shape[0]:
+            return
+        a, b, e = (d[adapter_name] for d in (self.lora_A, self.lora_B, self.lora_E))
+        _resize(a, a.new_zeros(rows, self.in_features))
+        _resize(b, b.new_zeros(self.out_features, rows))
+        _resize(e, e.new_zeros(rank, 1))
+        self.r[adapter_name] = rank
+        self.scaling[adapter_name] = self.configs[adapter_name].scale(self.lora_alpha[adapter_name], rank)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # A checkpoint of another rank: the parameters take its shape, whatever loads it.
+        for name in list(self.lora_A.keys()):
+            a = state_dict.get(f"{prefix}lora_A.{name}")
+            e = state_dict.get(f"{prefix}lora_E.{name}")
+            if a is not None and e is not None and a.dim() == 2 and e.dim() == 2:
+                self.resize(name, int(e.shape[0]), int(a.shape[0]))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def active_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """A (rank, in), B (out, rank), E (rank, 1) without the reserve: views of the parameters."""
+        rank = self.r[adapter_name]
+        a, b = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        if a.shape[0] != rank:
+            a, b = a[:rank], b[:, :rank]
+        return a, b, self.lora_E[adapter_name]
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The update s B diag(E) A, (out, in), in the dtype of the adapter's parameters."""
+        a, b, e = self.active_factors(adapter)
+        wide = torch.promote_types(a.dtype, torch.float32)
+        delta = (b.to(wide) * e.to(wide).view(-1)) @ a.to(wide) * self.scaling[adapter]
+        return delta.to(a.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds the updates of the adapters (None: the active ones) to the base weight.
+
+        Raises:
+            ValueError: the base weight is quantised, or, with ``safe_merge``, the result is not
+                finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.lora_A:
+                continue
+            weight = self.get_base_layer().weight
+            if not weight.is_floating_point():
+                raise ValueError(
+                    f"adapter {name!r} cannot be merged into a base weight of dtype {weight.dtype}; "
+                    "load the base model unquantised to merge."
+                )
+            delta = self.get_delta_weight(name)
+            if safe_merge and not torch.isfinite(weight.data + delta).all():
+                raise ValueError(
+                    f"merging adapter {name!r} gives weights that are not finite; the adapter holds "
+                    "NaN or infinite values."
+                )
+            weight.data += delta.to(weight.dtype)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Takes all merged updates out of the base weight again."""
+        if not self.merged:
+            warnings.warn("no adapter is merged, so there is nothing to unmerge", stacklevel=2)
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.lora_A:
+                weight = self.get_base_layer().weight
+                weight.data -= self.get_delta_weight(name).to(weight.dtype)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base layer plus the active adapters' updates; (..., in) to (..., out)."""
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        if adapter_names is not None:
+            return self._mixed_batch(result, x, adapter_names)
+        inplace = _owns_output(self.base_layer)
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                result = self._update(result, x, name, inplace)
+                inplace = True
+        return result
+
+    def _update(self, y: Tensor, x: Tensor, name: str, inplace: bool) -> Tensor:
+        if self.training:
+            a, b, e = self.lora_A[name], self.lora_B[name], self.lora_E[name]
+        else:
+            a, b, e = self.active_factors(name)
+        dropout = self.lora_dropout[name]
+        active = isinstance(dropout, nn.Dropout) and dropout.training
+        return adapter(
+            y,
+            x,
+            a,
+            b,
+            e,
+            scale=self.scaling[name],
+            dropout=dropout.p if active else 0.0,
+            inplace=inplace,
+            probe=self.probes[name],
+            slot=self.slots[name],
+        )
+
+    def _mixed_batch(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
+        result = result.clone()
+        for name in dict.fromkeys(adapter_names):
+            if name in self.lora_A:
+                rows = [i for i, other in enumerate(adapter_names) if other == name]
+                result[rows] = self._update(result[rows], x[rows], name, True)
+        return result
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Sets the scale to ``scale`` times the configured one."""
+        if adapter in self.scaling:
+            config = self.configs[adapter]
+            self.scaling[adapter] = scale * config.scale(self.lora_alpha[adapter], self.r[adapter])
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the scale by ``scale``; None: back to the configured one."""
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                if scale is None:
+                    self.set_scale(name, 1.0)
+                else:
+                    self.scaling[name] /= scale
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """The update is a plain low-rank product."""
+        return True
+
+    def __repr__(self) -> str:
+        return "increlora." + super().__repr__()
+
+
+def _owns_output(layer: nn.Module) -> bool:
+    """Is the output a fresh tensor that nobody else has seen?"""
+    return type(layer) is nn.Linear and not (
+        layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    )
+
+
+def _append(parameter: nn.Parameter, rows: Tensor, dim: int) -> None:
+    if rows.shape[dim]:
+        rows = rows.to(device=parameter.device, dtype=parameter.dtype)
+        _resize(parameter, torch.cat([parameter.detach(), rows], dim))
+
+
+def _resize(parameter: nn.Parameter, value: Tensor) -> None:
+    # `set_` also drops autograd's accumulator for the old shape; assigning `.data` would keep it.
+    with torch.no_grad():
+        parameter.set_(value.detach().clone(memory_format=torch.contiguous_format))
+    parameter.grad = None

@@ -1,0 +1,208 @@
+"""PEFT's tuner: puts the layers into a model, saves active components only, loads any rank."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .config import IncreLoraConfig
+from .layer import Linear
+from .ops import Probe
+
+_PREFIX = "base_model.model."
+
+
+class IncreLoraModel(LoraModel):
+    """A model with IncreLoRA adapters; made by ``peft.get_peft_model``.
+
+    Args:
+        model: The model to adapt.
+        config: The configuration, or a dictionary of configurations by adapter name.
+        adapter_name: Name of the adapter.
+        low_cpu_mem_usage: Create the adapter's weights on the meta device, for loading.
+
+    Raises:
+        ValueError: a target module is unknown, of an unsupported type, or too small for its rank.
+    """
+
+    tuner_layer_cls = Linear
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        self._probe = Probe()
+        if isinstance(peft_config.target_modules, (list, set, tuple)):
+            _check_targets(model, peft_config.target_modules)
+
+    def _create_and_replace(
+        self,
+        lora_config: IncreLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        config = lora_config
+        rank_key = get_pattern_key(config.rank_pattern.keys(), current_key)
+        alpha_key = get_pattern_key(config.alpha_pattern.keys(), current_key)
+        r = config.rank_pattern.get(rank_key, config.init_r)
+        alpha = config.alpha_pattern.get(alpha_key, config.lora_alpha)
+        try:
+            if isinstance(target, Linear):
+                target.update_layer(adapter_name, r, alpha, config=config, probe=self._probe)
+                return
+            module = self._create_new_module(
+                config, adapter_name, target, r=r, lora_alpha=alpha, probe=self._probe
+            )
+        except ValueError as error:
+            raise ValueError(f"target_modules: {current_key}: {error}") from error
+        if adapter_name not in self.active_adapters:
+            module.requires_grad_(False)
+        self._replace_module(parent, target_name, module, target)
+
+    @staticmethod
+    def _create_new_module(
+        lora_config: IncreLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
+    ) -> Linear:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        # The output projection of nn.MultiheadAttention: its weight is used without calling it.
+        if not isinstance(base, nn.Linear) or isinstance(base, NonDynamicallyQuantizableLinear):
+            raise ValueError(
+                f"a module of type {type(base).__name__} is not supported; only torch.nn.Linear is."
+            )
+        return Linear(target, adapter_name, lora_config, **kwargs)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not supported.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "add_weighted_adapter is not supported for IncreLoRA adapters; export them with "
+            "increlora_rs.export_lora and combine the plain LoRA adapters."
+        )
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """The adapter's tensors, active components only; brings ``config.rank_pattern`` up to date."""
+        selected: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        for name, layer in adapted_layers(model, adapter_name).items():
+            rank = layer.r[adapter_name]
+            a, b = f"{name}.lora_A.{adapter_name}", f"{name}.lora_B.{adapter_name}"
+            if a in selected:
+                selected[a] = selected[a][:rank].contiguous()
+                selected[b] = selected[b][:, :rank].contiguous()
+        config.rank_pattern = rank_pattern(model, adapter_name)
+        return selected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Maps a saved adapter to the model's keys, and gives its layers the saved ranks.
+
+        Raises:
+            ValueError: the tensors are not those of this model's adapter, or are not finite.
+        """
+        mapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        expected = set()
+        for name, layer in adapted_layers(model, adapter_name).items():
+            keys = [f"{name}.lora_{factor}.{adapter_name}" for factor in "ABE"]
+            expected.update(keys)
+            missing = [key for key in keys if key not in mapped]
+            if missing:
+                raise ValueError(
+                    f"the adapter has no tensor {missing[0]!r} for the adapted module {short(name)!r}; "
+                    "it was saved from another base model, or with other target_modules."
+                )
+            a, b, e = (mapped[key] for key in keys)
+            check_factors(short(name), a, b, e, layer.in_features, layer.out_features)
+            layer.resize(adapter_name, int(e.shape[0]))
+        extra = sorted(k for k in mapped if re.search(r"\.lora_[ABE](\.|$)", k) and k not in expected)
+        if extra:
+            raise ValueError(
+                f"the adapter has {len(extra)} tensors, {extra[0]!r} the first, that belong to no "
+                "adapted module of this model; it was saved from another base model, or with other "
+                "target_modules."
+            )
+        return mapped
+
+
+def short(name: str) -> str:
+    """A module's name without PEFT's prefix."""
+    return name.removeprefix(_PREFIX)
+
+
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, Linear]:
+    """The layers with adapter ``adapter_name``, by full module name, in model order."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and adapter_name in module.lora_A
+    }
+
+
+def rank_pattern(model: nn.Module, adapter_name: str) -> dict[str, int]:
+    """LoraConfig's ``rank_pattern`` of the ranks as they are; anchored, so that no name matches the
+    end of another."""
+    layers = adapted_layers(model, adapter_name)
+    return {f"^{short(name)}": layer.r[adapter_name] for name, layer in layers.items()}
+
+
+def check_factors(name: str, a: Tensor, b: Tensor, e: Tensor, in_features: int, out_features: int) -> None:
+    """Raises ValueError unless A, B, E are finite and fit a module of the given size."""
+    rank = e.shape[0] if e.dim() else 0
+    for factor, tensor, want in (
+        ("lora_E", e, (rank, 1)),
+        ("lora_A", a, (rank, in_features)),
+        ("lora_B", b, (out_features, rank)),
+    ):
+        if tuple(tensor.shape) != want or rank < 1:
+            raise ValueError(
+                f"{factor} of module {name!r} has shape {tuple(tensor.shape)} in the adapter, but the "
+                f"model needs {want}, with a rank of 1 or more; the adapter was saved from another "
+                "base model, or is damaged."
+            )
+        if tensor.device.type != "meta" and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ValueError(
+                f"{factor} of module {name!r} holds {bad} values that are NaN or infinite; the adapter "
+                "is damaged, or its training diverged: take an earlier checkpoint."
+            )
+
+
+def _check_targets(model: nn.Module, targets: Any) -> None:
+    names = [name for name, _ in model.named_modules()]
+    unknown = sorted(
+        target
+        for target in targets
+        if not any(name == target or name.endswith(f".{target}") for name in names)
+    )
+    if unknown:
+        linear = {
+            name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)
+        }
+        raise ValueError(
+            f"target_modules: {unknown} match no module of the base model; its linear layers are "
+            f"called {sorted(linear)}."
+        )

@@ -1,0 +1,185 @@
+"""The adapter as a differentiable operation: dtype and autocast decided here, the work in Rust."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _core
+
+_UNATTENDED_PASSES = 50
+
+
+@dataclass
+class Probe:
+    """What the layers of one adapter share with their scheduler.
+
+    Args:
+        importance: float64 vector with a slot a module, to which every backward pass adds; None while
+            the importance is not asked for.
+        attached: Is there a scheduler?
+        unattended: Backward passes seen without one.
+        layers: Number of layers that share the probe.
+    """
+
+    importance: Tensor | None = None
+    attached: bool = False
+    unattended: int = 0
+    layers: int = 0
+
+    def new_slot(self) -> int:
+        """Slot of one more layer."""
+        self.layers += 1
+        return self.layers - 1
+
+    def count_backward(self, slot: int) -> None:
+        """Notices a training that forgot the scheduler; one warning, after 50 backward passes."""
+        if self.attached or slot != 0:
+            return
+        self.unattended += 1
+        if self.unattended == _UNATTENDED_PASSES:
+            warnings.warn(
+                f"{_UNATTENDED_PASSES} backward passes through an IncreLoRA adapter and no scheduler "
+                "attached: its ranks stay as they are. Give Trainer "
+                "callbacks=[increlora_rs.IncreLoraCallback()], or call "
+                "increlora_rs.attach(model, optimizer, total_steps=...) before training.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+def adapter(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    e: Tensor,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    inplace: bool = False,
+    probe: Probe | None = None,
+    slot: int = 0,
+) -> Tensor:
+    """``y + scale * B (E * (A drop(x)))``, differentiable once (arXiv 2308.12043, eq. 3).
+
+    The product is computed in the dtype of ``x``, under autocast in autocast's; gradients come in
+    the dtype of their tensors.
+
+    Args:
+        y: Output of the base layer, (..., out).
+        x: Its input, (..., in), any number of leading dimensions, empty ones included.
+        a: Right vectors, (rows, in).
+        b: Left vectors, (out, rows).
+        e: Singular values of the active components, (active, 1); further rows of A and B are in
+            reserve and count with ``RESERVE_E``.
+        scale: The scale s.
+        dropout: Probability with which an element of x is dropped.
+        inplace: May y be overwritten?
+        probe: Collects the module's importance in its slot ``slot`` where it asks for it.
+
+    Returns:
+        Tensor of the shape and dtype of y.
+
+    Raises:
+        ValueError: shapes or devices do not fit, or a number is out of range.
+        TypeError: a dtype does not fit.
+    """
+    if not x.dim() or x.shape[-1] != a.shape[-1]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; its last dimension must be {a.shape[-1]}, the in_features "
+            "of the adapted layer"
+        )
+    if y.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"y has shape {tuple(y.shape)} and x {tuple(x.shape)}; all dimensions but the last must agree"
+        )
+    result: Tensor = _Adapter.apply(y, x, a, b, e, scale, dropout, inplace, probe, slot)
+    return result
+
+
+class _WithoutAutocast:
+    """Context in which Rust's matrix products keep the dtype that they are given."""
+
+    def __init__(self, device_type: str) -> None:
+        active = torch.is_autocast_enabled(device_type)
+        self._context = torch.autocast(device_type, enabled=False) if active else None
+
+    def __enter__(self) -> None:
+        if self._context is not None:
+            self._context.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._context is not None:
+            self._context.__exit__(*exception)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
+
+
+class _Adapter(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        e: Tensor,
+        scale: float,
+        dropout: float,
+        inplace: bool,
+        probe: Probe | None,
+        slot: int,
+    ) -> Tensor:
+        ctx.dtype = _compute_dtype(x)
+        flat = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
+        if inplace and y.is_contiguous():
+            ctx.mark_dirty(y)
+            result = y
+        else:
+            result = y.clone(memory_format=torch.contiguous_format)
+        # The seed comes from torch's generator, so that manual_seed and a checkpoint's replay hold.
+        seed = int(torch.randint(2**63 - 1, ())) if dropout > 0.0 else 0
+        with _WithoutAutocast(x.device.type):
+            t, mask = _core.adapter_forward(result.view(-1, y.shape[-1]), flat, a, b, e, scale, dropout, seed)
+        ctx.save_for_backward(x, t, mask, a, b, e)
+        ctx.scale, ctx.dropout, ctx.probe, ctx.slot = scale, dropout, probe, slot
+        return result
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, t, mask, a, b, e = ctx.saved_tensors
+        importance = None
+        if ctx.probe is not None:
+            ctx.probe.count_backward(ctx.slot)
+            importance = ctx.probe.importance
+        needs_x = ctx.needs_input_grad[1]
+        with _WithoutAutocast(x.device.type):
+            gx, ga, gb, ge = _core.adapter_backward(
+                gy.reshape(-1, gy.shape[-1]),
+                x.reshape(-1, x.shape[-1]).to(ctx.dtype),
+                t,
+                a,
+                b,
+                e,
+                ctx.scale,
+                mask,
+                ctx.dropout,
+                needs_x,
+                importance,
+                ctx.slot,
+            )
+        if gx is not None:
+            gx = gx.view(x.shape).to(x.dtype)
+        return gy, gx, ga, gb, ge, None, None, None, None, None

@@ -1,0 +1,303 @@
+//! When ranks grow, by how much, and where: the schedule, the budget, the choice of modules and the
+//! learning-rate multipliers of newborn rows. Plain arithmetic on f64, no tensors.
+
+use crate::errors::{Error, Result};
+
+/// Growth events in an automatic schedule, at most.
+const MAX_EVENTS: u64 = 50;
+/// Steps between two growth events in an automatic schedule, at least.
+const MIN_INTERVAL: u64 = 10;
+
+/// When and how much the ranks grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Schedule {
+    /// Optimizer steps before the first growth (`tinit`).
+    pub warmup: u64,
+    /// Steps between growth events (`deltaT`); an event happens where the step is a multiple of it.
+    pub interval: u64,
+    /// Modules that grow at one event.
+    pub top_h: u64,
+    /// Components that each of them gains.
+    pub add_r: u64,
+}
+
+impl Schedule {
+    /// Is `step` (the first is 1) a step at which ranks grow?
+    pub fn is_event(&self, step: u64) -> bool {
+        step > self.warmup && step % self.interval == 0
+    }
+
+    /// The first event at or after `step`.
+    pub fn next_event(&self, step: u64) -> u64 {
+        let first = self.warmup / self.interval + 1;
+        first.max(step.div_ceil(self.interval)) * self.interval
+    }
+
+    /// Number of events in the steps 1 to `last`.
+    pub fn events(&self, last: u64) -> u64 {
+        (last / self.interval).saturating_sub(self.warmup / self.interval)
+    }
+}
+
+/// The values of a schedule that the user fixed; `None` is left to [`plan`].
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Wish {
+    /// See [`Schedule::warmup`].
+    pub warmup: Option<u64>,
+    /// See [`Schedule::interval`].
+    pub interval: Option<u64>,
+    /// See [`Schedule::top_h`].
+    pub top_h: Option<u64>,
+    /// See [`Schedule::add_r`]: the least to add; raised only where `top_h` is free and all modules
+    /// together cannot reach the budget.
+    pub add_r: u64,
+}
+
+/// A schedule and the total rank that it is sure to reach, whatever modules are chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Plan {
+    /// The schedule.
+    pub schedule: Schedule,
+    /// Total rank reached by the last step in the worst case.
+    pub reached: u64,
+}
+
+/// Makes a schedule for `total_steps` optimizer steps that brings the total rank to `budget`.
+///
+/// `ranks` and `caps` hold each module's first rank and the largest it may have. What the user left
+/// open is chosen so: warm-up 10 % of the steps; events spread evenly until 60 % of the steps, at
+/// most 50 of them and at least 10 steps apart (closer only where the run has fewer steps than
+/// that); `top_h`, then `add_r`, just large enough that the budget is reached.
+pub fn plan(
+    wish: &Wish,
+    total_steps: u64,
+    ranks: &[u64],
+    caps: &[u64],
+    budget: u64,
+) -> Result<Plan> {
+    check_ranks(ranks, caps)?;
+    at_least_one("total_steps", Some(total_steps))?;
+    at_least_one("deltaT", wish.interval)?;
+    at_least_one("top_h", wish.top_h)?;
+    at_least_one("add_r", Some(wish.add_r))?;
+    let start: u64 = ranks.iter().sum();
+    let need = budget.min(caps.iter().sum()).saturating_sub(start);
+
+    let mut end = share(total_steps, 3, 5).max(1);
+    let warmup = wish.warmup.unwrap_or(share(total_steps, 1, 10).min(end - 1));
+    if warmup >= end {
+        end = total_steps;
+    }
+    let interval = wish.interval.unwrap_or_else(|| {
+        let wanted = match wish.top_h {
+            Some(top_h) => need.div_ceil(top_h.saturating_mul(wish.add_r)),
+            None => need.min(MAX_EVENTS),
+        };
+        let span = end.saturating_sub(warmup);
+        fit_interval((span / wanted.max(1)).max(MIN_INTERVAL), warmup, end)
+    });
+    let mut schedule = Schedule { warmup, interval, top_h: 1, add_r: wish.add_r };
+    let all_events = schedule.events(total_steps);
+    let events = match schedule.events(end) {
+        0 => all_events,
+        events => events,
+    };
+    match wish.top_h {
+        Some(top_h) => schedule.top_h = top_h,
+        None => raise_until_reached(&mut schedule, events, need, ranks, caps),
+    }
+    let reached = start + worst_case(&schedule, all_events, need, ranks, caps);
+    Ok(Plan { schedule, reached })
+}
+
+fn share(steps: u64, numerator: u64, denominator: u64) -> u64 {
+    (u128::from(steps) * u128::from(numerator) / u128::from(denominator)) as u64
+}
+
+fn at_least_one(name: &str, value: Option<u64>) -> Result<()> {
+    if value == Some(0) {
+        return Err(Error::Value(format!("{name} is 0; give 1 or more")));
+    }
+    Ok(())
+}
+
+fn check_ranks(ranks: &[u64], caps: &[u64]) -> Result<()> {
+    if ranks.len() != caps.len() {
+        return Err(Error::Value(format!(
+            "ranks has {} entries and caps {}; give one of each a module",
+            ranks.len(),
+            caps.len()
+        )));
+    }
+    if let Some(k) = (0..ranks.len()).find(|&k| ranks[k] > caps[k]) {
+        return Err(Error::Value(format!(
+            "module {k} has rank {}, more than the {} it may have; lower init_r or raise max_r",
+            ranks[k], caps[k]
+        )));
+    }
+    Ok(())
+}
+
+/// The largest interval, at most `interval`, of which a multiple lies in (warmup, end].
+fn fit_interval(interval: u64, warmup: u64, end: u64) -> u64 {
+    if end <= warmup {
+        return interval;
+    }
+    (1..=interval.min(end)).rev().find(|i| end / i > warmup / i).unwrap_or(1)
+}
+
+fn raise_until_reached(
+    schedule: &mut Schedule,
+    events: u64,
+    need: u64,
+    ranks: &[u64],
+    caps: &[u64],
+) {
+    let modules = ranks.len() as u64;
+    if events == 0 || need == 0 {
+        return;
+    }
+    schedule.add_r = schedule.add_r.max(need.div_ceil(events.saturating_mul(modules)));
+    schedule.top_h = need.div_ceil(events.saturating_mul(schedule.add_r)).min(modules);
+    while worst_case(schedule, events, need, ranks, caps) < need {
+        if schedule.top_h < modules {
+            schedule.top_h = (schedule.top_h + schedule.top_h.div_ceil(8)).min(modules);
+        } else {
+            schedule.add_r += schedule.add_r.div_ceil(8);
+        }
+    }
+}
+
+/// Components gained by `events` events if always the modules with least room are chosen, so that as
+/// soon as possible fewer than `top_h` modules can grow. Takes at most `need` turns of its loops.
+fn worst_case(schedule: &Schedule, events: u64, need: u64, ranks: &[u64], caps: &[u64]) -> u64 {
+    let mut room: Vec<u64> = caps.iter().zip(ranks).map(|(cap, rank)| cap - rank).collect();
+    room.sort_unstable();
+    let mut full = room.partition_point(|&n| n == 0);
+    let top_h = usize::try_from(schedule.top_h).unwrap_or(usize::MAX);
+    let mut gained = 0;
+    for _ in 0..events {
+        if gained >= need || full == room.len() {
+            break;
+        }
+        let last = room.len().min(full.saturating_add(top_h));
+        for n in &mut room[full..last] {
+            let step = schedule.add_r.min(*n);
+            *n -= step;
+            gained += step;
+        }
+        full += room[full..].partition_point(|&n| n == 0);
+    }
+    gained.min(need)
+}
+
+/// Growth of one module at one event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Growth {
+    /// Index of the module in model order.
+    pub module: usize,
+    /// Components that it gains.
+    pub components: u64,
+}
+
+/// Chooses who grows at an event: the `top_h` modules of highest score that have room, each by
+/// `add_r`, never past a cap nor past `budget`.
+///
+/// Equal scores go to the module that comes first in model order; a score that is not a number
+/// counts as the lowest. Where the budget leaves less than the whole event, the last module chosen
+/// gains fewer components, and those after it none.
+pub fn choose(
+    schedule: &Schedule,
+    scores: &[f64],
+    ranks: &[u64],
+    caps: &[u64],
+    budget: u64,
+) -> Result<Vec<Growth>> {
+    check_ranks(ranks, caps)?;
+    if scores.len() != ranks.len() {
+        return Err(Error::Value(format!(
+            "scores has {} entries and ranks {}; give one of each a module",
+            scores.len(),
+            ranks.len()
+        )));
+    }
+    let key = |k: &usize| if scores[*k].is_nan() { f64::NEG_INFINITY } else { scores[*k] + 0.0 };
+    let mut order: Vec<usize> = (0..ranks.len()).filter(|&k| ranks[k] < caps[k]).collect();
+    order.sort_by(|a, b| key(b).total_cmp(&key(a)));
+    let mut left = budget.saturating_sub(ranks.iter().sum());
+    let mut grown = Vec::new();
+    for module in order.into_iter().take(usize::try_from(schedule.top_h).unwrap_or(usize::MAX)) {
+        let components = schedule.add_r.min(caps[module] - ranks[module]).min(left);
+        if components == 0 {
+            break;
+        }
+        left -= components;
+        grown.push(Growth { module, components });
+    }
+    Ok(grown)
+}
+
+/// The smallest n with `max(beta1, beta2)^n < 1e-3`: an importance older than that weighs nothing.
+pub fn window(beta1: f64, beta2: f64) -> u64 {
+    let beta = beta1.max(beta2);
+    if beta <= 0.0 {
+        return 1;
+    }
+    let mut steps = ((1e-3_f64).ln() / beta.ln()).floor().max(1.0) as u64;
+    while beta.powf(steps as f64) >= 1e-3 {
+        steps += 1;
+    }
+    steps
+}
+
+/// The learning-rate schedule as far as the restart warm-up needs it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LearningRate {
+    /// The multiplier m(t) that the optimizer just used: learning rate over initial learning rate.
+    pub multiplier: f64,
+    /// Length of the linear warm-up in optimizer steps.
+    pub warmup: u64,
+    /// The step at which a linear decay reaches 0; `None` for every other schedule.
+    pub linear_until: Option<u64>,
+}
+
+/// What a row born at step `birth` uses of the learning rate at step `step`, over what the
+/// parameter as a whole used: `m_new / m`. 1 for rows that were there from the start.
+pub fn restart_ratio(lr: &LearningRate, birth: u64, step: u64) -> f64 {
+    if birth == 0 {
+        return 1.0;
+    }
+    if lr.multiplier <= 0.0 {
+        return 0.0;
+    }
+    let age = step.saturating_sub(birth);
+    let climb = age as f64 / lr.warmup as f64;
+    match lr.linear_until {
+        Some(_) if age < lr.warmup => climb / lr.multiplier,
+        Some(end) => {
+            let left = end.saturating_sub(step) as f64;
+            let whole = end.saturating_sub(birth + lr.warmup) as f64;
+            if whole > 0.0 {
+                left / whole / lr.multiplier
+            } else {
+                0.0
+            }
+        }
+        None if age < lr.warmup => climb,
+        None => 1.0,
+    }
+}
+
+/// Adam corrects the bias of its moments by the step count of the whole parameter; a row whose
+/// moments started at `birth` needs this factor on its update besides (exact up to Adam's eps).
+/// `betas` are Adam's; the parameter's step count is `step + lead`.
+pub fn adam_ratio(betas: (f64, f64), birth: u64, step: u64, lead: u64) -> f64 {
+    let age = step.saturating_sub(birth);
+    if birth == 0 || age == 0 {
+        return 1.0;
+    }
+    let left = |beta: f64, steps: u64| 1.0 - beta.powf(steps as f64);
+    let all = step + lead;
+    let second = (left(betas.1, age) / left(betas.1, all)).sqrt();
+    second * left(betas.0, all) / left(betas.0, age)
+}

@@ -1,0 +1,313 @@
+//! The rooms as Python functions: arguments in, the work without the GIL, tensors or numbers out.
+//! The docstrings of what a user may call are in `python/increlora_rs/_core.pyi`.
+
+use numpy::PyReadonlyArray1;
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+use pyo3_tch::PyTensor;
+use tch::Tensor;
+
+use crate::adapter::{self, Adapter, Dropout};
+use crate::allocation::{self, LearningRate, Schedule, Wish};
+use crate::errors::{detached, Error};
+use crate::{importance, orthogonality, restart};
+
+/// Found in the file of the extension by `__init__`, which must not load an extension that was built
+/// for another torch.
+#[used]
+static BUILT_FOR: &str =
+    concat!("increlora_rs built for torch ", env!("INCRELORA_TORCH_VERSION"), ";");
+
+type Gradients = (Option<PyTensor>, PyTensor, PyTensor, PyTensor);
+
+fn raw(tensors: Vec<PyTensor>) -> Vec<Tensor> {
+    tensors.into_iter().map(|tensor| tensor.0).collect()
+}
+
+fn probability(p: f64) -> Result<(), Error> {
+    if (0.0..=1.0).contains(&p) {
+        return Ok(());
+    }
+    Err(Error::Value(format!("p is {p}; a dropout probability lies between 0 and 1")))
+}
+
+/// Adds `s B (E * (A drop(x)))` to y in place; gives t and the mask.
+#[pyfunction]
+#[pyo3(signature = (y, x, a, b, e, scale, p=0.0, seed=0))]
+#[allow(clippy::too_many_arguments)]
+fn adapter_forward(
+    py: Python<'_>,
+    y: PyTensor,
+    x: PyTensor,
+    a: PyTensor,
+    b: PyTensor,
+    e: PyTensor,
+    scale: f64,
+    p: f64,
+    seed: u64,
+) -> PyResult<(PyTensor, Option<PyTensor>)> {
+    let adapter = Adapter { a: a.0, b: b.0, e: e.0, scale };
+    let (mut y, x) = (y.0, x.0);
+    detached(py, move || {
+        probability(p)?;
+        let dropout = if p > 0.0 { Some(Dropout::draw(&x, p, seed)?) } else { None };
+        let t = adapter::forward(&adapter, &x, &mut y, dropout.as_ref())?;
+        Ok((PyTensor(t), dropout.map(|dropout| PyTensor(dropout.mask))))
+    })
+}
+
+/// Gradients for x (if asked for), A, B, E; adds the importance to its slot if one is given.
+#[pyfunction]
+#[pyo3(signature = (gy, x, t, a, b, e, scale, mask=None, p=0.0, needs_x=true, importance=None, slot=0))]
+#[allow(clippy::too_many_arguments)]
+fn adapter_backward(
+    py: Python<'_>,
+    gy: PyTensor,
+    x: PyTensor,
+    t: PyTensor,
+    a: PyTensor,
+    b: PyTensor,
+    e: PyTensor,
+    scale: f64,
+    mask: Option<PyTensor>,
+    p: f64,
+    needs_x: bool,
+    importance: Option<PyTensor>,
+    slot: i64,
+) -> PyResult<Gradients> {
+    let adapter = Adapter { a: a.0, b: b.0, e: e.0, scale };
+    let (gy, x, t) = (gy.0, x.0, t.0);
+    let mask = mask.map(|mask| mask.0);
+    let mut vector = importance.map(|vector| vector.0);
+    detached(py, move || {
+        probability(p)?;
+        let dropout = mask.map(|mask| Dropout::from_mask(mask, p));
+        let target = vector.as_mut().map(|vector| (vector, slot));
+        let gradients =
+            adapter::backward(&adapter, &x, &t, &gy, dropout.as_ref(), needs_x, target)?;
+        let adapter::Gradients { x, a, b, e } = gradients;
+        Ok((x.map(PyTensor), PyTensor(a), PyTensor(b), PyTensor(e)))
+    })
+}
+
+/// `sum |dW * (gy^T x)|` as a float64 scalar tensor.
+#[pyfunction(name = "importance")]
+fn module_importance(
+    py: Python<'_>,
+    gy: PyTensor,
+    x: PyTensor,
+    a: PyTensor,
+    b: PyTensor,
+    e: PyTensor,
+    scale: f64,
+) -> PyResult<PyTensor> {
+    let adapter = Adapter { a: a.0, b: b.0, e: e.0, scale };
+    let (gy, x) = (gy.0, x.0);
+    detached(py, move || {
+        adapter.check(&x)?;
+        crate::checks::shape("gy", &gy, &[x.size()[0], adapter.b.size()[0]])?;
+        let mut vector = Tensor::f_zeros([1], (tch::Kind::Double, x.device()))?;
+        let gy = gy.f_to_kind(x.kind())?;
+        let p = adapter.scaled_b()?;
+        importance::accumulate(&mut vector, 0, &p, &adapter.a, &gy, &x, 1.0)?;
+        Ok(PyTensor(vector.f_squeeze()?))
+    })
+}
+
+/// One step of the smoothing, in place.
+#[pyfunction]
+fn smooth_(
+    py: Python<'_>,
+    importance: PyTensor,
+    factor: PyTensor,
+    mean: PyTensor,
+    uncertainty: PyTensor,
+    beta1: f64,
+    beta2: f64,
+) -> PyResult<()> {
+    let (importance, factor, mut mean, mut uncertainty) =
+        (importance.0, factor.0, mean.0, uncertainty.0);
+    detached(py, move || {
+        importance::smooth_(&importance, &factor, &mut mean, &mut uncertainty, beta1, beta2)
+    })
+}
+
+/// Value of the orthogonality regulariser.
+#[pyfunction(name = "orthogonality")]
+fn orthogonality_value(py: Python<'_>, a: Vec<PyTensor>, b: Vec<PyTensor>) -> PyResult<PyTensor> {
+    let (a, b) = (raw(a), raw(b));
+    detached(py, move || orthogonality::value(&a, &b).map(PyTensor))
+}
+
+/// Adds the gradient of the regulariser, times `factor`, in place; gives its value.
+#[pyfunction]
+fn add_orthogonality_gradient_(
+    py: Python<'_>,
+    a: Vec<PyTensor>,
+    b: Vec<PyTensor>,
+    grad_a: Vec<PyTensor>,
+    grad_b: Vec<PyTensor>,
+    factor: PyTensor,
+) -> PyResult<PyTensor> {
+    let (a, b, mut grad_a, mut grad_b) = (raw(a), raw(b), raw(grad_a), raw(grad_b));
+    let factor = factor.0;
+    detached(py, move || {
+        let value = orthogonality::add_gradient_(&a, &b, &mut grad_a, &mut grad_b, &factor)?;
+        Ok(PyTensor(value))
+    })
+}
+
+/// When and how much the ranks grow.
+#[pyclass(name = "Schedule", module = "increlora_rs._core", frozen, eq)]
+#[derive(PartialEq)]
+struct PySchedule {
+    plan: allocation::Plan,
+}
+
+#[pymethods]
+impl PySchedule {
+    #[new]
+    #[pyo3(signature = (total_steps, ranks, caps, budget, *, tinit=None, deltaT=None, top_h=None, add_r=1))]
+    #[allow(non_snake_case, clippy::too_many_arguments)]
+    fn new(
+        py: Python<'_>,
+        total_steps: u64,
+        ranks: PyReadonlyArray1<'_, u64>,
+        caps: PyReadonlyArray1<'_, u64>,
+        budget: u64,
+        tinit: Option<u64>,
+        deltaT: Option<u64>,
+        top_h: Option<u64>,
+        add_r: u64,
+    ) -> PyResult<Self> {
+        let wish = Wish { warmup: tinit, interval: deltaT, top_h, add_r };
+        let (ranks, caps) = (vector("ranks", &ranks)?, vector("caps", &caps)?);
+        let plan = detached(py, || allocation::plan(&wish, total_steps, &ranks, &caps, budget))?;
+        Ok(Self { plan })
+    }
+
+    #[getter]
+    fn tinit(&self) -> u64 {
+        self.plan.schedule.warmup
+    }
+
+    #[getter(deltaT)]
+    fn delta_t(&self) -> u64 {
+        self.plan.schedule.interval
+    }
+
+    #[getter]
+    fn top_h(&self) -> u64 {
+        self.plan.schedule.top_h
+    }
+
+    #[getter]
+    fn add_r(&self) -> u64 {
+        self.plan.schedule.add_r
+    }
+
+    #[getter]
+    fn reached(&self) -> u64 {
+        self.plan.reached
+    }
+
+    fn is_event(&self, step: u64) -> bool {
+        self.plan.schedule.is_event(step)
+    }
+
+    fn next_event(&self, step: u64) -> u64 {
+        self.plan.schedule.next_event(step)
+    }
+
+    fn choose(
+        &self,
+        py: Python<'_>,
+        scores: PyReadonlyArray1<'_, f64>,
+        ranks: PyReadonlyArray1<'_, u64>,
+        caps: PyReadonlyArray1<'_, u64>,
+        budget: u64,
+    ) -> PyResult<Vec<(usize, u64)>> {
+        let (scores, ranks) = (vector("scores", &scores)?, vector("ranks", &ranks)?);
+        let caps = vector("caps", &caps)?;
+        detached(py, || {
+            let grown = allocation::choose(&self.plan.schedule, &scores, &ranks, &caps, budget)?;
+            Ok(grown.into_iter().map(|growth| (growth.module, growth.components)).collect())
+        })
+    }
+
+    fn __repr__(&self) -> String {
+        let Schedule { warmup, interval, top_h, add_r } = self.plan.schedule;
+        format!("Schedule(tinit={warmup}, deltaT={interval}, top_h={top_h}, add_r={add_r})")
+    }
+}
+
+fn vector<T: numpy::Element + Copy>(
+    name: &str,
+    array: &PyReadonlyArray1<'_, T>,
+) -> PyResult<Vec<T>> {
+    let slice = array
+        .as_slice()
+        .map_err(|error| PyTypeError::new_err(format!("{name} is not contiguous: {error}")))?;
+    Ok(slice.to_vec())
+}
+
+/// Steps of the importance window.
+#[pyfunction]
+fn importance_window(beta1: f64, beta2: f64) -> PyResult<u64> {
+    for (name, beta) in [("beta1", beta1), ("beta2", beta2)] {
+        if !(0.0..1.0).contains(&beta) {
+            let message = format!("{name} is {beta}; it must be at least 0 and below 1");
+            return Err(Error::Value(message).into());
+        }
+    }
+    Ok(allocation::window(beta1, beta2))
+}
+
+/// Corrects the rows of newborn components after an optimizer step, of all parameters given.
+///
+/// Each entry of `parameters` is (parameter, its value before the step, births, dim).
+#[pyfunction]
+#[pyo3(signature = (parameters, step, *, multiplier=None, lr_warmup=0, linear_until=None, betas=None, adam_lead=0, decay=0.0))]
+#[allow(clippy::too_many_arguments)]
+fn restart_(
+    py: Python<'_>,
+    parameters: Vec<Bound<'_, PyTuple>>,
+    step: u64,
+    multiplier: Option<f64>,
+    lr_warmup: u64,
+    linear_until: Option<u64>,
+    betas: Option<(f64, f64)>,
+    adam_lead: u64,
+    decay: f64,
+) -> PyResult<()> {
+    let mut rows: Vec<(Tensor, Tensor, Vec<u64>, i64)> = Vec::with_capacity(parameters.len());
+    for entry in parameters {
+        let (parameter, old, births, dim): (PyTensor, PyTensor, Vec<u64>, i64) = entry.extract()?;
+        rows.push((parameter.0, old.0, births, dim));
+    }
+    let learning_rate =
+        multiplier.map(|multiplier| LearningRate { multiplier, warmup: lr_warmup, linear_until });
+    let step = restart::Step { learning_rate, betas, decay, step, lead: adam_lead };
+    detached(py, move || {
+        rows.iter_mut().try_for_each(|(parameter, old, births, dim)| {
+            restart::correct_(parameter, old, births, *dim, &step)
+        })
+    })
+}
+
+/// Adds everything to the module.
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("RESERVE_E", adapter::RESERVE_E)?;
+    module.add("BUILT_FOR", BUILT_FOR)?;
+    module.add_class::<PySchedule>()?;
+    module.add_function(wrap_pyfunction!(adapter_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(adapter_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(module_importance, module)?)?;
+    module.add_function(wrap_pyfunction!(smooth_, module)?)?;
+    module.add_function(wrap_pyfunction!(orthogonality_value, module)?)?;
+    module.add_function(wrap_pyfunction!(add_orthogonality_gradient_, module)?)?;
+    module.add_function(wrap_pyfunction!(importance_window, module)?)?;
+    module.add_function(wrap_pyfunction!(restart_, module)?)?;
+    Ok(())
+}

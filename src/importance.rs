@@ -1,0 +1,96 @@
+//! How much a module matters: `I = sum |dW * G|` taken block by block, and its smoothing over the
+//! optimizer steps, all modules at once (arXiv 2308.12043, eq. 6 to 9).
+
+use tch::{Kind, Tensor};
+
+use crate::checks;
+use crate::errors::{Error, Result};
+
+/// Bytes that the blocks of dW and of G may take together.
+const SCRATCH: i64 = 8 << 20;
+/// Rows of one block, at most: enough for the matrix product to run at full speed.
+const BLOCK_ROWS: i64 = 512;
+
+/// Adds `gain * sum_ij |(P A)_ij (gy^T x)_ij|` to `vector[slot]`, without a host synchronisation.
+///
+/// `p` (out, rows) and `a` (rows, in) make dW = P A; `gy` (tokens, out) and `x` (tokens, in), of one
+/// dtype, make the gradient of dW. Neither matrix exists as a whole: both are built in blocks of rows.
+pub fn accumulate(
+    vector: &mut Tensor,
+    slot: i64,
+    p: &Tensor,
+    a: &Tensor,
+    gy: &Tensor,
+    x: &Tensor,
+    gain: f64,
+) -> Result<()> {
+    checks::kind("importance", vector, Kind::Double)?;
+    checks::same_device("importance", vector, "x", x)?;
+    let length = vector.numel() as i64;
+    if vector.dim() != 1 || slot < 0 || slot >= length {
+        return Err(Error::Value(format!(
+            "slot is {slot}; the importance vector has the slots 0 to {}",
+            length - 1
+        )));
+    }
+    let (out, _) = checks::matrix("P", p)?;
+    let features = x.size()[1];
+    // bfloat16 products and sums would lose the small entries; float32 is what dW is built in.
+    let wide = if p.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+    let bytes_a_row = 2 * features.max(1) * wide.elt_size_in_bytes() as i64;
+    let rows = (SCRATCH / bytes_a_row).clamp(1, BLOCK_ROWS);
+    let (p, a) = (p.f_to_kind(wide)?, a.f_to_kind(wide)?);
+    let mut target = vector.f_narrow(0, slot, 1)?;
+    let mut first = 0;
+    while first < out {
+        let n = rows.min(out - first);
+        let g = gy.f_narrow(1, first, n)?.f_tr()?.f_mm(x)?.f_to_kind(wide)?;
+        let mut product = p.f_narrow(0, first, n)?.f_mm(&a)?;
+        let _ = product.f_mul_(&g)?.f_abs_()?;
+        let _ = target.f_add_(&product.f_sum(Kind::Double)?.f_mul_scalar(gain)?)?;
+        first += n;
+    }
+    Ok(())
+}
+
+/// Smooths the importances of one optimizer step into `mean` and `uncertainty`, in place:
+///
+/// ```text
+/// mean        <- beta1 mean + (1 - beta1) I
+/// uncertainty <- beta2 uncertainty + (1 - beta2) |I - mean|      (the new mean)
+/// ```
+///
+/// with `I = importance * factor`. All three are float64 vectors, one slot a module. A step in which
+/// any importance is not finite changes nothing.
+pub fn smooth_(
+    importance: &Tensor,
+    factor: &Tensor,
+    mean: &mut Tensor,
+    uncertainty: &mut Tensor,
+    beta1: f64,
+    beta2: f64,
+) -> Result<()> {
+    let size = importance.size();
+    let vectors = [("importance", importance), ("mean", &*mean), ("uncertainty", &*uncertainty)];
+    for (name, vector) in vectors {
+        checks::kind(name, vector, Kind::Double)?;
+        checks::shape(name, vector, &size)?;
+        checks::same_device(name, vector, "importance", importance)?;
+    }
+    checks::shape("factor", factor, &size)?;
+    for (name, beta) in [("beta1", beta1), ("beta2", beta2)] {
+        if !(0.0..1.0).contains(&beta) {
+            return Err(Error::Value(format!(
+                "{name} is {beta}; it must be at least 0 and below 1"
+            )));
+        }
+    }
+    let importance = importance.f_mul(factor)?;
+    let finite = importance.f_isfinite()?.f_all()?;
+    let new_mean = mean.f_mul_scalar(beta1)?.f_add(&importance.f_mul_scalar(1.0 - beta1)?)?;
+    let deviation = importance.f_sub(&new_mean)?.f_abs()?.f_mul_scalar(1.0 - beta2)?;
+    let new_uncertainty = uncertainty.f_mul_scalar(beta2)?.f_add(&deviation)?;
+    mean.f_copy_(&new_mean.f_where_self(&finite, mean)?)?;
+    uncertainty.f_copy_(&new_uncertainty.f_where_self(&finite, uncertainty)?)?;
+    Ok(())
+}

@@ -1,0 +1,3 @@
+//! Loops that libtorch does badly or not at all, on raw slices. The only place with `unsafe`.
+
+pub mod dropout;
