@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from .registration import PEFT_TYPE
@@ -86,6 +87,10 @@ class IncreLoraConfig(LoraConfig):
         TypeError: an argument has a wrong type.
     """
 
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Initial rank by module; kept up to date as ranks grow."}
+    )
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "lora_alpha by module."})
     init_r: int = field(default=1, metadata={"help": "Rank of every module at the start."})
     max_r: int | None = field(default=None, metadata={"help": "Rank no module may pass."})
     total_step: int | None = field(default=None, metadata={"help": "Optimizer steps in all."})
@@ -98,7 +103,7 @@ class IncreLoraConfig(LoraConfig):
     orth_reg_weight: float | None = field(
         default=None, metadata={"help": "Weight of the orthogonality regulariser."}
     )
-    init_lora_weights: bool | Literal["svd"] = field(  # type: ignore[assignment]
+    init_lora_weights: bool | Literal["svd"] = field(
         default=True,
         metadata={"help": "True (LoRA's), 'svd' (the paper's) or False.", "lora_variants": ()},
     )
@@ -183,6 +188,17 @@ class IncreLoraConfig(LoraConfig):
         if self.orth_reg_weight is None:
             return 0.1 if self.init_lora_weights == "svd" else 0.0
         return self.orth_reg_weight
+
+    def initial_rank_of(self, module: str) -> int:
+        """``rank_pattern``'s rank for a full module name, else ``init_r``."""
+        key = get_pattern_key(self.rank_pattern.keys(), module)
+        return self.rank_pattern.get(key, self.init_r)
+
+    def alpha_of(self, module: str) -> float:
+        """``alpha_pattern``'s alpha for a full module name, else ``lora_alpha``."""
+        key = get_pattern_key(self.alpha_pattern.keys(), module)
+        default: float = self.lora_alpha
+        return self.alpha_pattern.get(key, default)
 
     def scale(self, lora_alpha: float, rank: int) -> float:
         """The scale s_k of a module of ``rank`` active components."""
@@ -298,6 +314,7 @@ def _number(
     want = " and ".join(bounds)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r} must be a number, {want}.")
+    value = float(value)
     low = at_least is not None and not value >= at_least
     if low or (above is not None and not value > above) or not value < below:
         raise ValueError(f"{name}={value} is out of range; it must be {want}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -25,6 +25,19 @@ class Linear(nn.Module, LoraLayer):
     (rank, 1), rows = rank + components in reserve. They keep their identity when they grow, so
     optimizers and hooks that hold them stay valid.
     """
+
+    in_features: int
+    out_features: int
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    scaling: dict[str, float]
+    use_rslora: dict[str, bool]
+    lora_dropout: nn.ModuleDict
+    merged_adapters: list[str]
+
+    if TYPE_CHECKING:
+        # What nn.Module keeps in its dictionaries, and what LoraLayer inherits.
+        def __getattr__(self, name: str) -> Any: ...
 
     adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_E")
     other_param_names: tuple[str, ...] = (
@@ -57,7 +70,7 @@ class Linear(nn.Module, LoraLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config=config, probe=probe)
 
-    def update_layer(  # type: ignore[override]
+    def update_layer(
         self,
         adapter_name: str,
         r: int,
@@ -80,7 +93,7 @@ class Linear(nn.Module, LoraLayer):
         self.slots[adapter_name] = probe.new_slot()
         self.use_rslora[adapter_name] = config.use_rslora
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0.0 else nn.Identity()
-        self.lora_dropout.update(nn.ModuleDict({adapter_name: dropout}))
+        self.lora_dropout[adapter_name] = dropout
         a, b, e = self._draw(adapter_name, r, None)
         self.lora_A[adapter_name] = nn.Parameter(a)
         self.lora_B[adapter_name] = nn.Parameter(b)
@@ -260,7 +273,7 @@ class Linear(nn.Module, LoraLayer):
         else:
             a, b, e = self.active_factors(name)
         dropout = self.lora_dropout[name]
-        active = isinstance(dropout, nn.Dropout) and dropout.training
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         return adapter(
             y,
             x,
@@ -268,7 +281,7 @@ class Linear(nn.Module, LoraLayer):
             b,
             e,
             scale=self.scaling[name],
-            dropout=dropout.p if active else 0.0,
+            dropout=p,
             inplace=inplace,
             probe=self.probes[name],
             slot=self.slots[name],
@@ -321,5 +334,6 @@ def _append(parameter: nn.Parameter, rows: Tensor, dim: int) -> None:
 def _resize(parameter: nn.Parameter, value: Tensor) -> None:
     # `set_` also drops autograd's accumulator for the old shape; assigning `.data` would keep it.
     with torch.no_grad():
-        parameter.set_(value.detach().clone(memory_format=torch.contiguous_format))
+        # torch's stub has no overload for a tensor.
+        parameter.set_(value.detach().clone(memory_format=torch.contiguous_format))  # type: ignore[call-overload]
     parameter.grad = None

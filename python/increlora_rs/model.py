@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -51,10 +50,7 @@ class IncreLoraModel(LoraModel):
         parameter_name: str | None = None,
     ) -> None:
         config = lora_config
-        rank_key = get_pattern_key(config.rank_pattern.keys(), current_key)
-        alpha_key = get_pattern_key(config.alpha_pattern.keys(), current_key)
-        r = config.rank_pattern.get(rank_key, config.init_r)
-        alpha = config.alpha_pattern.get(alpha_key, config.lora_alpha)
+        r, alpha = config.initial_rank_of(current_key), config.alpha_of(current_key)
         try:
             if isinstance(target, Linear):
                 target.update_layer(adapter_name, r, alpha, config=config, probe=self._probe)

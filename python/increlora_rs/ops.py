@@ -128,7 +128,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 class _Adapter(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         y: Tensor,
         x: Tensor,
@@ -157,8 +157,8 @@ class _Adapter(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, t, mask, a, b, e = ctx.saved_tensors
         importance = None
         if ctx.probe is not None:

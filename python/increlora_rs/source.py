@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
-from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -131,9 +130,8 @@ def _assemble(config: IncreLoraConfig, tensors: dict[str, Tensor]) -> Adapter:
                 f"{tuple(a.shape)} and {tuple(b.shape)}; they must be matrices."
             )
         check_factors(name, a, b, e, int(a.shape[1]), int(b.shape[0]))
-        key = get_pattern_key(config.alpha_pattern.keys(), name)
-        alpha = config.alpha_pattern.get(key, config.lora_alpha)
-        adapter.modules[name] = Factors(a, b, e, config.scale(alpha, int(e.shape[0])))
+        scale = config.scale(config.alpha_of(name), int(e.shape[0]))
+        adapter.modules[name] = Factors(a, b, e, scale)
     if not adapter.modules:
         raise ValueError("model_or_adapter_dir: the adapter holds no module with lora_A, lora_B, lora_E.")
     return adapter

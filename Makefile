@@ -1,0 +1,55 @@
+# The one front door. `make demo` and `make test` need cargo, python3 with venv, a C++ compiler and
+# the package registries; everything else they make themselves in .venv and target.
+
+PYTHON ?= python3
+VENV := $(CURDIR)/.venv
+INSTALLED := $(VENV)/.installed
+# What pyproject.toml needs for a build, installed once instead of in an isolated environment.
+BUILD_REQUIRES := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | sed 's/", "/" "/g')
+
+export VIRTUAL_ENV := $(VENV)
+export PATH := $(VENV)/bin:$(PATH)
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test test-rust test-python lint format clean
+
+help: ## list the targets
+	@sed -n -E 's/^([a-z-]+):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	pip install --quiet $(BUILD_REQUIRES)
+	maturin develop --release --extras dev
+	touch $@
+
+build: $(INSTALLED) ## make .venv and build the extension into it
+	maturin develop --release --skip-install
+
+demo: build ## fine-tune MiniLM on BBC news with growing ranks, beside plain LoRA
+	increlora-rs demo --out demo
+
+test: lint test-rust test-python ## everything that CI runs
+
+test-rust: $(INSTALLED)
+	LD_LIBRARY_PATH="$$(python -c 'import os, torch; print(os.path.join(torch.__path__[0], "lib"))')" \
+		cargo test --release --quiet
+
+test-python: build
+	pytest
+
+lint: build
+	cargo fmt --check
+	cargo clippy --release --all-targets --quiet -- -D warnings
+	ruff format --check --quiet .
+	ruff check --quiet .
+	mypy
+
+format: $(INSTALLED) ## format Rust and Python
+	cargo fmt
+	ruff format --quiet .
+	ruff check --fix --quiet .
+
+clean: ## remove what was built, .venv included
+	rm -rf $(VENV) target demo

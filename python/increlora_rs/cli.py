@@ -1,0 +1,87 @@
+"""Command line: ``increlora-rs demo | inspect DIR | export DIR OUT | plot DIR PNG``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from .export import export_lora
+from .report import plot_ranks, rank_table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, or 1 after printing what was wrong."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"increlora-rs: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="increlora-rs", description="LoRA adapters whose ranks grow during training."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="fine-tune MiniLM on BBC news, beside plain LoRA")
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the training")
+    demo.add_argument("--rank", type=int, default=4, help="average rank")
+    demo.add_argument("--epochs", type=float, default=2.0)
+    demo.add_argument("--documents", type=int, default=None, help="use this many documents only")
+    demo.set_defaults(run=_demo)
+
+    inspect = commands.add_parser("inspect", help="table of a saved adapter's ranks")
+    inspect.add_argument("directory", metavar="DIR", help="what save_pretrained wrote")
+    inspect.set_defaults(run=_inspect)
+
+    export = commands.add_parser("export", help="write a saved adapter as a plain LoRA")
+    export.add_argument("directory", metavar="DIR", help="what save_pretrained wrote")
+    export.add_argument("out", metavar="OUT", help="folder of the plain LoRA")
+    export.add_argument("--layout", choices=("uniform", "compact"), default="uniform")
+    export.add_argument("--rank", type=int, default=None, help="uniform rank; default: the largest")
+    export.set_defaults(run=_export)
+
+    plot = commands.add_parser("plot", help="heat map of a saved adapter's ranks")
+    plot.add_argument("directory", metavar="DIR", help="what save_pretrained wrote")
+    plot.add_argument("picture", metavar="PNG", help="where to draw")
+    plot.set_defaults(run=_plot)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> None:
+    # Imported here: Trainer takes seconds that the other commands need not spend.
+    from .demo import run
+
+    run(
+        options.out,
+        seed=options.seed,
+        r=options.rank,
+        epochs=options.epochs,
+        documents=options.documents,
+    )
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    Console().print(rank_table(options.directory))
+
+
+def _export(options: argparse.Namespace) -> None:
+    config = export_lora(options.directory, options.out, options.layout, options.rank)
+    print(f"{options.out}: a plain LoRA of rank {config.r}; vLLM needs --max-lora-rank {config.r} or more")
+
+
+def _plot(options: argparse.Namespace) -> None:
+    plot_ranks(options.directory, options.picture)
+    print(options.picture)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Restart warm-up: rows born during training follow a learning rate of their own (section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import _core
+from .adapted import AdaptedModule
+
+LrSchedule = Literal["auto", "linear", "follow"]
+
+
+class RestartWarmup:
+    """Corrects newborn rows after each optimizer step, for the learning rate's warm-up and for Adam's
+    bias correction.
+
+    Args:
+        optimizer: The optimizer.
+        enabled: Warm newborn rows up anew? Adam's bias correction is theirs in any case.
+        total_steps: Steps of the training, if known.
+        lr_warmup: Steps of the learning rate's warm-up.
+        lr_schedule: See :func:`increlora_rs.attach`.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        enabled: bool,
+        total_steps: int | None,
+        lr_warmup: int,
+        lr_schedule: LrSchedule,
+    ) -> None:
+        if lr_schedule not in ("auto", "linear", "follow"):
+            raise ValueError(
+                f"lr_schedule={lr_schedule!r} is unknown; it must be 'auto', 'linear' or 'follow'."
+            )
+        if lr_warmup < 0:
+            raise ValueError(f"lr_warmup_steps={lr_warmup} is negative; give 0 or more.")
+        if lr_schedule == "linear" and total_steps is None:
+            raise ValueError("lr_schedule='linear' needs total_steps, at which the learning rate is 0.")
+        self._optimizer = optimizer
+        self._enabled = enabled
+        self._total_steps = total_steps
+        self._lr_warmup = lr_warmup
+        self._lr_schedule = lr_schedule
+        self._young: list[tuple[nn.Parameter, Tensor, list[int], int]] = []
+        self.was_linear = total_steps is not None
+        self.adam_lead = 0
+
+    def find_young(self, modules: Sequence[AdaptedModule]) -> None:
+        """Looks which parameters have rows that were born during training."""
+        self._young = [
+            (parameter, torch.empty_like(parameter, requires_grad=False), births, dim)
+            for module in modules
+            for parameter, dim, births in module.parameters
+            if any(births)
+        ]
+
+    def keep_old(self) -> None:
+        """Before the optimizer acts: keeps the values of the parameters concerned."""
+        if self._young:
+            torch._foreach_copy_([old for _, old, _, _ in self._young], [p for p, *_ in self._young])
+
+    def correct(self, step: int) -> None:
+        """After the optimizer took step ``step``: corrects the newborn rows."""
+        self._observe(step)
+        if not self._young:
+            return
+        linear = self._lr_schedule == "linear" or (self._lr_schedule == "auto" and self.was_linear)
+        young = {id(entry[0]): entry for entry in self._young}
+        for group in self._optimizer.param_groups:
+            rows = [young[id(p)] for p in group["params"] if id(p) in young]
+            if rows:
+                _core.restart_(
+                    rows,
+                    step,
+                    multiplier=_multiplier(group) if self._enabled else None,
+                    lr_warmup=self._lr_warmup,
+                    linear_until=self._total_steps if linear else None,
+                    betas=_adam_betas(self._optimizer, group),
+                    adam_lead=self.adam_lead,
+                    decay=_decoupled_decay(self._optimizer, group),
+                )
+
+    def _observe(self, step: int) -> None:
+        """Has the learning rate been a linear decay to 0 at ``total_steps`` so far?"""
+        total, warmup = self._total_steps, self._lr_warmup
+        if self._lr_schedule != "auto" or not self.was_linear or total is None or step <= warmup:
+            return
+        expected = (total - step) / (total - warmup) if total > warmup else 1.0
+        # A schedule may count the step that it is at, or the one before.
+        tolerance = 1.5 / max(total - warmup, 1)
+        self.was_linear = abs(_multiplier(self._optimizer.param_groups[0]) - expected) <= tolerance
+
+
+def _multiplier(group: dict[str, Any]) -> float:
+    lr, initial = float(group["lr"]), float(group.get("initial_lr", group["lr"]))
+    return lr / initial if initial > 0.0 else 0.0
+
+
+def _adam_betas(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[float, float] | None:
+    """Adam's betas, for the optimizers that correct the bias of their moments as Adam does."""
+    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        beta1, beta2 = group["betas"]
+        return float(beta1), float(beta2)
+    return None
+
+
+def _decoupled_decay(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
+    decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
+    return float(group["lr"]) * float(group.get("weight_decay", 0.0)) if decoupled else 0.0

@@ -1,0 +1,116 @@
+"""Tiny models for every test, built from configurations: no hub, no files; adapters of unequal ranks."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from increlora_rs.model import adapted_layers, short
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin0 = nn.Linear(12, 20)
+        self.lin1 = nn.Linear(20, 6)
+
+    def forward(self, x):
+        return self.lin1(torch.relu(self.lin0(x)))
+
+
+def seeded(build):
+    state = torch.get_rng_state()
+    torch.manual_seed(7)
+    model = build().eval()
+    torch.set_rng_state(state)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def make_plain():
+    """Builds the two-layer model: lin0 12 to 20, lin1 20 to 6; the same weights at every call."""
+    return lambda: seeded(Plain)
+
+
+@pytest.fixture(scope="session")
+def make_bert():
+    """Builds a BERT classifier of 2 layers (or more), 3 labels; the same weights at every call."""
+
+    def build(layers=2, hidden=32):
+        config = BertConfig(
+            vocab_size=99,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=32,
+            num_labels=3,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        return seeded(lambda: BertForSequenceClassification(config))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def make_llama():
+    """Builds a Llama of 2 layers; the same weights at every call."""
+
+    def build():
+        config = LlamaConfig(
+            vocab_size=99,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            max_position_embeddings=32,
+        )
+        return seeded(lambda: LlamaForCausalLM(config))
+
+    return build
+
+
+@pytest.fixture
+def plain_input():
+    return torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 99, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def grow():
+    """``grow(model, {name: rank})``: raises the ranks of the named modules (None: 1, 2, 3, 1, ... in
+    model order), then fills A, B and E of all with numbers, so that outputs differ from the base."""
+
+    def run(model, ranks=None, *, adapter_name="default", reserve=0, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        layers = {short(name): layer for name, layer in adapted_layers(model, adapter_name).items()}
+        if ranks is None:
+            ranks = {name: 1 + k % 3 for k, name in enumerate(layers)}
+        for name, rank in ranks.items():
+            missing = rank - layers[name].r[adapter_name]
+            if missing > 0:
+                layers[name].grow(adapter_name, missing, generator)
+        for layer in layers.values():
+            layer.set_reserve(adapter_name, reserve, generator)
+            with torch.no_grad():
+                for factors in (layer.lora_A, layer.lora_B):
+                    factors[adapter_name].normal_(0.0, 0.3, generator=generator)
+                layer.lora_E[adapter_name].uniform_(0.5, 1.5, generator=generator)
+        return {name: layer.r[adapter_name] for name, layer in layers.items()}
+
+    return run
