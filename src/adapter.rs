@@ -193,7 +193,8 @@ pub fn backward(
     let grad_a = u.f_tr()?.f_mm(dropped)?.f_to_kind(kind)?.f_mul_scalar(gain)?;
     // (rows, out): t^T gy reads gy row by row; gy^T t would be several times slower.
     let q = t.f_tr()?.f_mm(&gy)?.f_to_kind(kind)?;
-    let grad_b = q.f_mul(&scaled_e.f_unsqueeze(1)?)?.f_tr()?;
+    // Contiguous: DDP copies gradients of other strides than the parameter's one by one.
+    let grad_b = q.f_mul(&scaled_e.f_unsqueeze(1)?)?.f_tr()?.f_contiguous()?;
     let active = adapter.e.size()[0];
     let grad_e = q
         .f_narrow(0, 0, active)?
@@ -214,4 +215,62 @@ pub fn backward(
         None
     };
     Ok(Gradients { x: grad_x, a: grad_a, b: grad_b, e: grad_e })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matrix(rows: i64, values: &[f64]) -> Tensor {
+        Tensor::from_slice(values).reshape([rows, -1])
+    }
+
+    fn adapter() -> Adapter {
+        Adapter {
+            a: matrix(1, &[3.0, 4.0]),
+            b: matrix(2, &[1.0, -1.0]),
+            e: matrix(1, &[2.0]),
+            scale: 0.5,
+        }
+    }
+
+    #[test]
+    fn forward_adds_the_update() {
+        let mut y = matrix(1, &[100.0, 200.0]);
+        let t = forward(&adapter(), &matrix(1, &[1.0, 2.0]), &mut y, None).unwrap();
+        assert_eq!((t, y), (matrix(1, &[11.0]), matrix(1, &[111.0, 189.0])));
+    }
+
+    #[test]
+    fn backward_gives_the_gradients() {
+        let (x, t, gy) = (matrix(1, &[1.0, 2.0]), matrix(1, &[11.0]), matrix(1, &[1.0, 2.0]));
+        let got = backward(&adapter(), &x, &t, &gy, None, true, None).unwrap();
+        assert_eq!(got.x, Some(matrix(1, &[-3.0, -4.0])));
+        assert_eq!(got.a, matrix(1, &[-1.0, -2.0]));
+        assert_eq!(got.b, matrix(2, &[11.0, 22.0]));
+        assert_eq!(got.e, matrix(1, &[-5.5]));
+    }
+
+    #[test]
+    fn backward_adds_the_importance_to_its_slot() {
+        let (x, t, gy) = (matrix(1, &[1.0, 2.0]), matrix(1, &[11.0]), matrix(1, &[1.0, 2.0]));
+        let mut importance = Tensor::from_slice(&[5.0, 7.0]);
+        let slot = Some((&mut importance, 1));
+        backward(&adapter(), &x, &t, &gy, None, false, slot).unwrap();
+        // |[[3, 4], [-3, -4]] * [[1, 2], [2, 4]]|
+        assert_eq!(importance, Tensor::from_slice(&[5.0, 7.0 + 33.0]));
+    }
+
+    #[test]
+    fn the_reserve_counts_with_its_constant() {
+        let adapter =
+            Adapter { e: Tensor::zeros([0, 1], (Kind::Double, Device::Cpu)), ..adapter() };
+        assert_eq!(adapter.scaled_b().unwrap(), matrix(2, &[0.5 * RESERVE_E, -0.5 * RESERVE_E]));
+    }
+
+    #[test]
+    fn a_mask_that_keeps_nothing_divides_by_nothing() {
+        let dropout = Dropout { mask: Tensor::zeros([1], (Kind::Uint8, Device::Cpu)), keep: 0.0 };
+        assert_eq!(Dropout::gain(Some(&dropout)), 1.0);
+    }
 }

@@ -94,3 +94,39 @@ pub fn smooth_(
     uncertainty.f_copy_(&new_uncertainty.f_where_self(&finite, uncertainty)?)?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Device;
+
+    fn random(rows: i64, columns: i64) -> Tensor {
+        Tensor::randn([rows, columns], (Kind::Double, Device::Cpu))
+    }
+
+    #[test]
+    fn blocks_give_the_sum_of_the_whole() {
+        let (p, a, gy, x) = (random(1100, 2), random(2, 700), random(3, 1100), random(3, 700));
+        let mut vector = Tensor::zeros([1], (Kind::Double, Device::Cpu));
+        accumulate(&mut vector, 0, &p, &a, &gy, &x, 2.0).unwrap();
+        let whole = 2.0 * (p.mm(&a) * gy.tr().mm(&x)).abs().sum(Kind::Double).double_value(&[]);
+        assert!((vector.double_value(&[0]) / whole - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_slot_past_the_vector_is_refused() {
+        let (p, a, gy, x) = (random(4, 1), random(1, 4), random(2, 4), random(2, 4));
+        let mut vector = Tensor::zeros([2], (Kind::Double, Device::Cpu));
+        let refused = accumulate(&mut vector, 2, &p, &a, &gy, &x, 1.0).unwrap_err().to_string();
+        assert_eq!(refused, "slot is 2; the importance vector has the slots 0 to 1");
+    }
+
+    #[test]
+    fn one_step_of_the_smoothing() {
+        let (importance, factor) = (Tensor::from_slice(&[8.0]), Tensor::from_slice(&[0.5]));
+        let (mut mean, mut uncertainty) = (Tensor::from_slice(&[2.0]), Tensor::from_slice(&[1.0]));
+        smooth_(&importance, &factor, &mut mean, &mut uncertainty, 0.5, 0.75).unwrap();
+        // 0.5 * 2 + 0.5 * 4, then 0.75 * 1 + 0.25 * |4 - 3|.
+        assert_eq!((mean, uncertainty), (Tensor::from_slice(&[3.0]), Tensor::from_slice(&[1.0])));
+    }
+}

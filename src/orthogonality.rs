@@ -78,3 +78,36 @@ fn run(
     }
     Ok(Tensor::f_stack(&norms, 0)?.f_mean(Kind::Double)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matrices() -> ([Tensor; 1], [Tensor; 1]) {
+        let a = Tensor::from_slice(&[2.0, 0.0]).reshape([1, 2]);
+        let b = Tensor::from_slice(&[1.0, 0.0]).reshape([2, 1]);
+        ([a], [b])
+    }
+
+    #[test]
+    fn the_value_is_the_mean_of_the_norms() {
+        let (a, b) = matrices();
+        assert_eq!(value(&a, &b).unwrap(), Tensor::from(1.5));
+    }
+
+    #[test]
+    fn the_gradient_is_added_and_an_orthonormal_matrix_has_none() {
+        let (a, b) = matrices();
+        let (mut grad_a, mut grad_b) = ([a[0].ones_like()], [b[0].ones_like()]);
+        let factor = Tensor::from(0.5);
+        let _ = add_gradient_(&a, &b, &mut grad_a, &mut grad_b, &factor).unwrap();
+        // 0.5 * 2 * 3 * A / (2 * 3)
+        assert_eq!(grad_a[0], Tensor::from_slice(&[2.0, 1.0]).reshape([1, 2]));
+        assert_eq!(grad_b[0], b[0].ones_like());
+    }
+
+    #[test]
+    fn no_matrices_are_refused() {
+        assert!(value(&[], &[]).unwrap_err().to_string().starts_with("a or b is empty"));
+    }
+}

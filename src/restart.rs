@@ -66,3 +66,59 @@ pub fn correct_(
     parameter.f_copy_(&new)?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step() -> Step {
+        let rate = LearningRate { multiplier: 0.75, warmup: 10, linear_until: Some(100) };
+        Step {
+            learning_rate: Some(rate),
+            betas: Some((0.9, 0.999)),
+            decay: 0.01,
+            step: 30,
+            lead: 4,
+        }
+    }
+
+    #[test]
+    fn rows_from_the_start_keep_what_the_optimizer_gave_them() {
+        assert_eq!(step().factors(0), (1.0, 0.0));
+    }
+
+    #[test]
+    fn decay_follows_the_learning_rate_and_not_the_bias_correction() {
+        let (old, update) = (3.0, 0.2);
+        let new = old * (1.0 - 0.01) - update;
+        let (f, g) = step().factors(25);
+        // Age 5 of a climb of 10 steps: m_new = 0.5 under m = 0.75.
+        let rate = 0.5 / 0.75;
+        let bias = adam_ratio((0.9, 0.999), 25, 30, 4);
+        let want = old * (1.0 - rate * 0.01) - rate * bias * update;
+        assert!((f * new + g * old - want).abs() < 1e-14);
+    }
+
+    #[test]
+    fn without_a_learning_rate_only_the_bias_is_corrected() {
+        let (f, _) = Step { learning_rate: None, ..step() }.factors(25);
+        assert_eq!(f, adam_ratio((0.9, 0.999), 25, 30, 4));
+    }
+
+    #[test]
+    fn without_a_schedule_and_betas_every_row_is_left_alone() {
+        let (f, g) = Step { learning_rate: None, betas: None, ..step() }.factors(25);
+        assert_eq!((f, g), (1.0, 0.0));
+    }
+
+    #[test]
+    fn columns_are_born_where_dim_is_one() {
+        let mut parameter = Tensor::from_slice(&[1.0, 2.0, 3.0, 4.0]).reshape([2, 2]);
+        let old = Tensor::zeros([2, 2], (Kind::Double, tch::Device::Cpu));
+        let lr = LearningRate { multiplier: 1.0, warmup: 4, linear_until: None };
+        let step = Step { learning_rate: Some(lr), betas: None, decay: 0.0, step: 3, lead: 0 };
+        correct_(&mut parameter, &old, &[0, 2], 1, &step).unwrap();
+        let want = Tensor::from_slice(&[1.0, 0.5, 3.0, 1.0]).reshape([2, 2]);
+        assert_eq!(parameter, want);
+    }
+}

@@ -1,15 +1,17 @@
 """Tiny models for every test, built from configurations: no hub, no files; adapters of unequal ranks."""
 
+import json
 import os
+import subprocess
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from increlora_rs.model import adapted_layers, short
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
-
-from increlora_rs.model import adapted_layers, short
 
 
 class Plain(nn.Module):
@@ -54,6 +56,7 @@ def make_bert():
             intermediate_size=48,
             max_position_embeddings=32,
             num_labels=3,
+            initializer_range=0.2,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
@@ -73,6 +76,7 @@ def make_llama():
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
+            initializer_range=0.2,
             intermediate_size=48,
             max_position_embeddings=32,
         )
@@ -114,3 +118,67 @@ def grow():
         return {name: layer.r[adapter_name] for name, layer in layers.items()}
 
     return run
+
+
+# Loads adapters on a saved BERT classifier; a line of JSON in, a line of JSON out.
+_WORKER = """
+import json, sys
+{imports}
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+for line in sys.stdin:
+    request = json.loads(line)
+    base = AutoModelForSequenceClassification.from_pretrained(request["base"])
+    model = PeftModel.from_pretrained(base.to(getattr(torch, request["dtype"])), request["adapter"])
+    answer = {{"classes": sorted({{type(m).__module__ for m in model.modules()}})}}
+    with torch.no_grad():
+        answer["logits"] = model(torch.tensor(request["tokens"])).logits.double().tolist()
+    answer["knows_increlora"] = "increlora_rs" in sys.modules
+    print("ANSWER" + json.dumps(answer), flush=True)
+"""
+
+
+def _worker(imports):
+    process = subprocess.Popen(
+        [sys.executable, "-c", _WORKER.format(imports=imports)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+    def ask(base, adapter, tokens, dtype="float32"):
+        request = {"base": str(base), "adapter": str(adapter), "tokens": tokens.tolist(), "dtype": dtype}
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        for line in process.stdout:
+            if line.startswith("ANSWER"):
+                return json.loads(line.removeprefix("ANSWER"))
+        raise AssertionError(f"the process that loads adapters died: {process.stderr.read()}")
+
+    yield ask
+    process.stdin.close()
+    process.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def plain_peft():
+    """``plain_peft(base_dir, adapter_dir, tokens)``: what a process that never imports increlora_rs
+    gets from the adapter."""
+    yield from _worker("")
+
+
+@pytest.fixture(scope="session")
+def new_process():
+    """``new_process(base_dir, adapter_dir, tokens)``: what a new process that imports increlora_rs
+    gets from the adapter."""
+    yield from _worker("import increlora_rs")
+
+
+@pytest.fixture(scope="session")
+def bert_dir(make_bert, tmp_path_factory):
+    """The BERT classifier of ``make_bert()``, saved."""
+    path = tmp_path_factory.mktemp("bert")
+    make_bert().save_pretrained(path)
+    return path

@@ -5,9 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from peft import LoraConfig, PeftConfig, TaskType
-
 from increlora_rs import IncreLoraConfig
+from peft import LoraConfig, PeftConfig, TaskType
 
 OWN_DEFAULTS = {
     "r": 8,

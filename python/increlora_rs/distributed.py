@@ -38,7 +38,8 @@ def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
     if not several_processes():
         return None
     for candidate in gc.get_objects():
-        if isinstance(candidate, DistributedDataParallel) and any(
+        # By type: asking some of torch's own objects for their class warns.
+        if issubclass(type(candidate), DistributedDataParallel) and any(
             module is model for module in candidate.modules()
         ):
             return candidate
@@ -55,6 +56,11 @@ def rebuild_buckets(ddp: DistributedDataParallel) -> None:
     names = internal._build_debug_param_to_name_mapping(parameters)
     internal._ddp_init_helper(parameters, expects_sparse, names, internal.static_graph)
     internal._has_rebuilt_buckets = False
+    if internal.static_graph:
+        # The new reducer learns the graph in its first backward pass, as the old one did.
+        internal.reducer._set_static_graph()
+        internal.logger._set_static_graph()
+        internal._static_graph_delay_allreduce_enqueued = False
     internal._comm_hooks = []
     for hook, state in comm_hooks:
         internal.register_comm_hook(state, hook)

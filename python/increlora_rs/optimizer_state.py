@@ -18,11 +18,11 @@ def resize_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dim:
     state = optimizer.state.get(parameter)
     if not state:
         return
-    resized = {}
+    resized: dict[str, Tensor] = {}
     for key, value in state.items():
-        if not isinstance(value, Tensor) or (value.numel() == 1 and value.dim() == 0):
+        if not isinstance(value, Tensor) or value.dim() == 0:
             continue
-        if not _fits(value, parameter, dim):
+        if not _fits(key, value, parameter, dim, {old.shape[dim] for old in resized.values()}):
             warnings.warn(
                 f"the state {key!r} of {type(optimizer).__name__}, of shape {tuple(value.shape)}, "
                 f"cannot follow a parameter that grew to {tuple(parameter.shape)}; the parameter's "
@@ -32,13 +32,19 @@ def resize_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dim:
             )
             del optimizer.state[parameter]
             return
-        resized[key] = _resized(value, parameter.shape[dim], dim)
-    state.update(resized)
+        resized[key] = value
+    state.update({key: _resized(value, parameter.shape[dim], dim) for key, value in resized.items()})
 
 
-def _fits(value: Tensor, parameter: nn.Parameter, dim: int) -> bool:
-    return value.dim() == parameter.dim() and all(
-        value.shape[i] == parameter.shape[i] for i in range(value.dim()) if i != dim
+def _fits(key: str, value: Tensor, parameter: nn.Parameter, dim: int, sizes: set[int]) -> bool:
+    """Was ``value`` elementwise? ``sizes`` are the sizes along ``dim`` of the state seen so far."""
+    # Factors of a parameter with one row or column have its shape by chance.
+    factor = "row" in key or "col" in key
+    return (
+        not factor
+        and value.dim() == parameter.dim()
+        and all(value.shape[i] == parameter.shape[i] for i in range(value.dim()) if i != dim)
+        and sizes <= {value.shape[dim]}
     )
 
 

@@ -120,6 +120,7 @@ class RankScheduler:
         self.step = 0
         self.restored = False
         self._may_grow = False
+        self._stepped = False
         self._history: list[tuple[int, int, int, float]] = []
         self._expected: list[tuple[int, int]] | None = None
         self._window = self._window_steps()
@@ -148,6 +149,8 @@ class RankScheduler:
             self._optimizer.register_state_dict_pre_hook(self._save),
             self._optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
+        if scaler is not None:
+            self._watch(scaler)
         self._arm()
 
     # What a user reads.
@@ -189,7 +192,10 @@ class RankScheduler:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._scaler is not None:
+            del self._scaler.update
         self._drop_reserves()
+        self._rebuild_buckets()
         self._probe.importance = None
         self._probe.attached = False
         self._group.pop(STATE_KEY, None)
@@ -201,6 +207,19 @@ class RankScheduler:
         group: dict[str, Any] = self._optimizer.param_groups[0]
         return group
 
+    def _watch(self, scaler: Any) -> None:
+        """A scaler skips the optimizer where gradients overflowed; the importance of such a step must
+        not stay for the next one."""
+        update = scaler.update
+
+        def watched(*args: Any, **kwargs: Any) -> None:
+            update(*args, **kwargs)
+            if not self._stepped:
+                self._importance.zero_()
+            self._stepped = False
+
+        scaler.update = watched
+
     def _start(self) -> None:
         self.schedule = self._plan()
         for module in self._modules:
@@ -209,6 +228,7 @@ class RankScheduler:
         self._restart.adam_lead = int(steps)
         self._update_may_grow()
         self._fill_reserves(self._modules)
+        self._rebuild_buckets()
 
     def _plan(self) -> _core.Schedule:
         config, total = self._config, self._total_steps
@@ -272,6 +292,7 @@ class RankScheduler:
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._check_loaded()
         self.step += 1
+        self._stepped = True
         if self._probe.importance is not None:
             self._smooth(optimizer)
         if self._config.orthogonality_weight > 0.0:
@@ -290,8 +311,11 @@ class RankScheduler:
     def _smooth(self, optimizer: torch.optim.Optimizer) -> None:
         average_(self._importance)
         factor = self._norm
-        if self._scaler is not None and self._scaler.is_enabled():
-            factor = factor / self._scaler.get_scale()
+        loss_scale = getattr(optimizer, "grad_scale", None)
+        if loss_scale is None and self._scaler is not None:
+            loss_scale = self._scaler.get_scale()
+        if loss_scale is not None:
+            factor = factor / loss_scale
         overflowed = getattr(optimizer, "found_inf", None)
         if overflowed is not None:
             factor = torch.where(overflowed.to(factor) > 0, torch.nan, factor)

@@ -1,0 +1,57 @@
+"""Several processes choose alike, stay identical bit for bit, and equal one process with the mean loss."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKERS = Path(__file__).parent / "workers"
+sys.path.insert(0, str(WORKERS))
+
+import ddp  # noqa: E402
+
+
+def torchrun(processes, script, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={processes}", str(WORKERS / script), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[:3000]
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def processes(request, tmp_path_factory):
+    """(number, results of every process) of one launch for all scenarios."""
+    out = tmp_path_factory.mktemp("ddp")
+    torchrun(request.param, "ddp.py", out)
+    return request.param, [torch.load(out / f"rank{k}.pt") for k in range(request.param)]
+
+
+@pytest.mark.parametrize("scenario", ddp.SCENARIOS)
+def test_all_processes_have_the_same_parameters_bit_for_bit(processes, scenario):
+    _, results = processes
+    first = results[0][scenario]["parameters"]
+    for other in results[1:]:
+        for name, parameter in first.items():
+            assert torch.equal(parameter, other[scenario]["parameters"][name]), name
+
+
+@pytest.mark.parametrize("scenario", ddp.SCENARIOS)
+def test_all_processes_choose_alike_and_meet_the_budget(processes, scenario):
+    _, results = processes
+    histories = [result[scenario]["history"] for result in results]
+    assert all(history == histories[0] for history in histories)
+    assert sum(results[0][scenario]["ranks"].values()) == 9
+
+
+@pytest.mark.parametrize("scenario", ddp.SCENARIOS)
+def test_several_processes_equal_one_with_the_averaged_loss(processes, scenario):
+    number, results = processes
+    alone = ddp.train_alone(scenario, number)
+    assert alone["ranks"] == results[0][scenario]["ranks"]
+    for name, parameter in alone["parameters"].items():
+        together = results[0][scenario]["parameters"][name]
+        torch.testing.assert_close(together, parameter, rtol=1e-4, atol=1e-6, msg=name)
