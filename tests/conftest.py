@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -140,26 +141,28 @@ for line in sys.stdin:
 
 
 def _worker(imports):
-    process = subprocess.Popen(
-        [sys.executable, "-c", _WORKER.format(imports=imports)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _WORKER.format(imports=imports)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
 
-    def ask(base, adapter, tokens, dtype="float32"):
-        request = {"base": str(base), "adapter": str(adapter), "tokens": tokens.tolist(), "dtype": dtype}
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
-        for line in process.stdout:
-            if line.startswith("ANSWER"):
-                return json.loads(line.removeprefix("ANSWER"))
-        raise AssertionError(f"the process that loads adapters died: {process.stderr.read()}")
+        def ask(base, adapter, tokens, dtype="float32"):
+            request = {"base": str(base), "adapter": str(adapter), "tokens": tokens.tolist(), "dtype": dtype}
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            for line in process.stdout:
+                if line.startswith("ANSWER"):
+                    return json.loads(line.removeprefix("ANSWER"))
+            errors.seek(0)
+            raise AssertionError(f"the process that loads adapters died: {errors.read()[-3000:]}")
 
-    yield ask
-    process.stdin.close()
-    process.wait(timeout=30)
+        yield ask
+        process.stdin.close()
+        process.wait(timeout=30)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from increlora_rs.model import adapted_layers, short
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 RANKS = {
@@ -296,7 +297,7 @@ def test_rank_below_the_largest_is_refused_with_both(train, tmp_path, rank):
         export_lora(train(configure(IncreLoraConfig)), tmp_path / "plain", rank=rank)
 
 
-@pytest.mark.parametrize("rank", ["8", 8.0, True])
+@pytest.mark.parametrize("rank", ["8", 8.0])
 def test_rank_of_a_wrong_type_is_refused_by_name_and_value(train, tmp_path, rank):
     with pytest.raises(TypeError, match=f"rank={rank!r}"):
         export_lora(train(configure(IncreLoraConfig)), tmp_path / "plain", rank=rank)
@@ -345,7 +346,7 @@ def test_adapter_of_a_single_rank_is_exported(make_bert, tokens, tmp_path):
     torch.testing.assert_close(logits(loaded, tokens), logits(model, tokens), rtol=0.0, atol=5e-6)
 
 
-def test_model_inside_another_is_exported_by_its_names(make_plain, grow, plain_input, tmp_path):
+def test_model_that_is_not_of_transformers_is_exported(make_plain, grow, plain_input, tmp_path):
     model = get_peft_model(make_plain(), IncreLoraConfig(target_modules=["lin0", "lin1"]))
     ranks = grow(model)
     export_lora(model, tmp_path, "compact")
@@ -353,6 +354,17 @@ def test_model_inside_another_is_exported_by_its_names(make_plain, grow, plain_i
     torch.testing.assert_close(loaded(plain_input), model.eval()(plain_input), rtol=0.0, atol=1e-5)
     found = {short(n): m.r["default"] for n, m in loaded.named_modules() if hasattr(m, "lora_A")}
     assert found == ranks
+
+
+def test_module_whose_name_ends_anothers_keeps_its_rank_in_the_compact_layout(grow, tmp_path):
+    def build():
+        return nn.ModuleDict({"lin": nn.Linear(8, 8), "block": nn.ModuleDict({"lin": nn.Linear(8, 8)})})
+
+    model = get_peft_model(build(), IncreLoraConfig(target_modules=["lin"]))
+    grow(model, {"lin": 5, "block.lin": 2})
+    export_lora(model, tmp_path, "compact")
+    loaded = PeftModel.from_pretrained(build(), tmp_path).base_model.model
+    assert (loaded["lin"].r["default"], loaded["block"]["lin"].r["default"]) == (5, 2)
 
 
 def test_failed_export_leaves_an_old_one(train, tmp_path, monkeypatch):

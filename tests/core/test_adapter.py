@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from increlora_rs import _core, ops
+from table_ids import describe
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -589,12 +590,6 @@ BAD_BACKWARD = [
     ("slot", 0.5, TypeError),
     ("needs_x", "yes", TypeError),
 ]
-
-
-def describe(value) -> str:
-    if isinstance(value, Tensor):
-        return f"{list(value.shape)} {value.dtype} {value.device}".replace("torch.", "")
-    return value.__name__ if isinstance(value, type) else str(value)
 
 
 @pytest.mark.parametrize(("name", "value", "error"), BAD_FORWARD, ids=describe)

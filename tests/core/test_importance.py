@@ -5,6 +5,7 @@ sum over both matrices as a whole, in float64.
 import pytest
 import torch
 from increlora_rs import _core
+from table_ids import describe
 from torch import Tensor
 
 F64, F32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -169,7 +170,7 @@ def test_the_importance_is_free_of_the_graph():
         ("scale", float("-inf"), ValueError),
         ("scale", None, TypeError),
     ],
-    ids=str,
+    ids=describe,
 )
 def test_bad_input_is_refused_by_name(name, value, error):
     with pytest.raises(error, match=rf"(?i)\b{name}\b"):

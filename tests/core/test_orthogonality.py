@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from increlora_rs import _core
+from table_ids import describe
 from torch import Tensor
 
 F64, F32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -40,7 +41,7 @@ def reference(a, b) -> tuple[Tensor, list[Tensor]]:
 def added(a, b, factor=1.0, start=0.0, dtype=None) -> tuple[Tensor, list[Tensor]]:
     """Value and gradients, the latter on top of `start`."""
     grads = [torch.full_like(m, start, dtype=dtype) for m in a + b]
-    factor = torch.as_tensor(factor)
+    factor = factor if isinstance(factor, Tensor) else torch.tensor(factor, dtype=F64)
     value = _core.add_orthogonality_gradient_(a, b, grads[: len(a)], grads[len(a) :], factor)
     return value, grads
 
@@ -196,14 +197,14 @@ BAD_GRADIENTS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "error"), BAD_MATRICES)
+@pytest.mark.parametrize(("name", "value", "error"), BAD_MATRICES, ids=describe)
 def test_the_value_refuses_by_name(name, value, error):
     arguments = {key: good()[key] for key in ("a", "b")} | {name: value}
     with pytest.raises(error, match=rf"\b{name}\b"):
         _core.orthogonality(**arguments)
 
 
-@pytest.mark.parametrize(("name", "value", "error"), BAD_GRADIENTS)
+@pytest.mark.parametrize(("name", "value", "error"), BAD_GRADIENTS, ids=describe)
 def test_the_gradient_refuses_by_name(name, value, error):
     with pytest.raises(error, match=rf"\b{name}\b"):
         _core.add_orthogonality_gradient_(**good() | {name: value})

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from increlora_rs import _core
+from table_ids import describe
 from torch import Tensor
 
 F64 = torch.float64
@@ -79,8 +80,6 @@ def test_strided_vectors_are_smoothed_in_place():
             (name, value, error)
             for name in ("importance", "factor", "mean", "uncertainty")
             for value, error in [
-                (torch.ones(MODULES + 1, dtype=F64), ValueError),
-                (torch.ones(1, dtype=F64), ValueError),
                 (torch.ones(MODULES, 1, dtype=F64), ValueError),
                 (torch.tensor(1.0, dtype=F64), ValueError),
                 (torch.ones(MODULES), TypeError),
@@ -89,6 +88,11 @@ def test_strided_vectors_are_smoothed_in_place():
                 (torch.ones(MODULES, dtype=F64, device="meta"), ValueError),
                 ([1.0] * MODULES, TypeError),
             ]
+        ],
+        *[
+            (name, torch.ones(length, dtype=F64), ValueError)
+            for name in ("factor", "mean", "uncertainty")
+            for length in (1, MODULES + 1)
         ],
         *[
             (name, value, error)
@@ -102,7 +106,7 @@ def test_strided_vectors_are_smoothed_in_place():
             ]
         ],
     ],
-    ids=str,
+    ids=describe,
 )
 def test_bad_input_is_refused_by_name(name, value, error):
     mean, uncertainty = vectors(3, 2)

@@ -1,0 +1,241 @@
+"""IncreLoraCallback in transformers.Trainer: schedule, logs, resume."""
+
+import shutil
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from increlora_rs import IncreLoraCallback, IncreLoraConfig
+from increlora_rs.adapted import adapted_modules
+from transformers import Trainer, TrainingArguments
+
+TARGETS = ["query", "value", "intermediate.dense"]
+STEPS = 24
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        generator = torch.Generator().manual_seed(i)
+        ids = torch.randint(5, 99, (8,), generator=generator)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[0] % 3}
+
+
+@pytest.fixture
+def make_trainer(make_bert, tmp_path):
+    """Builds a Trainer of 24 steps on a tiny BERT with a fresh adapter at rank 1."""
+
+    def build(form=IncreLoraConfig, callbacks=None, config=None, dtype=torch.float32, **arguments):
+        torch.manual_seed(4)
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 5e-3,
+            "warmup_steps": 3,
+            "logging_steps": 4,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "seed": 11,
+        }
+        settings = {
+            "task_type": "SEQ_CLS",
+            "r": 3,
+            "lora_alpha": 8,
+            "lora_dropout": 0.1,
+            "target_modules": TARGETS,
+            "tinit": 4,
+            "deltaT": 4,
+            "top_h": 4,
+        }
+        model = peft.get_peft_model(make_bert().to(dtype), form(**(settings | (config or {}))))
+        callback = IncreLoraCallback()
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(**(defaults | arguments)),
+            train_dataset=Rows(64),
+            eval_dataset=Rows(8),
+            callbacks=[callback] if callbacks is None else callbacks,
+        )
+        return trainer, callback
+
+    return build
+
+
+def weights(trainer):
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def test_config_and_callback_are_enough(make_trainer):
+    trainer, callback = make_trainer(config={"tinit": None, "deltaT": None, "top_h": None})
+    trainer.train()
+    assert callback.scheduler.total_rank == callback.scheduler.budget == 18
+    assert callback.scheduler.schedule.tinit == STEPS // 10
+
+
+def test_every_training_log_has_total_rank_and_orth_reg(make_trainer):
+    trainer, callback = make_trainer()
+    trainer.train()
+    logged = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["step"] for log in logged] == [4, 8, 12, 16, 20, 24]
+    assert [log["total_rank"] for log in logged] == [6, 10, 14, 18, 18, 18]
+    assert logged[-1]["orth_reg"] == pytest.approx(callback.scheduler.orth_reg)
+
+
+def test_an_evaluation_log_holds_nothing_of_ours(make_trainer):
+    trainer, _ = make_trainer(eval_strategy="steps", eval_steps=8)
+    trainer.train()
+    logged = [log for log in trainer.state.log_history if "eval_loss" in log]
+    assert len(logged) == 3
+    assert all("total_rank" not in log for log in logged)
+
+
+@pytest.mark.parametrize("form", [IncreLoraConfig, IncreLoraConfig.paper])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_evaluation_loss_is_the_task_loss_alone(make_trainer, form, accumulation):
+    trainer, _ = make_trainer(form, gradient_accumulation_steps=accumulation)
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    rows = torch.utils.data.default_collate([trainer.eval_dataset[i] for i in range(8)])
+    with torch.no_grad():
+        assert loss == pytest.approx(trainer.model.eval()(**rows).loss.item(), rel=1e-5)
+
+
+def test_the_learning_rate_warm_up_comes_from_the_trainer(make_trainer):
+    trainer, callback = make_trainer(warmup_steps=0.25, lr_scheduler_type="cosine")
+    trainer.train()
+    assert callback.scheduler._restart._lr_warmup == 6
+    assert callback.scheduler._restart._lr_schedule == "follow"
+
+
+def test_the_scheduler_is_detached_after_training(make_trainer):
+    trainer, callback = make_trainer(IncreLoraConfig.paper)
+    trainer.train()
+    modules = adapted_modules(trainer.model, "default")
+    assert not modules[0].layer.probes["default"].attached
+    assert [module.rows for module in modules] == list(callback.scheduler.ranks.values())
+
+
+def test_training_twice_goes_on(make_trainer):
+    trainer, callback = make_trainer()
+    trainer.train()
+    trainer.train()
+    assert callback.scheduler.total_rank == 18
+
+
+def test_a_model_without_an_adapter_raises_before_the_first_step(make_bert, tmp_path):
+    trainer = Trainer(
+        model=make_bert(),
+        args=TrainingArguments(output_dir=str(tmp_path), max_steps=2, report_to="none", disable_tqdm=True),
+        train_dataset=Rows(8),
+        callbacks=[IncreLoraCallback()],
+    )
+    with pytest.raises(ValueError, match="0 trainable IncreLoRA adapters"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", [IncreLoraConfig, IncreLoraConfig.paper])
+@pytest.mark.parametrize("stop", [3, 8, 9, 20])
+def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(make_trainer, form, dtype, stop):
+    options = {"save_strategy": "steps", "save_steps": stop, "save_total_limit": None, "dtype": dtype}
+    whole, uninterrupted = make_trainer(form, **options)
+    whole.train()
+    for checkpoint in Path(whole.args.output_dir).glob("checkpoint-*"):
+        if checkpoint.name != f"checkpoint-{stop}":
+            shutil.rmtree(checkpoint)
+    resumed, callback = make_trainer(form, **options)
+    resumed.train(resume_from_checkpoint=True)
+    expected = weights(whole)
+    for name, parameter in weights(resumed).items():
+        assert torch.equal(parameter, expected[name]), name
+    assert callback.scheduler.ranks == uninterrupted.scheduler.ranks
+    assert callback.scheduler.history.tolist() == uninterrupted.scheduler.history.tolist()
+
+
+def test_a_resume_inside_an_epoch_with_accumulation_is_the_uninterrupted_training(make_trainer):
+    options = {"save_strategy": "steps", "save_steps": 10, "gradient_accumulation_steps": 3}
+    whole, uninterrupted = make_trainer(**options)
+    whole.train()
+    shutil.rmtree(Path(whole.args.output_dir) / "checkpoint-20")
+    shutil.rmtree(Path(whole.args.output_dir) / "checkpoint-24")
+    resumed, callback = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=True)
+    expected = weights(whole)
+    for name, parameter in weights(resumed).items():
+        assert torch.equal(parameter, expected[name]), name
+    assert callback.scheduler.history.tolist() == uninterrupted.scheduler.history.tolist()
+
+
+def test_a_checkpoint_without_optimizer_state_continues_with_a_warning(make_trainer):
+    options = {"save_strategy": "steps", "save_steps": 10}
+    first, _ = make_trainer(**options)
+    first.train()
+    checkpoint = Path(first.args.output_dir) / "checkpoint-10"
+    (checkpoint / "optimizer.pt").unlink()
+    resumed, callback = make_trainer(**options)
+    with pytest.warns(UserWarning, match="checkpoint without the scheduler's state"):
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert callback.scheduler.total_rank == 18
+
+
+def test_load_best_model_at_end_gives_back_an_earlier_smaller_adapter(make_trainer):
+    trainer, _ = make_trainer(
+        eval_strategy="steps",
+        eval_steps=8,
+        save_strategy="steps",
+        save_steps=8,
+        load_best_model_at_end=True,
+        metric_for_best_model="step",
+        greater_is_better=False,
+    )
+    trainer.compute_metrics = lambda _: {"step": trainer.state.global_step}
+    trainer.train()
+    ranks = [module.rank for module in adapted_modules(trainer.model, "default")]
+    assert sum(ranks) == 10
+    logged = [log for log in trainer.state.log_history if "eval_loss" in log and log["step"] == 8]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(logged[0]["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_training(make_trainer, reentrant):
+    plain, callback = make_trainer(config={"lora_dropout": 0.0})
+    plain.train()
+    checkpointed, other = make_trainer(
+        config={"lora_dropout": 0.0},
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    )
+    checkpointed.train()
+    expected = weights(plain)
+    assert callback.scheduler.ranks == other.scheduler.ranks
+    for name, parameter in weights(checkpointed).items():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bf16": True, "use_cpu": True}, {"optim": "adamw_torch"}, {"optim": "sgd"}, {"optim": "adafactor"}],
+)
+def test_training_arguments_of_precision_and_optimizer_work(make_trainer, options):
+    trainer, callback = make_trainer(**options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*optimizer state starts anew")
+        trainer.train()
+    assert callback.scheduler.total_rank == callback.scheduler.budget
+    assert all(torch.isfinite(parameter).all() for parameter in weights(trainer).values())
+
+
+def test_forgetting_the_callback_is_noticed(make_trainer):
+    trainer, _ = make_trainer(callbacks=[], max_steps=60)
+    with pytest.warns(UserWarning, match="IncreLoraCallback"):
+        trainer.train()
