@@ -3,6 +3,7 @@
 import io
 import re
 import struct
+import sys
 
 import pytest
 from increlora_rs import IncreLoraConfig, plot_ranks, rank_table
@@ -97,13 +98,8 @@ def test_module_outside_of_layers_gets_the_last_row(build):
 
 
 def test_experts_are_kinds_of_their_layer(grow):
-    model = nn.ModuleDict(
-        {
-            "layers": nn.ModuleList(
-                nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(8, 8)] * 1)}) for _ in range(2)
-            )
-        }
-    )
+    layers = [nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(8, 8)])}) for _ in range(2)]
+    model = nn.ModuleDict({"layers": nn.ModuleList(layers)})
     adapted = get_peft_model(model, IncreLoraConfig(target_modules=r".*experts\.0"))
     grow(adapted, {"layers.0.experts.0": 2, "layers.1.experts.0": 3})
     assert rank_table(adapted).ranks == {("0", "experts.0"): 2, ("1", "experts.0"): 3}
@@ -196,7 +192,7 @@ def test_ending_gives_the_format(build, tmp_path):
 
 
 def test_plot_without_matplotlib_says_what_to_install(build, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install .*increlora_rs\[plot\]"):
         plot_ranks(build(2), tmp_path / "ranks.png")
 

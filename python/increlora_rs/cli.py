@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="increlora-rs", description="LoRA adapters whose ranks grow during training."
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="{demo,inspect,export,plot}")
 
     demo = commands.add_parser("demo", help="fine-tune MiniLM on BBC news, beside plain LoRA")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results")

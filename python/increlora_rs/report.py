@@ -14,6 +14,7 @@ from torch import nn
 
 from .source import Adapter, read
 
+_OUTSIDE = "-"
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -22,7 +23,7 @@ class RankTable:
     """Ranks by layer (rows) and kind of module (columns). ``print`` and rich both show it.
 
     Args:
-        layers: Names of the rows: the layer numbers, "" for modules outside of layers.
+        layers: Names of the rows: the layer numbers, "-" for modules outside of layers.
         kinds: Names of the columns: module names without their layer.
         ranks: Rank by (layer, kind).
         budget: Total rank that the training aimed at.
@@ -42,7 +43,7 @@ class RankTable:
         table = Table(title=f"ranks, total {self.total_rank} of a budget of {self.budget}")
         table.add_column("layer", justify="right")
         for kind in self.kinds:
-            table.add_column(kind, justify="right")
+            table.add_column(kind, justify="right", overflow="fold", min_width=3)
         table.add_column("sum", justify="right", style="bold")
         for layer in self.layers:
             cells = [self.ranks.get((layer, kind)) for kind in self.kinds]
@@ -105,16 +106,35 @@ def plot_ranks(
 
 
 def _table(adapter: Adapter) -> RankTable:
+    places = {name: _place(name) for name in adapter.modules}
+    short = _shortest([kind for _, kind in places.values()])
     layers: dict[str, None] = {}
-    kinds: dict[str, None] = {}
     ranks = {}
-    for name, module in adapter.modules.items():
-        found = _LAYER.search(f".{name}.")
-        layer = found.group(1) if found else ""
-        kind = name if found is None else f".{name}."[found.end() :].strip(".")
+    for name, (layer, kind) in places.items():
         layers[layer] = None
-        kinds[kind or name] = None
-        ranks[layer, kind or name] = module.rank
-    numbers = sorted((layer for layer in layers if layer), key=int)
+        ranks[layer, short[kind]] = adapter.modules[name].rank
+    numbers = sorted((layer for layer in layers if layer != _OUTSIDE), key=int)
     budget = adapter.config.r * len(adapter.modules)
-    return RankTable(numbers + [layer for layer in layers if not layer], list(kinds), ranks, budget)
+    if _OUTSIDE in layers:
+        numbers.append(_OUTSIDE)
+    return RankTable(numbers, list(short.values()), ranks, budget)
+
+
+def _place(name: str) -> tuple[str, str]:
+    """A module's layer number ("-" outside of layers) and its name within the layer."""
+    found = _LAYER.search(f".{name}.")
+    if found is None:
+        return _OUTSIDE, name
+    return found.group(1), f".{name}."[found.end() :].strip(".") or name
+
+
+def _shortest(kinds: list[str]) -> dict[str, str]:
+    """Each name's shortest ending that no other name has, e.g. ``query`` for ``attention.self.query``."""
+    short = {}
+    for kind in kinds:
+        parts = kind.split(".")
+        endings = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+        others = [f".{other}" for other in kinds if other != kind]
+        unique = (e for e in endings if not any(other.endswith(f".{e}") for other in others))
+        short[kind] = next(unique, kind)
+    return short

@@ -10,11 +10,10 @@ from pathlib import Path
 import peft
 import torch
 import torch.distributed as dist
+from increlora_rs import IncreLoraConfig, attach
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
-
-from increlora_rs import IncreLoraConfig, attach
 
 STEPS = 60
 TARGETS = ["0", "2", "4"]

