@@ -614,3 +614,31 @@ def test_detach_gives_the_scaler_its_update_back():
 
 def test_the_package_names_its_version():
     assert increlora_rs.__version__ == "0.1.0"
+
+
+# The net under optimizers that no scheduler looks after.
+
+
+@pytest.mark.parametrize("name", ["adamw_fused", "adamw_foreach", "adamw_loop", "sgd"])
+def test_state_of_another_shape_is_dropped_with_a_warning_before_the_step(name):
+    model = adapted()
+    optimizer = OPTIMIZERS[name]([p for p in model.parameters() if p.requires_grad])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, 1, 3)
+    adapted_modules(model, "default")[1].grow(3, torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="changed its rank without the optimizer"):
+        train(model, optimizer, 4, 6)
+    assert all(torch.isfinite(p).all() for p in parameters(model).values())
+
+
+def test_a_smaller_adapter_loaded_under_a_live_optimizer_starts_its_state_anew(tmp_path):
+    model = adapted(tinit=5, deltaT=5, top_h=4)
+    optimizer = adamw(model, fused=True)
+    model.save_pretrained(tmp_path)
+    attach(model, optimizer, total_steps=40)
+    train(model, optimizer, 1, 20)
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    with pytest.warns(UserWarning, match="changed its rank without the optimizer"):
+        train(model, optimizer, 21, 30)
+    assert all(torch.isfinite(p).all() for p in parameters(model).values())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ._core import RESERVE_E
 from .config import IncreLoraConfig
 from .ops import Probe, adapter
+from .optimizer_state import watch
 
 _PAPER_STD = 0.02
 
@@ -188,6 +189,7 @@ class Linear(nn.Module, LoraLayer):
         _resize(b, b.new_zeros(self.out_features, rows))
         _resize(e, e.new_zeros(rank, 1))
         self.r[adapter_name] = rank
+        self.probes[adapter_name].reloaded = True
         self.scaling[adapter_name] = self.configs[adapter_name].scale(self.lora_alpha[adapter_name], rank)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -337,3 +339,4 @@ def _resize(parameter: nn.Parameter, value: Tensor) -> None:
         # torch's stub has no overload for a tensor.
         parameter.set_(value.detach().clone(memory_format=torch.contiguous_format))  # type: ignore[call-overload]
     parameter.grad = None
+    watch(parameter)

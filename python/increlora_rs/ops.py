@@ -25,12 +25,14 @@ class Probe:
         attached: Is there a scheduler?
         unattended: Backward passes seen without one.
         layers: Number of layers that share the probe.
+        reloaded: Did a layer take another rank from a checkpoint since the scheduler looked?
     """
 
     importance: Tensor | None = None
     attached: bool = False
     unattended: int = 0
     layers: int = 0
+    reloaded: bool = False
 
     def new_slot(self) -> int:
         """Slot of one more layer."""

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+# Parameters that ever changed their size in place, for the net below.
+_resized_parameters = WeakIdKeyDictionary()
+_net: Any = None
 
 
 def resize_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dim: int) -> None:
@@ -36,12 +43,48 @@ def resize_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dim:
     state.update({key: _resized(value, parameter.shape[dim], dim) for key, value in resized.items()})
 
 
+def watch(parameter: nn.Parameter) -> None:
+    """Notes that ``parameter`` changed its size, for optimizers that no scheduler looks after.
+
+    Before any optimizer's step, state of such a parameter that has another shape is dropped with a
+    warning: fused AdamW would write past the end of it.
+    """
+    global _net
+    if _net is None:
+        _net = register_optimizer_step_pre_hook(_drop_misshapen)
+    _resized_parameters[parameter] = True
+
+
+def _drop_misshapen(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter not in _resized_parameters:
+                continue
+            for key, value in optimizer.state.get(parameter, {}).items():
+                elementwise = isinstance(value, Tensor) and value.dim() == 2 and not _is_factor(key)
+                if elementwise and value.shape != parameter.shape:
+                    warnings.warn(
+                        f"the state {key!r} of {type(optimizer).__name__} has shape {tuple(value.shape)} "
+                        f"but its parameter {tuple(parameter.shape)}: it changed its rank without the "
+                        "optimizer. The parameter's optimizer state starts anew; use "
+                        "increlora_rs.attach, or make the optimizer after loading an adapter",
+                        UserWarning,
+                        stacklevel=2,
+                    )
+                    del optimizer.state[parameter]
+                    break
+
+
+def _is_factor(key: str) -> bool:
+    """Is this a row or column factor, as Adafactor keeps them? One of a parameter with one row or
+    column has the parameter's shape by chance."""
+    return "row" in key or "col" in key
+
+
 def _fits(key: str, value: Tensor, parameter: nn.Parameter, dim: int, sizes: set[int]) -> bool:
     """Was ``value`` elementwise? ``sizes`` are the sizes along ``dim`` of the state seen so far."""
-    # Factors of a parameter with one row or column have its shape by chance.
-    factor = "row" in key or "col" in key
     return (
-        not factor
+        not _is_factor(key)
         and value.dim() == parameter.dim()
         and all(value.shape[i] == parameter.shape[i] for i in range(value.dim()) if i != dim)
         and sizes <= {value.shape[dim]}

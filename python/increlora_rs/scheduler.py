@@ -140,6 +140,7 @@ class RankScheduler:
             self._restore(saved)
         self._probe = self._modules[0].layer.probes[self._adapter]
         self._probe.attached = True
+        self._probe.reloaded = False
         for slot, module in enumerate(self._modules):
             module.layer.probes[self._adapter] = self._probe
             module.layer.slots[self._adapter] = slot
@@ -484,8 +485,10 @@ class RankScheduler:
         self._rebuild_buckets()
 
     def _check_loaded(self) -> None:
-        """Before the first step after a resume: are the parameters those that the state is of?"""
+        """Before a step: do births and optimizer state fit parameters that were loaded meanwhile?"""
         if self._expected is None:
+            if self._probe.reloaded:
+                self._take_loaded()
             return
         for module, expected in zip(self._modules, self._expected, strict=True):
             if (module.rank, module.rows) != expected:
@@ -495,5 +498,16 @@ class RankScheduler:
                     "the same checkpoint into the model before the optimizer's state."
                 )
         self._expected = None
+        self._probe.reloaded = False
         self._update_may_grow()
         self._restart.find_young(self._modules)
+
+    def _take_loaded(self) -> None:
+        """An adapter of other ranks was loaded without its optimizer: its rows are as if from the start."""
+        self._probe.reloaded = False
+        for module in self._modules:
+            if (len(module.row_births), len(module.e_births)) != (module.rows, module.rank):
+                module.start()
+        self._update_may_grow()
+        self._restart.find_young(self._modules)
+        self._rebuild_buckets()
