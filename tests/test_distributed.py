@@ -55,3 +55,33 @@ def test_several_processes_equal_one_with_the_averaged_loss(processes, scenario)
     for name, parameter in alone["parameters"].items():
         together = results[0][scenario]["parameters"][name]
         torch.testing.assert_close(together, parameter, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory):
+    """Results of two processes under Trainer."""
+    out = tmp_path_factory.mktemp("trainer")
+    torchrun(2, "trainer.py", out)
+    return [torch.load(out / f"rank{k}.pt") for k in range(2)]
+
+
+@pytest.mark.parametrize("form", ["IncreLoraConfig", "paper"])
+def test_trainer_in_two_processes_meets_the_budget_with_equal_parameters(trainers, form):
+    first, second = (result[form, "whole"] for result in trainers)
+    assert first["total_rank"] == 12
+    assert first["history"] == second["history"]
+    for name, parameter in first["parameters"].items():
+        assert torch.equal(parameter, second["parameters"][name]), name
+
+
+@pytest.mark.parametrize("form", ["IncreLoraConfig", "paper"])
+def test_trainer_in_two_processes_resumes_bit_for_bit(trainers, form):
+    whole, resumed = trainers[0][form, "whole"], trainers[0][form, "resumed"]
+    assert resumed["history"] == whole["history"]
+    for name, parameter in whole["parameters"].items():
+        assert torch.equal(parameter, resumed["parameters"][name]), name
+
+
+def test_a_sharded_model_is_refused_before_the_first_step(trainers):
+    assert "FSDP" in trainers[0]["sharded"]
+    assert "Use DDP" in trainers[0]["sharded"]

@@ -1,0 +1,107 @@
+"""Run by torchrun: Trainer in several processes, whole and resumed; and an FSDP2 model, refused.
+
+Usage: trainer.py OUT, where OUT/rank<N>.pt receives what each process got.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import peft
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+from increlora_rs import IncreLoraCallback, IncreLoraConfig, attach
+
+STEPS = 20
+STOP = 9
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        ids = torch.randint(5, 99, (8,), generator=torch.Generator().manual_seed(i))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[0] % 3}
+
+
+def adapted(make):
+    torch.manual_seed(7)
+    config = BertConfig(
+        vocab_size=99,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        num_labels=3,
+    )
+    adapter = make(
+        task_type="SEQ_CLS",
+        r=3,
+        lora_dropout=0.1,
+        target_modules=["query", "value"],
+        tinit=3,
+        deltaT=4,
+        top_h=3,
+    )
+    return peft.get_peft_model(BertForSequenceClassification(config), adapter)
+
+
+def train(make, out, resume):
+    callback = IncreLoraCallback()
+    trainer = Trainer(
+        model=adapted(make),
+        args=TrainingArguments(
+            output_dir=str(out),
+            max_steps=STEPS,
+            per_device_train_batch_size=4,
+            learning_rate=5e-3,
+            warmup_steps=2,
+            save_steps=STOP,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            ddp_backend="gloo",
+        ),
+        train_dataset=Rows(),
+        callbacks=[callback],
+    )
+    trainer.train(resume_from_checkpoint=str(Path(out) / f"checkpoint-{STOP}") if resume else None)
+    return {
+        "parameters": {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad},
+        "history": callback.scheduler.history.tolist(),
+        "total_rank": callback.scheduler.total_rank,
+    }
+
+
+def sharded():
+    model = adapted(IncreLoraConfig)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    try:
+        attach(model, optimizer, total_steps=20)
+    except ValueError as error:
+        return str(error)
+    return "attached"
+
+
+def main():
+    torch.set_num_threads(1)
+    out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    results = {}
+    for make in (IncreLoraConfig, IncreLoraConfig.paper):
+        name = make.__name__
+        results[name, "whole"] = train(make, out / name, resume=False)
+        results[name, "resumed"] = train(make, out / name, resume=True)
+    results["sharded"] = sharded()
+    torch.save(results, out / f"rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
