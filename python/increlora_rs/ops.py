@@ -12,7 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from . import _core
 
+# Backward passes after which a missing scheduler is noticed, and an optimizer that takes no step.
 _UNATTENDED_PASSES = 50
+_IDLE_PASSES = 1000
 
 
 @dataclass
@@ -23,7 +25,7 @@ class Probe:
         importance: float64 vector with a slot a module, to which every backward pass adds; None while
             the importance is not asked for.
         attached: Is there a scheduler?
-        unattended: Backward passes seen without one.
+        unattended: Backward passes since the scheduler's optimizer took a step, or ever without one.
         layers: Number of layers that share the probe.
         reloaded: Did a layer take another rank from a checkpoint since the scheduler looked?
     """
@@ -40,11 +42,19 @@ class Probe:
         return self.layers - 1
 
     def count_backward(self, slot: int) -> None:
-        """Notices a training that forgot the scheduler; one warning, after 50 backward passes."""
-        if self.attached or slot != 0:
+        """Notices a training without a scheduler, or with another optimizer than its; one warning."""
+        if slot != 0:
             return
         self.unattended += 1
-        if self.unattended == _UNATTENDED_PASSES:
+        if self.attached and self.unattended == _IDLE_PASSES:
+            warnings.warn(
+                f"{_IDLE_PASSES} backward passes through an IncreLoRA adapter, but the optimizer that its "
+                "scheduler is attached to took no step: its ranks stay as they are. If the optimizer was "
+                "made anew, call detach() and increlora_rs.attach(model, new_optimizer, ...).",
+                UserWarning,
+                stacklevel=2,
+            )
+        elif not self.attached and self.unattended == _UNATTENDED_PASSES:
             warnings.warn(
                 f"{_UNATTENDED_PASSES} backward passes through an IncreLoRA adapter and no scheduler "
                 "attached: its ranks stay as they are. Give Trainer "

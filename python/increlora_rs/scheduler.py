@@ -294,6 +294,7 @@ class RankScheduler:
         self._check_loaded()
         self.step += 1
         self._stepped = True
+        self._probe.unattended = 0
         if self._probe.importance is not None:
             self._smooth(optimizer)
         if self._config.orthogonality_weight > 0.0:
@@ -423,6 +424,7 @@ class RankScheduler:
         self._group[STATE_KEY] = {
             "version": _STATE_VERSION,
             "step": self.step,
+            "total_steps": self._total_steps,
             "seed": self._seed,
             "modules": list(self.ranks),
             "ranks": list(self.ranks.values()),
@@ -462,6 +464,13 @@ class RankScheduler:
                 f"{saved['modules'][:1]} the first, but the model adapts {len(self._modules)}, "
                 f"{list(self.ranks)[:1]} the first; resume with the model and target_modules that were "
                 "trained."
+            )
+        if saved["total_steps"] != self._total_steps:
+            warnings.warn(
+                f"total_steps={self._total_steps}, but the run that is resumed was planned for "
+                f"{saved['total_steps']}: ranks go on growing by that plan, {self.budget} in total",
+                UserWarning,
+                stacklevel=2,
             )
         self.step = saved["step"]
         self.restored = True
