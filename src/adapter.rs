@@ -66,10 +66,7 @@ impl Adapter {
                 "E has {active} rows and A {rows}; E may not have more than A"
             )));
         }
-        if !self.scale.is_finite() {
-            return Err(Error::Value(format!("scale is {}; it must be finite", self.scale)));
-        }
-        Ok(())
+        checks::finite("scale", self.scale)
     }
 
     /// `s * E` of every row, the reserve included: (rows).
@@ -109,6 +106,19 @@ impl Dropout {
         let keep =
             if mask.device() == Device::Cpu { dropout::keep_probability(p) } else { 1.0 - p };
         Self { mask, keep }
+    }
+
+    /// Checks that the mask is one for `x`.
+    fn check(&self, x: &Tensor) -> Result<()> {
+        checks::kind("mask", &self.mask, Kind::Uint8)?;
+        checks::same_device("mask", &self.mask, "x", x)?;
+        if !self.mask.is_contiguous() {
+            return Err(Error::Value("mask is not contiguous; give the one of the forward".into()));
+        }
+        if x.device() == Device::Cpu {
+            return checks::shape("mask", &self.mask, &[(x.numel() as i64 + 7) / 8]);
+        }
+        checks::shape("mask", &self.mask, &x.size())
     }
 
     /// Zeroes what is dropped. The division by `keep` is left to the caller, who folds it into a
@@ -178,8 +188,14 @@ pub fn backward(
     adapter.check(x)?;
     let (rows, _) = adapter.a.size2()?;
     let out = adapter.b.size()[0];
-    checks::shape("gy", gy, &[x.size()[0], out])?;
-    checks::shape("t", t, &[x.size()[0], rows])?;
+    for (name, tensor, width) in [("gy", gy, out), ("t", t, rows)] {
+        checks::float(name, tensor)?;
+        checks::same_device(name, tensor, "x", x)?;
+        checks::shape(name, tensor, &[x.size()[0], width])?;
+    }
+    if let Some(dropout) = dropout {
+        dropout.check(x)?;
+    }
     let (gy, t) = (gy.f_to_kind(x.kind())?, t.f_to_kind(x.kind())?);
     let gain = Dropout::gain(dropout);
     let kind = adapter.a.kind();

@@ -106,6 +106,8 @@ fn module_importance(
     let (gy, x) = (gy.0, x.0);
     detached(py, move || {
         adapter.check(&x)?;
+        crate::checks::float("gy", &gy)?;
+        crate::checks::same_device("gy", &gy, "x", &x)?;
         crate::checks::shape("gy", &gy, &[x.size()[0], adapter.b.size()[0]])?;
         let mut vector = Tensor::f_zeros([1], (tch::Kind::Double, x.device()))?;
         let gy = gy.f_to_kind(x.kind())?;
@@ -242,6 +244,11 @@ impl PySchedule {
     }
 }
 
+/// The error of an argument's conversion, with the argument's name.
+fn named(py: Python<'_>, name: &str, error: &PyErr) -> PyErr {
+    PyErr::from_type(error.get_type(py), format!("{name}: {}", error.value(py)))
+}
+
 fn vector<T: numpy::Element + Copy>(
     name: &str,
     array: &PyReadonlyArray1<'_, T>,
@@ -255,12 +262,8 @@ fn vector<T: numpy::Element + Copy>(
 /// Steps of the importance window.
 #[pyfunction]
 fn importance_window(beta1: f64, beta2: f64) -> PyResult<u64> {
-    for (name, beta) in [("beta1", beta1), ("beta2", beta2)] {
-        if !(0.0..1.0).contains(&beta) {
-            let message = format!("{name} is {beta}; it must be at least 0 and below 1");
-            return Err(Error::Value(message).into());
-        }
-    }
+    crate::checks::decay("beta1", beta1)?;
+    crate::checks::decay("beta2", beta2)?;
     Ok(allocation::window(beta1, beta2))
 }
 
@@ -277,19 +280,28 @@ fn restart_(
     multiplier: Option<f64>,
     lr_warmup: u64,
     linear_until: Option<u64>,
-    betas: Option<(f64, f64)>,
+    betas: Option<Bound<'_, PyAny>>,
     adam_lead: u64,
     decay: f64,
 ) -> PyResult<()> {
     let mut rows: Vec<(Tensor, Tensor, Vec<u64>, i64)> = Vec::with_capacity(parameters.len());
-    for entry in parameters {
-        let (parameter, old, births, dim): (PyTensor, PyTensor, Vec<u64>, i64) = entry.extract()?;
+    for (index, entry) in parameters.into_iter().enumerate() {
+        let (parameter, old, births, dim): (PyTensor, PyTensor, Vec<u64>, i64) =
+            entry.extract().map_err(|error| {
+                let name = format!("parameters[{index}], (parameter, old, births, dim)");
+                named(py, &name, &error)
+            })?;
         rows.push((parameter.0, old.0, births, dim));
     }
+    let betas = betas
+        .map(|betas| betas.extract().map_err(|error| named(py, "betas", &error)))
+        .transpose()?;
     let learning_rate =
         multiplier.map(|multiplier| LearningRate { multiplier, warmup: lr_warmup, linear_until });
     let step = restart::Step { learning_rate, betas, decay, step, lead: adam_lead };
     detached(py, move || {
+        step.check()?;
+        rows.iter().try_for_each(|(p, old, births, dim)| restart::check(p, old, births, *dim))?;
         rows.iter_mut().try_for_each(|(parameter, old, births, dim)| {
             restart::correct_(parameter, old, births, *dim, &step)
         })

@@ -13,6 +13,30 @@ pub fn shape(name: &str, tensor: &Tensor, want: &[i64]) -> Result<()> {
     Err(Error::Value(format!("{name} has shape {:?}; it must be {want:?}", tensor.size())))
 }
 
+/// Fails unless `tensor` has one dimension; gives its length.
+pub fn vector(name: &str, tensor: &Tensor) -> Result<i64> {
+    match tensor.size()[..] {
+        [length] => Ok(length),
+        ref other => Err(Error::Value(format!("{name} has shape {other:?}; it must be a vector"))),
+    }
+}
+
+/// Fails unless `value` is finite.
+pub fn finite(name: &str, value: f64) -> Result<()> {
+    if value.is_finite() {
+        return Ok(());
+    }
+    Err(Error::Value(format!("{name} is {value}; it must be finite")))
+}
+
+/// Fails unless `beta` is the decay of an average: at least 0 and below 1.
+pub fn decay(name: &str, beta: f64) -> Result<()> {
+    if (0.0..1.0).contains(&beta) {
+        return Ok(());
+    }
+    Err(Error::Value(format!("{name} is {beta}; it must be at least 0 and below 1")))
+}
+
 /// Fails unless `tensor` has two dimensions; gives them.
 pub fn matrix(name: &str, tensor: &Tensor) -> Result<(i64, i64)> {
     match tensor.size()[..] {
@@ -23,20 +47,24 @@ pub fn matrix(name: &str, tensor: &Tensor) -> Result<(i64, i64)> {
 
 /// Fails unless `tensor` holds real floating-point numbers.
 pub fn float(name: &str, tensor: &Tensor) -> Result<()> {
-    match tensor.kind() {
-        Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double => Ok(()),
-        other => Err(Error::Dtype(format!(
-            "{name} has dtype {other:?}; it must be float16, bfloat16, float32 or float64"
-        ))),
-    }
+    let found = match tensor.f_kind() {
+        Ok(Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double) => return Ok(()),
+        Ok(other) => format!("dtype {other:?}"),
+        Err(_) => "a dtype unknown here".to_owned(),
+    };
+    Err(Error::Dtype(format!(
+        "{name} has {found}; it must be float16, bfloat16, float32 or float64"
+    )))
 }
 
 /// Fails unless `tensor` has the dtype `want`.
 pub fn kind(name: &str, tensor: &Tensor, want: Kind) -> Result<()> {
-    if tensor.kind() == want {
-        return Ok(());
-    }
-    Err(Error::Dtype(format!("{name} has dtype {:?}; it must be {want:?}", tensor.kind())))
+    let found = match tensor.f_kind() {
+        Ok(found) if found == want => return Ok(()),
+        Ok(found) => format!("dtype {found:?}"),
+        Err(_) => "a dtype unknown here".to_owned(),
+    };
+    Err(Error::Dtype(format!("{name} has {found}; it must be {want:?}")))
 }
 
 /// Fails unless `tensor` lies where `like` does.

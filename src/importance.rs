@@ -26,8 +26,8 @@ pub fn accumulate(
 ) -> Result<()> {
     checks::kind("importance", vector, Kind::Double)?;
     checks::same_device("importance", vector, "x", x)?;
-    let length = vector.numel() as i64;
-    if vector.dim() != 1 || slot < 0 || slot >= length {
+    let length = checks::vector("importance", vector)?;
+    if slot < 0 || slot >= length {
         return Err(Error::Value(format!(
             "slot is {slot}; the importance vector has the slots 0 to {}",
             length - 1
@@ -70,21 +70,21 @@ pub fn smooth_(
     beta1: f64,
     beta2: f64,
 ) -> Result<()> {
-    let size = importance.size();
-    let vectors = [("importance", importance), ("mean", &*mean), ("uncertainty", &*uncertainty)];
+    let size = [checks::vector("importance", importance)?];
+    let vectors = [
+        ("importance", importance),
+        ("factor", factor),
+        ("mean", &*mean),
+        ("uncertainty", &*uncertainty),
+    ];
     for (name, vector) in vectors {
         checks::kind(name, vector, Kind::Double)?;
         checks::shape(name, vector, &size)?;
         checks::same_device(name, vector, "importance", importance)?;
     }
     checks::shape("factor", factor, &size)?;
-    for (name, beta) in [("beta1", beta1), ("beta2", beta2)] {
-        if !(0.0..1.0).contains(&beta) {
-            return Err(Error::Value(format!(
-                "{name} is {beta}; it must be at least 0 and below 1"
-            )));
-        }
-    }
+    checks::decay("beta1", beta1)?;
+    checks::decay("beta2", beta2)?;
     let importance = importance.f_mul(factor)?;
     let finite = importance.f_isfinite()?.f_all()?;
     let new_mean = mean.f_mul_scalar(beta1)?.f_add(&importance.f_mul_scalar(1.0 - beta1)?)?;

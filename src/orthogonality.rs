@@ -9,6 +9,8 @@ use crate::errors::{Error, Result};
 
 /// The value of R as a float64 scalar tensor, without gradients.
 pub fn value(a: &[Tensor], b: &[Tensor]) -> Result<Tensor> {
+    check("a", a)?;
+    check("b", b)?;
     run(a, b, |_, _, _| Ok(()))
 }
 
@@ -26,8 +28,13 @@ pub fn add_gradient_(
 ) -> Result<Tensor> {
     checks::one_each("grad_a", grad_a, a.len())?;
     checks::one_each("grad_b", grad_b, b.len())?;
+    check("a", a)?;
+    check("b", b)?;
+    checks::float("factor", factor)?;
+    checks::shape("factor", factor, &[])?;
     for (name, grads, parameters) in [("grad_a", &*grad_a, a), ("grad_b", &*grad_b, b)] {
         for (grad, parameter) in grads.iter().zip(parameters) {
+            checks::float(name, grad)?;
             checks::shape(name, grad, &parameter.size())?;
             checks::same_device(name, grad, "its parameter", parameter)?;
         }
@@ -48,6 +55,18 @@ pub fn add_gradient_(
     })
 }
 
+fn check(name: &str, matrices: &[Tensor]) -> Result<()> {
+    if matrices.is_empty() {
+        let message = format!("{name} is empty; give the matrices of one module or more");
+        return Err(Error::Value(message));
+    }
+    for matrix in matrices {
+        checks::matrix(name, matrix)?;
+        checks::float(name, matrix)?;
+    }
+    Ok(())
+}
+
 /// Takes the residual `gram - I` and its norm of every A, then of every B; gives the norms' mean.
 fn run(
     a: &[Tensor],
@@ -61,8 +80,6 @@ fn run(
     }
     let mut norms = Vec::with_capacity(a.len() + b.len());
     for (index, matrix) in a.iter().chain(b).enumerate() {
-        checks::matrix(if index < a.len() { "a" } else { "b" }, matrix)?;
-        checks::float("matrix", matrix)?;
         let wide = if matrix.kind() == Kind::Double { Kind::Double } else { Kind::Float };
         let matrix = matrix.f_to_kind(wide)?;
         let gram = if index < a.len() {

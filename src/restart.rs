@@ -23,6 +23,18 @@ pub struct Step {
 }
 
 impl Step {
+    /// Fails unless its numbers can be right.
+    pub fn check(&self) -> Result<()> {
+        if let Some(lr) = self.learning_rate {
+            checks::finite("multiplier", lr.multiplier)?;
+        }
+        if let Some((beta1, beta2)) = self.betas {
+            checks::decay("betas[0]", beta1)?;
+            checks::decay("betas[1]", beta2)?;
+        }
+        checks::finite("decay", self.decay)
+    }
+
     /// The factors `(f, g)` with which a row born at `birth` becomes `f * new + g * old`.
     pub fn factors(&self, birth: u64) -> (f64, f64) {
         let rate = self.learning_rate.map_or(1.0, |lr| restart_ratio(&lr, birth, self.step));
@@ -33,10 +45,24 @@ impl Step {
     }
 }
 
+/// Fails unless the arguments of [`correct_`] fit together.
+pub fn check(parameter: &Tensor, old: &Tensor, births: &[u64], dim: i64) -> Result<()> {
+    let (rows, columns) = checks::matrix("parameter", parameter)?;
+    checks::float("parameter", parameter)?;
+    checks::float("old", old)?;
+    checks::same_device("old", old, "parameter", parameter)?;
+    checks::shape("old", old, &[rows, columns])?;
+    if dim != 0 && dim != 1 {
+        return Err(Error::Value(format!("dim is {dim}; it must be 0 or 1")));
+    }
+    let length = if dim == 0 { rows } else { columns };
+    checks::one_each("births", births, length as usize)
+}
+
 /// Corrects, in place, the rows of `parameter` (its columns with `dim` 1) after an optimizer step.
 ///
 /// `old` is the parameter before the step, `births` the step at which each row was born (0 for rows
-/// that were there from the start).
+/// that were there from the start). The arguments have passed [`check`].
 pub fn correct_(
     parameter: &mut Tensor,
     old: &Tensor,
@@ -44,13 +70,6 @@ pub fn correct_(
     dim: i64,
     step: &Step,
 ) -> Result<()> {
-    let (rows, columns) = checks::matrix("parameter", parameter)?;
-    checks::shape("old", old, &[rows, columns])?;
-    if dim != 0 && dim != 1 {
-        return Err(Error::Value(format!("dim is {dim}; it must be 0 or 1")));
-    }
-    let length = if dim == 0 { rows } else { columns };
-    checks::one_each("births", births, length as usize)?;
     let (f, g): (Vec<f64>, Vec<f64>) = births.iter().map(|&birth| step.factors(birth)).unzip();
     if f.iter().all(|&f| f == 1.0) && g.iter().all(|&g| g == 0.0) {
         return Ok(());

@@ -273,6 +273,13 @@ def test_configuration_keeps_what_concerns_the_base_model(bert_dir, grow, tmp_pa
     assert sorted(config["modules_to_save"]) == ["classifier", "score"]
 
 
+@layouts
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_configuration_keeps_the_bias_setting(train, tmp_path, layout, bias):
+    path = exported(train(configure(IncreLoraConfig, bias=bias)), "model", tmp_path, layout)
+    assert config_of(path)["bias"] == bias
+
+
 def test_written_configuration_is_returned(train, tmp_path):
     config = export_lora(train(configure(IncreLoraConfig)), tmp_path)
     assert type(config) is LoraConfig
@@ -358,13 +365,13 @@ def test_model_that_is_not_of_transformers_is_exported(make_plain, grow, plain_i
 
 def test_module_whose_name_ends_anothers_keeps_its_rank_in_the_compact_layout(grow, tmp_path):
     def build():
-        return nn.ModuleDict({"lin": nn.Linear(8, 8), "block": nn.ModuleDict({"lin": nn.Linear(8, 8)})})
+        return nn.ModuleDict({"lin": nn.Linear(8, 8), "outer": nn.ModuleDict({"lin": nn.Linear(8, 8)})})
 
     model = get_peft_model(build(), IncreLoraConfig(target_modules=["lin"]))
-    grow(model, {"lin": 5, "block.lin": 2})
+    grow(model, {"lin": 5, "outer.lin": 2})
     export_lora(model, tmp_path, "compact")
     loaded = PeftModel.from_pretrained(build(), tmp_path).base_model.model
-    assert (loaded["lin"].r["default"], loaded["block"]["lin"].r["default"]) == (5, 2)
+    assert (loaded["lin"].r["default"], loaded["outer"]["lin"].r["default"]) == (5, 2)
 
 
 def test_failed_export_leaves_an_old_one(train, tmp_path, monkeypatch):

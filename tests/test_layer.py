@@ -654,6 +654,38 @@ def test_bfloat16_base_gives_float32_gradients(build, grow, x):
     assert {g.dtype for g in gradients(layer)} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_gives_its_dtype_near_the_exact_output(build, grow, x, dtype):
+    model, layer = build(dtype=dtype)
+    grow(model, {"lin0": 3})
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x.to(dtype))
+    assert y.dtype == torch.bfloat16
+    exact = copy.deepcopy(layer).double()
+    wanted = expected(exact, x.to(dtype).double(), update_of(exact))
+    torch.testing.assert_close(y.double(), wanted, rtol=0.03, atol=0.05)
+
+
+def test_autocast_gives_float32_gradients_near_the_exact_ones(build, grow, x):
+    model, layer = build(dtype=torch.float32)
+    grow(model, {"lin0": 3})
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x.float())
+    y.float().square().sum().backward()
+    for found, wanted in zip(gradients(layer), autograd_of(layer, x.float(), 3)[:3], strict=True):
+        assert found.dtype == torch.float32
+        assert (found - wanted).norm() < 0.03 * wanted.norm()
+
+
+def test_second_derivative_is_refused(build, grow, x):
+    model, layer = build()
+    grow(model, {"lin0": 3})
+    a = layer.lora_A["default"]
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), a, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
 def test_adapter_cast_later_grows_in_its_dtype(build):
     model, layer = build(dtype=torch.bfloat16, autocast_adapter_dtype=False)
     cast_adapter_dtype(model, "default", autocast_adapter_dtype=True)

@@ -251,24 +251,19 @@ def test_saved_ranks_are_anchored_full_names(saved):
     assert {key.replace("\\", ""): rank for key, rank in pattern.items()} == wanted
 
 
-class Nested(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lin = nn.Linear(8, 8)
-        self.block = nn.ModuleDict({"lin": nn.Linear(8, 8), "block": nn.ModuleDict({"lin": nn.Linear(8, 8)})})
-
-    def forward(self, x):
-        return self.block["block"]["lin"](self.block["lin"](self.lin(x)))
+def nested():
+    inner = nn.ModuleDict({"lin": nn.Linear(8, 8), "outer": nn.ModuleDict({"lin": nn.Linear(8, 8)})})
+    return nn.ModuleDict({"lin": nn.Linear(8, 8), "outer": inner})
 
 
 @pytest.mark.parametrize("order", [[5, 2, 3], [1, 4, 2], [2, 3, 6]])
 def test_module_whose_name_ends_anothers_keeps_its_rank(grow, tmp_path, order):
-    ranks = dict(zip(["lin", "block.lin", "block.block.lin"], order, strict=True))
-    model = get_peft_model(Nested(), IncreLoraConfig(target_modules=["lin"]))
+    ranks = dict(zip(["lin", "outer.lin", "outer.outer.lin"], order, strict=True))
+    model = get_peft_model(nested(), IncreLoraConfig(target_modules=["lin"]))
     grow(model, ranks)
     model.save_pretrained(tmp_path)
     config = IncreLoraConfig.from_pretrained(str(tmp_path))
-    assert ranks_of(get_peft_model(Nested(), config)) == ranks
+    assert ranks_of(get_peft_model(nested(), config)) == ranks
 
 
 def test_module_whose_name_matches_anothers_as_a_pattern_keeps_its_rank(grow, tmp_path):
@@ -331,6 +326,23 @@ def test_set_adapter_switches(two, tokens):
     two.set_adapter("default")
     assert torch.equal(logits(two, tokens), first)
     assert not torch.allclose(first, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("targets", [["query", "value"], ["key"]], ids=["same modules", "other modules"])
+def test_added_adapter_waits_for_set_adapter(trained, form, targets):
+    trained.add_adapter("other", configure(form, target_modules=targets))
+    trainable = {name.rsplit(".", 1)[-1] for name, p in trained.named_parameters() if p.requires_grad}
+    assert trainable == {"default"}
+
+
+def test_layers_of_one_adapter_share_a_probe_with_a_slot_each(two):
+    probes = []
+    for name in ("default", "other"):
+        layers = adapted_layers(two, name).values()
+        assert sorted(layer.slots[name] for layer in layers) == list(range(len(RANKS)))
+        probes.append({id(layer.probes[name]) for layer in layers})
+    assert [len(found) for found in probes] == [1, 1]
+    assert probes[0] != probes[1]
 
 
 def test_set_adapter_moves_the_training(two):

@@ -157,15 +157,6 @@ def test_step_count_stays():
     assert float(optimizer.state[parameter]["step"]) == 3.0
 
 
-@pytest.mark.parametrize("shape", [(), (1,)])
-def test_state_of_one_element_stays(shape):
-    parameter, optimizer = stepped(ELEMENTWISE["SGD momentum"], (RANK, WIDE))
-    optimizer.state[parameter]["scale"] = torch.full(shape, 7.0)
-    set_size(parameter, (5, WIDE), 0)
-    quietly_resize(optimizer, parameter, 0)
-    assert torch.equal(optimizer.state[parameter]["scale"], torch.full(shape, 7.0))
-
-
 def test_unchanged_parameter_keeps_its_state():
     parameter, optimizer = stepped(ELEMENTWISE["Adam"], (RANK, WIDE))
     before = {key: value.clone() for key, value in optimizer.state[parameter].items()}

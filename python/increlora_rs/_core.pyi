@@ -15,7 +15,7 @@ RESERVE_E: float
 """E of the components in reserve, 1e-5."""
 
 BUILT_FOR: str
-"""The torch that the extension was built for."""
+"""The mark in the extension's file that names the torch it was built for."""
 
 def adapter_forward(
     y: Tensor,

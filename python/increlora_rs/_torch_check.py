@@ -5,6 +5,7 @@ read from the bytes of its file.
 """
 
 import mmap
+import os
 import re
 from importlib.util import find_spec
 
@@ -25,12 +26,15 @@ def built_for() -> str:
             "increlora_rs._core is missing: the package was not built. Run `pip install .` in the "
             "project's folder."
         )
-    with (
-        open(spec.origin, "rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-    ):
-        found = _MARK.search(data)
-        version = found.group(1).decode() if found else None
+    version = None
+    # An empty file cannot be mapped.
+    if os.path.getsize(spec.origin):
+        with (
+            open(spec.origin, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            found = _MARK.search(data)
+            version = found.group(1).decode() if found else None
     if version is None:
         raise ImportError(f"{spec.origin} is not an extension of increlora_rs; reinstall it.")
     return version

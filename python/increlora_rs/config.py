@@ -128,6 +128,9 @@ class IncreLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         self._refuse_unsupported()
+        # Before PEFT's own checks, which answer to the inits that LoraConfig knows.
+        _choice("init_lora_weights", self.init_lora_weights, (True, False, "svd"))
+        self._check_modules()
         if self.rank_pattern is None:
             self.rank_pattern = {}
         if self.alpha_pattern is None:
@@ -261,8 +264,17 @@ class IncreLoraConfig(LoraConfig):
         if self.importance_window != "auto":
             _integer("importance_window", self.importance_window, at_least=1, optional=True)
 
+    def _check_modules(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            if not isinstance(getattr(self, name), str):
+                _collection(name, getattr(self, name), str, "a string or a list of strings")
+        _collection("modules_to_save", self.modules_to_save, str, "a list of strings")
+        if not isinstance(self.layers_to_transform, int):
+            _collection(
+                "layers_to_transform", self.layers_to_transform, int, "a layer number or a list of them"
+            )
+
     def _check_choices(self) -> None:
-        _choice("init_lora_weights", self.init_lora_weights, (True, False, "svd"))
         _choice("scaling", self.scaling, ("budget", "rank"))
         _choice("importance_norm", self.importance_norm, ("sqrt", "mean"))
         _choice("bias", self.bias, ("none", "all", "lora_only"))
@@ -323,6 +335,13 @@ def _number(
 def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
         raise ValueError(f"{name}={value!r} is unknown; it must be one of {list(choices)}.")
+
+
+def _collection(name: str, value: Any, kind: type, want: str) -> None:
+    if value is None:
+        return
+    if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, kind) for item in value):
+        raise TypeError(f"{name}={value!r} must be {want}.")
 
 
 def _pattern(name: str, value: Any) -> list[tuple[str, Any]]:

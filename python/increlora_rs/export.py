@@ -12,6 +12,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .model import anchored
 from .registration import staged
 from .source import Adapter, Factors, read
 
@@ -50,6 +51,8 @@ def export_lora(
     adapter = read(model_or_adapter_dir, adapter_name)
     if layout not in ("uniform", "compact"):
         raise ValueError(f"layout={layout!r} is unknown; it must be 'uniform' or 'compact'.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
+        raise TypeError(f"rank={rank!r} must be an integer, or None.")
     largest = max(module.rank for module in adapter.modules.values())
     if rank is not None and layout == "compact":
         raise ValueError(f"rank={rank} goes with layout='uniform' only; leave it out.")
@@ -72,7 +75,13 @@ def export_lora(
 
 def _config(adapter: Adapter, layout: str, rank: int) -> LoraConfig:
     ours = adapter.config
-    ranks = {f"^{name}": module.rank for name, module in adapter.modules.items()}
+    ranks = dict(
+        zip(
+            anchored(tuple(adapter.modules)),
+            (module.rank for module in adapter.modules.values()),
+            strict=True,
+        )
+    )
     patterns = {} if layout == "uniform" else {"rank_pattern": ranks, "alpha_pattern": dict(ranks)}
     return LoraConfig(
         task_type=ours.task_type,

@@ -116,18 +116,20 @@ class Linear(nn.Module, LoraLayer):
         self, adapter_name: str, n: int, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``n`` new components, float32: A (n, in), B (out, n), E (n, 1)."""
-        a = torch.empty(n, self.in_features)
-        b = torch.zeros(self.out_features, n)
+        # A generator is of the CPU; without one, the default device holds (meta while loading).
+        device = None if generator is None else generator.device
+        a = torch.empty(n, self.in_features, device=device)
+        b = torch.zeros(self.out_features, n, device=device)
         init = self.configs[adapter_name].init_lora_weights
         if init == "svd":
             a.normal_(0.0, _PAPER_STD, generator=generator)
             b.normal_(0.0, _PAPER_STD, generator=generator)
-            return a, b, torch.zeros(n, 1)
+            return a, b, torch.zeros(n, 1, device=device)
         bound = 1.0 / math.sqrt(self.in_features)
         a.uniform_(-bound, bound, generator=generator)
         if init is False:
             b.uniform_(-bound, bound, generator=generator)
-        return a, b, torch.ones(n, 1)
+        return a, b, torch.ones(n, 1, device=device)
 
     def grow(self, adapter_name: str, components: int, generator: torch.Generator) -> None:
         """Makes ``components`` more components active: first those in reserve, then new ones.
@@ -147,7 +149,7 @@ class Linear(nn.Module, LoraLayer):
             raise ValueError(f"rank {rank} is more than min(in, out) = {self.largest_rank}.")
         from_reserve = min(components, self.reserve(adapter_name))
         a, b, e = self._draw(adapter_name, components - from_reserve, generator)
-        reserve_e = torch.full((from_reserve, 1), RESERVE_E)
+        reserve_e = torch.full((from_reserve, 1), RESERVE_E, device=generator.device)
         config = self.configs[adapter_name]
         before = config.scale(self.lora_alpha[adapter_name], self.r[adapter_name])
         after = config.scale(self.lora_alpha[adapter_name], rank)
@@ -195,10 +197,13 @@ class Linear(nn.Module, LoraLayer):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # A checkpoint of another rank: the parameters take its shape, whatever loads it.
         for name in list(self.lora_A.keys()):
-            a = state_dict.get(f"{prefix}lora_A.{name}")
-            e = state_dict.get(f"{prefix}lora_E.{name}")
-            if a is not None and e is not None and a.dim() == 2 and e.dim() == 2:
-                self.resize(name, int(e.shape[0]), int(a.shape[0]))
+            a, b, e = (state_dict.get(f"{prefix}lora_{factor}.{name}") for factor in "ABE")
+            if a is None or b is None or e is None or a.dim() != 2 or e.dim() != 2:
+                continue
+            rows, rank = int(a.shape[0]), int(e.shape[0])
+            fit = a.shape[1] == self.in_features and tuple(b.shape) == (self.out_features, rows)
+            if fit and e.shape[1] == 1 and 1 <= rank <= rows:
+                self.resize(name, rank, rows)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def active_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -323,7 +328,10 @@ class Linear(nn.Module, LoraLayer):
 def _owns_output(layer: nn.Module) -> bool:
     """Is the output a fresh tensor that nobody else has seen?"""
     return type(layer) is nn.Linear and not (
-        layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        layer._forward_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or nn.modules.module._global_forward_hooks
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -121,7 +122,8 @@ class IncreLoraModel(LoraModel):
         mapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        expected = set()
+        expected: set[str] = set()
+        ranks: list[tuple[Linear, int]] = []
         for name, layer in adapted_layers(model, adapter_name).items():
             keys = [f"{name}.lora_{factor}.{adapter_name}" for factor in "ABE"]
             expected.update(keys)
@@ -133,7 +135,7 @@ class IncreLoraModel(LoraModel):
                 )
             a, b, e = (mapped[key] for key in keys)
             check_factors(short(name), a, b, e, layer.in_features, layer.out_features)
-            layer.resize(adapter_name, int(e.shape[0]))
+            ranks.append((layer, int(e.shape[0])))
         extra = sorted(k for k in mapped if re.search(r"\.lora_[ABE](\.|$)", k) and k not in expected)
         if extra:
             raise ValueError(
@@ -141,6 +143,9 @@ class IncreLoraModel(LoraModel):
                 "adapted module of this model; it was saved from another base model, or with other "
                 "target_modules."
             )
+        # Only now that all is right: an adapter that the load was to replace must survive a refusal.
+        for layer, rank in ranks:
+            layer.resize(adapter_name, rank)
         return mapped
 
 
@@ -162,7 +167,25 @@ def rank_pattern(model: nn.Module, adapter_name: str) -> dict[str, int]:
     """LoraConfig's ``rank_pattern`` of the ranks as they are; anchored, so that no name matches the
     end of another."""
     layers = adapted_layers(model, adapter_name)
-    return {f"^{short(name)}": layer.r[adapter_name] for name, layer in layers.items()}
+    keys = anchored(tuple(short(name) for name in layers))
+    return {key: layer.r[adapter_name] for key, layer in zip(keys, layers.values(), strict=True)}
+
+
+@functools.lru_cache(maxsize=64)
+def anchored(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Keys of ``rank_pattern``, regular expressions of which each matches its own name only: the
+    anchored name, escaped where a dot in it would match another name."""
+    by_length: dict[int, list[str]] = {}
+    for name in names:
+        by_length.setdefault(len(name), []).append(name)
+
+    def key(name: str) -> str:
+        plain = re.fullmatch(r"[\w.]+", name) and not any(
+            re.fullmatch(name, other) for other in by_length[len(name)] if other != name
+        )
+        return f"^{name if plain else re.escape(name)}"
+
+    return tuple(map(key, names))
 
 
 def check_factors(name: str, a: Tensor, b: Tensor, e: Tensor, in_features: int, out_features: int) -> None:

@@ -19,7 +19,7 @@ def resize_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dim:
     """Gives every state tensor of ``parameter`` its new size along ``dim``.
 
     Rows are cut off, or zeros appended, at the end, as the parameter's were. Scalars stay. State
-    that has neither the parameter's shape nor one element (Adafactor's factors, quantised moments)
+    that is neither a scalar nor of the parameter's shape (Adafactor's factors, quantised moments)
     cannot be kept: it is dropped with a warning and the optimizer starts it anew.
     """
     state = optimizer.state.get(parameter)

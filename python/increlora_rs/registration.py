@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import shutil
 import tempfile
@@ -11,7 +12,7 @@ from typing import Any
 
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import register_peft_method
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, register_peft_method
 from peft.utils.peft_types import PeftType
 
 _NAME = "INCRELORA"
@@ -59,19 +60,25 @@ def register() -> None:
         )
     if not hasattr(peft.PeftModel.save_pretrained, "_increlora_atomic"):
         peft.PeftModel.save_pretrained = _atomic(peft.PeftModel.save_pretrained)
+        peft.PeftModel.load_adapter = _checked(peft.PeftModel.load_adapter)
 
 
 def _atomic(save: Any) -> Any:
     """``PeftModel.save_pretrained`` that, where an IncreLoRA adapter is saved, writes beside the
     target first and then replaces file by file: interrupted, it leaves the old adapter whole.
 
-    Weights and configuration need not be replaced together: loading takes ranks from the weights.
+    Weights and configuration need not be replaced together: loading takes ranks from the weights. Only a
+    save under a changed alpha, ``r`` or ``scaling`` that is killed between the two would give a mixture.
     """
+
+    signature = inspect.signature(save)
 
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
         ours = any(config.peft_type == PEFT_TYPE for config in self.peft_config.values())
-        if not ours or os.path.isfile(save_directory):
+        given = signature.bind(self, save_directory, *args, **kwargs).arguments
+        # A process that is not the main one writes nothing, and must not clear the main one's stage.
+        if not ours or not given.get("is_main_process", True) or os.path.isfile(save_directory):
             return save(self, save_directory, *args, **kwargs)
         target = Path(save_directory)
         with staged(target) as stage:
@@ -85,6 +92,23 @@ def _atomic(save: Any) -> Any:
 
     save_pretrained._increlora_atomic = True  # type: ignore[attr-defined]
     return save_pretrained
+
+
+def _checked(load: Any) -> Any:
+    """``PeftModel.load_adapter`` that names the damaged file; over an adapter that is there, PEFT reads
+    no configuration, so the check of ``IncreLoraConfig.from_pretrained`` does not run."""
+
+    @functools.wraps(load)
+    def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        from .config import check_weights_file
+
+        known = self.peft_config.get(adapter_name)
+        if known is not None and known.peft_type == PEFT_TYPE:
+            folder = os.path.join(str(model_id), kwargs.get("subfolder") or "")
+            check_weights_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+        return load(self, model_id, adapter_name, *args, **kwargs)
+
+    return load_adapter
 
 
 class staged:

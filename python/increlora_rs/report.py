@@ -53,7 +53,9 @@ class RankTable:
 
     def __str__(self) -> str:
         out = io.StringIO()
-        Console(file=out, width=160).print(self.__rich__())
+        # Wide enough for every column at its least width: rich drops those that do not fit.
+        width = max(160, 7 * len(self.kinds) + 30)
+        Console(file=out, width=width, force_terminal=False, color_system=None).print(self.__rich__())
         return out.getvalue()
 
 
@@ -131,10 +133,11 @@ def _place(name: str) -> tuple[str, str]:
 def _shortest(kinds: list[str]) -> dict[str, str]:
     """Each name's shortest ending that no other name has, e.g. ``query`` for ``attention.self.query``."""
     short = {}
-    for kind in kinds:
+    distinct = list(dict.fromkeys(kinds))
+    for kind in distinct:
         parts = kind.split(".")
         endings = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
-        others = [f".{other}" for other in kinds if other != kind]
+        others = [f".{other}" for other in distinct if other != kind]
         unique = (e for e in endings if not any(other.endswith(f".{e}") for other in others))
         short[kind] = next(unique, kind)
     return short

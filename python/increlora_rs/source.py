@@ -41,7 +41,7 @@ class Adapter:
 
     Args:
         config: Its configuration.
-        modules: Factors by full module name, in model order where that is known.
+        modules: Factors by full module name, sorted, ``layer.9`` before ``layer.10``.
         others: Further saved tensors (biases, ``modules_to_save``), by their key.
     """
 

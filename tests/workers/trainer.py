@@ -10,11 +10,10 @@ from pathlib import Path
 import peft
 import torch
 import torch.distributed as dist
+from increlora_rs import IncreLoraCallback, IncreLoraConfig, attach
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
-
-from increlora_rs import IncreLoraCallback, IncreLoraConfig, attach
 
 STEPS = 20
 STOP = 9
