@@ -21,7 +21,7 @@ help: ## list the targets
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	pip install --quiet $(BUILD_REQUIRES)
-	maturin develop --release --extras dev
+	maturin develop --release --extras demo,test,dev
 	touch $@
 
 build: $(INSTALLED) ## make .venv and build the extension into it

@@ -30,7 +30,7 @@ impl Schedule {
     /// The first event at or after `step`.
     pub fn next_event(&self, step: u64) -> u64 {
         let first = self.warmup / self.interval + 1;
-        first.max(step.div_ceil(self.interval)) * self.interval
+        first.max(step.div_ceil(self.interval)).saturating_mul(self.interval)
     }
 
     /// Number of events in the steps 1 to `last`.
@@ -58,8 +58,10 @@ pub struct Wish {
 pub struct Plan {
     /// The schedule.
     pub schedule: Schedule,
-    /// Total rank reached by the last step in the worst case.
+    /// Total rank that is reached by the last step whatever modules are chosen.
     pub reached: u64,
+    /// Total rank that no choice of modules passes.
+    pub possible: u64,
 }
 
 /// Makes a schedule for `total_steps` optimizer steps that brings the total rank to `budget`.
@@ -80,8 +82,8 @@ pub fn plan(
     at_least_one("deltaT", wish.interval)?;
     at_least_one("top_h", wish.top_h)?;
     at_least_one("add_r", Some(wish.add_r))?;
-    let start: u64 = ranks.iter().sum();
-    let need = budget.min(caps.iter().sum()).saturating_sub(start);
+    let start = sum(ranks);
+    let need = budget.min(sum(caps)).saturating_sub(start);
 
     let mut end = share(total_steps, 3, 5).max(1);
     let warmup = wish.warmup.unwrap_or(share(total_steps, 1, 10).min(end - 1));
@@ -107,7 +109,13 @@ pub fn plan(
         None => raise_until_reached(&mut schedule, events, need, ranks, caps),
     }
     let reached = start + worst_case(&schedule, all_events, need, ranks, caps);
-    Ok(Plan { schedule, reached })
+    let an_event = schedule.top_h.min(ranks.len() as u64).saturating_mul(schedule.add_r);
+    let possible = start + need.min(all_events.saturating_mul(an_event));
+    Ok(Plan { schedule, reached, possible })
+}
+
+fn sum(values: &[u64]) -> u64 {
+    values.iter().fold(0, |sum, &value| sum.saturating_add(value))
 }
 
 fn share(steps: u64, numerator: u64, denominator: u64) -> u64 {
@@ -168,27 +176,45 @@ fn raise_until_reached(
     }
 }
 
-/// Components gained by `events` events if always the modules with least room are chosen, so that as
-/// soon as possible fewer than `top_h` modules can grow. Takes at most `need` turns of its loops.
+/// A lower bound on the components that `events` events gain, up to `need`, whichever modules are chosen.
+///
+/// Exact where every module with room grows at each event. Else, while `need` is not met: at most
+/// `finished` modules are full, and an event at which fewer than `top_h` have room grows each that is
+/// open at the end, so there are fewer such events than the longest module has growths.
 fn worst_case(schedule: &Schedule, events: u64, need: u64, ranks: &[u64], caps: &[u64]) -> u64 {
-    let mut room: Vec<u64> = caps.iter().zip(ranks).map(|(cap, rank)| cap - rank).collect();
-    room.sort_unstable();
-    let mut full = room.partition_point(|&n| n == 0);
-    let top_h = usize::try_from(schedule.top_h).unwrap_or(usize::MAX);
-    let mut gained = 0;
-    for _ in 0..events {
-        if gained >= need || full == room.len() {
-            break;
-        }
-        let last = room.len().min(full.saturating_add(top_h));
-        for n in &mut room[full..last] {
-            let step = schedule.add_r.min(*n);
-            *n -= step;
-            gained += step;
-        }
-        full += room[full..].partition_point(|&n| n == 0);
+    let Schedule { top_h, add_r, .. } = *schedule;
+    let mut room: Vec<u64> = caps
+        .iter()
+        .zip(ranks)
+        .map(|(cap, rank)| (cap - rank).min(need))
+        .filter(|&n| n > 0)
+        .collect();
+    if room.is_empty() || events == 0 {
+        return 0;
     }
-    gained.min(need)
+    room.sort_unstable();
+    let modules = room.len() as u64;
+    if top_h >= modules {
+        let most = add_r.saturating_mul(events);
+        return room.iter().fold(0u64, |sum, &n| sum.saturating_add(n.min(most))).min(need);
+    }
+    let mut filled = 0u64;
+    let finished = room
+        .iter()
+        .take_while(|&&n| {
+            filled = filled.saturating_add(n);
+            filled < need
+        })
+        .count();
+    let open = modules - finished as u64;
+    let longest = room.last().map_or(0, |n| n.div_ceil(add_r));
+    let short = if open >= top_h { 0 } else { events.min(longest - 1) };
+    // The last growth of a module may be smaller than add_r.
+    let mut missing: Vec<u64> = room.iter().map(|n| (add_r - n % add_r) % add_r).collect();
+    missing.sort_unstable_by(|a, b| b.cmp(a));
+    let lost = missing[..finished].iter().fold(0u64, |sum, &n| sum.saturating_add(n));
+    let growths = top_h.saturating_mul(events - short).saturating_add(short.saturating_mul(open));
+    growths.saturating_mul(add_r).saturating_sub(lost).min(need)
 }
 
 /// Growth of one module at one event.
@@ -224,7 +250,7 @@ pub fn choose(
     let key = |k: &usize| if scores[*k].is_nan() { f64::NEG_INFINITY } else { scores[*k] + 0.0 };
     let mut order: Vec<usize> = (0..ranks.len()).filter(|&k| ranks[k] < caps[k]).collect();
     order.sort_by(|a, b| key(b).total_cmp(&key(a)));
-    let mut left = budget.saturating_sub(ranks.iter().sum());
+    let mut left = budget.saturating_sub(sum(ranks));
     let mut grown = Vec::new();
     for module in order.into_iter().take(usize::try_from(schedule.top_h).unwrap_or(usize::MAX)) {
         let components = schedule.add_r.min(caps[module] - ranks[module]).min(left);
@@ -735,14 +761,14 @@ mod tests {
         // 72 modules from 1 to 2: 50 events in the steps 101 to 600, 10 apart; 72 / 50 is 2 a time.
         let plan = plan(&AUTOMATIC, 1_000, &[1; 72], &[768; 72], 144).unwrap();
         let schedule = Schedule { warmup: 100, interval: 10, top_h: 2, add_r: 1 };
-        assert_eq!(plan, Plan { schedule, reached: 144 });
+        assert_eq!(plan, Plan { schedule, reached: 144, possible: 144 });
     }
 
     #[test]
     fn a_single_step_reaches_any_budget() {
         let plan = plan(&AUTOMATIC, 1, &[1; 3], &[64; 3], 96).unwrap();
         let schedule = Schedule { warmup: 0, interval: 1, top_h: 3, add_r: 31 };
-        assert_eq!(plan, Plan { schedule, reached: 96 });
+        assert_eq!(plan, Plan { schedule, reached: 96, possible: 96 });
     }
 
     #[test]

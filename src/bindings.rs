@@ -214,6 +214,11 @@ impl PySchedule {
         self.plan.reached
     }
 
+    #[getter]
+    fn possible(&self) -> u64 {
+        self.plan.possible
+    }
+
     fn is_event(&self, step: u64) -> bool {
         self.plan.schedule.is_event(step)
     }

@@ -133,13 +133,13 @@ def test_no_module_passes_max_r():
 
 def test_a_schedule_that_cannot_reach_its_budget_is_announced_with_the_numbers():
     model = adapted(tinit=0, deltaT=50, top_h=1)
-    with pytest.warns(UserWarning, match=r"make 12, but from 4 only 6 are reached in 100 steps"):
+    with pytest.warns(UserWarning, match=r"make 12, but from 4 only 6 are sure to be reached in 100 steps"):
         attach(model, adamw(model), total_steps=100)
 
 
 def test_a_budget_above_the_modules_sizes_is_announced():
     model = adapted(r=11)
-    with pytest.warns(UserWarning, match=r"make 44, but from 4 only 40 are reached"):
+    with pytest.warns(UserWarning, match=r"make 44, but from 4 only 40 are sure"):
         attach(model, adamw(model), total_steps=100)
 
 

@@ -129,7 +129,10 @@ class Schedule:
         """Components that each gains."""
     @property
     def reached(self) -> int:
-        """Total rank after the last step, whatever modules are chosen."""
+        """Total rank that is reached by the last step whatever modules are chosen."""
+    @property
+    def possible(self) -> int:
+        """Total rank that no choice of modules passes by the last step."""
     def is_event(self, step: int) -> bool:
         """Do ranks grow after ``step`` (the first is 1)?"""
     def next_event(self, step: int) -> int:

@@ -245,10 +245,12 @@ class RankScheduler:
             raise ValueError(f"total_steps={total} is too small; it must be 1 or more.")
         schedule = self._schedule(total, config.tinit, config.deltaT, config.top_h, config.add_r)
         if schedule.reached < self.budget:
+            impossible = schedule.possible < self.budget or int(self._caps().sum()) < self.budget
+            verdict = "cannot be reached" if impossible else "may not be reached"
             warnings.warn(
-                f"the budget cannot be reached: {len(self._modules)} modules at an average rank of "
+                f"the budget {verdict}: {len(self._modules)} modules at an average rank of "
                 f"r={config.r} make {self.budget}, but from {self.total_rank} only {schedule.reached} are "
-                f"reached in {total} steps with {schedule}; the modules' sizes and max_r allow "
+                f"sure to be reached in {total} steps with {schedule}; the modules' sizes and max_r allow "
                 f"{int(self._caps().sum())}. Train longer, raise top_h or add_r, lower deltaT or tinit, or "
                 "lower r.",
                 UserWarning,
