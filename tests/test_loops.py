@@ -1,5 +1,6 @@
 """Every kind of loop: accelerate, accumulation, schedules, checkpointing, precision, odd uses of modules."""
 
+import copy
 import warnings
 
 import accelerate
@@ -291,3 +292,52 @@ def test_two_models_train_side_by_side():
             for model, optimizer, _ in pairs:
                 train(model, optimizer, 1, first=t)
     assert all(scheduler.total_rank == scheduler.budget for _, _, scheduler in pairs)
+
+
+def test_a_run_stopped_inside_an_accumulation_goes_on_bit_for_bit():
+    def begin():
+        model = adapted(form=IncreLoraConfig.paper, tinit=2, deltaT=3, top_h=1)
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+        return model, optimizer, attach(model, optimizer, total_steps=STEPS)
+
+    def run(model, optimizer, micro_batches):
+        for m in micro_batches:
+            (loss_of(model, m) / 2).backward()
+            if m % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    whole, optimizer, uninterrupted = begin()
+    run(whole, optimizer, range(2 * STEPS))
+
+    model, optimizer, _ = begin()
+    run(model, optimizer, range(9))
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    model, optimizer, scheduler = begin()
+    model.load_state_dict(state[0])
+    optimizer.load_state_dict(state[1])
+    for name, gradient in gradients.items():
+        model.get_parameter(name).grad = gradient
+    run(model, optimizer, range(9, 2 * STEPS))
+    assert scheduler.history.tolist() == uninterrupted.history.tolist()
+    for name, parameter in weights(whole).items():
+        assert torch.equal(parameter, weights(model)[name]), name
+
+
+def test_an_optimizer_of_deepspeed_is_refused_with_the_reason():
+    class ZeroOptimizer:
+        pass
+
+    ZeroOptimizer.__module__ = "deepspeed.runtime.zero.stage_1_and_2"
+    with pytest.raises(ValueError, match=r"DeepSpeed keeps flat copies.*Use DDP"):
+        attach(adapted(), ZeroOptimizer(), total_steps=STEPS)
+
+
+def test_parameters_partitioned_by_deepspeed_are_refused_with_the_reason():
+    model = adapted()
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    trainable(model)[0].ds_id = 0
+    with pytest.raises(ValueError, match="partitioned by DeepSpeed ZeRO-3"):
+        attach(model, optimizer, total_steps=STEPS)

@@ -642,3 +642,18 @@ def test_a_smaller_adapter_loaded_under_a_live_optimizer_starts_its_state_anew(t
     with pytest.warns(UserWarning, match="changed its rank without the optimizer"):
         train(model, optimizer, 21, 30)
     assert all(torch.isfinite(p).all() for p in parameters(model).values())
+
+
+def test_a_state_that_was_refused_is_still_there_for_the_right_model():
+    model = adapted()
+    optimizer = adamw(model)
+    scheduler = attach(model, optimizer, total_steps=60)
+    train(model, optimizer, 1, 5)
+    checkpoint = optimizer.state_dict()
+    scheduler.detach()
+    optimizer.load_state_dict(checkpoint)
+    optimizer.param_groups[0][STATE_KEY]["modules"][0] = "elsewhere"
+    with pytest.raises(ValueError, match="resume with the model and target_modules"):
+        attach(model, optimizer, total_steps=60)
+    optimizer.param_groups[0][STATE_KEY]["modules"][0] = "maps.0"
+    assert attach(model, optimizer, total_steps=60).step == 5

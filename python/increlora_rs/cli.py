@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results")
     demo.add_argument("--seed", type=int, default=0, help="seed of the training")
     demo.add_argument("--rank", type=int, default=4, help="average rank")
-    demo.add_argument("--epochs", type=float, default=2.0)
+    demo.add_argument("--epochs", type=float, default=3.0)
     demo.add_argument("--documents", type=int, default=None, help="use this many documents only")
     demo.set_defaults(run=_demo)
 

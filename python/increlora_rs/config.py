@@ -11,9 +11,9 @@ from typing import Any, Literal
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 
-from .registration import PEFT_TYPE
+from .files import check_weights_file
+from .peft_type import PEFT_TYPE
 
 # Options of LoraConfig that mean here what they mean there. Every other one raises unless it is left
 # at its default, also one that a later PEFT may add.
@@ -287,20 +287,6 @@ class IncreLoraConfig(LoraConfig):
                 f"{self.init_lora_weights!r}: with LoRA's init a new component starts at B = 0 and "
                 "there is nothing to keep in reserve."
             )
-
-
-def check_weights_file(path: str) -> None:
-    """Raises ValueError if the safetensors file ``path`` exists but cannot be read whole."""
-    if not os.path.isfile(path):
-        return
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} ({os.path.getsize(path)} bytes) is not a complete safetensors file: {error}. "
-            "Save the adapter again, or restore the file."
-        ) from error
 
 
 def _integer(name: str, value: Any, *, at_least: int, optional: bool = False) -> None:

@@ -57,9 +57,9 @@ def run(
     *,
     seed: int = 0,
     r: int = 4,
-    epochs: float = 2.0,
+    epochs: float = 3.0,
     documents: int | None = None,
-    max_length: int = 128,
+    max_length: int = 64,
     model_dir: Path | None = None,
 ) -> Outcome:
     """Fine-tunes with growing ranks and with plain LoRA of rank ``r``, and writes to ``out``:

@@ -12,8 +12,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .files import staged
 from .model import anchored
-from .registration import staged
 from .source import Adapter, Factors, read
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from . import _core
 from .adapted import AdaptedModule, adapted_modules
 from .attachment import check_attachable, trainable_adapter, unwrapped_optimizer
-from .distributed import average_, find_ddp, rebuild_buckets, shared_seed
-from .layer import Linear
+from .distributed import find_ddp, rebuild_buckets, shared_seed
 from .model import rank_pattern
 from .restart import LrSchedule, RestartWarmup
+from .scores import Scores
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,6 @@ class RankScheduler:
     ) -> None:
         self._model = model.module if isinstance(model, _WRAPPERS) else model
         self._optimizer = unwrapped_optimizer(optimizer)
-        self._scaler = scaler
         self._adapter = trainable_adapter(self._model, adapter_name)
         self._modules = adapted_modules(self._model, self._adapter)
         check_attachable(self._modules, self._optimizer)
@@ -120,20 +119,11 @@ class RankScheduler:
         self.step = 0
         self.restored = False
         self._may_grow = False
-        self._stepped = False
         self._history: list[tuple[int, int, int, float]] = []
         self._expected: list[tuple[int, int]] | None = None
-        self._window = self._window_steps()
-
-        device = self._modules[0].a.device
-        self._seed = shared_seed(torch.initial_seed(), device)
-        self._mean = torch.zeros(len(self._modules), dtype=torch.float64, device=device)
-        self._uncertainty = torch.zeros_like(self._mean)
-        self._importance = torch.zeros_like(self._mean)
-        norms = [self._normaliser(module.layer) for module in self._modules]
-        self._norm = torch.tensor(norms, dtype=torch.float64, device=device)
-
-        saved = self._group.pop(STATE_KEY, None)
+        self._seed = shared_seed(torch.initial_seed(), self._modules[0].a.device)
+        self._scores = Scores(self._modules, self._config, scaler)
+        saved = self._group.get(STATE_KEY)
         if saved is None:
             self._start()
         else:
@@ -150,8 +140,6 @@ class RankScheduler:
             self._optimizer.register_state_dict_pre_hook(self._save),
             self._optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
-        if scaler is not None:
-            self._watch(scaler)
         self._arm()
 
     # What a user reads.
@@ -169,7 +157,7 @@ class RankScheduler:
     @property
     def scores(self) -> dict[str, float]:
         """The smoothed scores S_k as of the last step (eq. 9 of the paper)."""
-        return dict(zip(self.ranks, (self._mean * self._uncertainty).tolist(), strict=True))
+        return dict(zip(self.ranks, self._scores.values().tolist(), strict=True))
 
     @property
     def orth_reg(self) -> float:
@@ -193,8 +181,7 @@ class RankScheduler:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._scaler is not None:
-            del self._scaler.update
+        self._scores.detach()
         self._drop_reserves()
         self._rebuild_buckets()
         self._probe.importance = None
@@ -207,19 +194,6 @@ class RankScheduler:
     def _group(self) -> dict[str, Any]:
         group: dict[str, Any] = self._optimizer.param_groups[0]
         return group
-
-    def _watch(self, scaler: Any) -> None:
-        """A scaler skips the optimizer where gradients overflowed; the importance of such a step must
-        not stay for the next one."""
-        update = scaler.update
-
-        def watched(*args: Any, **kwargs: Any) -> None:
-            update(*args, **kwargs)
-            if not self._stepped:
-                self._importance.zero_()
-            self._stepped = False
-
-        scaler.update = watched
 
     def _start(self) -> None:
         self.schedule = self._plan()
@@ -280,25 +254,15 @@ class RankScheduler:
     def _rank_array(self) -> npt.NDArray[np.uint64]:
         return np.array([module.rank for module in self._modules], dtype=np.uint64)
 
-    def _window_steps(self) -> int | None:
-        window = self._config.importance_window
-        if window == "auto":
-            return _core.importance_window(self._config.beta1, self._config.beta2)
-        return window
-
-    def _normaliser(self, layer: Linear) -> float:
-        size = float(layer.in_features * layer.out_features)
-        return 1.0 / (size**0.5 if self._config.importance_norm == "sqrt" else size)
-
     # One step.
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._check_loaded()
         self.step += 1
-        self._stepped = True
+        self._scores.note_step()
         self._probe.unattended = 0
         if self._probe.importance is not None:
-            self._smooth(optimizer)
+            self._scores.smooth(optimizer)
         if self._config.orthogonality_weight > 0.0:
             self._regularise(getattr(optimizer, "grad_scale", None))
         self._restart.keep_old()
@@ -312,21 +276,6 @@ class RankScheduler:
             self._grow()
         self._arm()
 
-    def _smooth(self, optimizer: torch.optim.Optimizer) -> None:
-        average_(self._importance)
-        factor = self._norm
-        loss_scale = getattr(optimizer, "grad_scale", None)
-        if loss_scale is None and self._scaler is not None:
-            loss_scale = self._scaler.get_scale()
-        if loss_scale is not None:
-            factor = factor / loss_scale
-        overflowed = getattr(optimizer, "found_inf", None)
-        if overflowed is not None:
-            factor = torch.where(overflowed.to(factor) > 0, torch.nan, factor)
-        beta1, beta2 = self._config.beta1, self._config.beta2
-        _core.smooth_(self._importance, factor, self._mean, self._uncertainty, beta1, beta2)
-        self._importance.zero_()
-
     def _regularise(self, grad_scale: Tensor | None) -> None:
         used = [
             (module.a, module.b, module.a.grad, module.b.grad)
@@ -337,7 +286,7 @@ class RankScheduler:
             return
         # The mean is over all modules, whether or not they took part in this step.
         weight = self._config.orthogonality_weight * len(used) / len(self._modules)
-        factor = torch.tensor(weight, dtype=torch.float64, device=self._mean.device)
+        factor = torch.tensor(weight, dtype=torch.float64, device=self._scores.importance.device)
         if grad_scale is not None:
             factor = factor * grad_scale.to(factor)
         a, b, grad_a, grad_b = zip(*used, strict=True)
@@ -349,16 +298,14 @@ class RankScheduler:
 
     def _arm(self) -> None:
         """Asks the backward passes of the next step for the importance, if a growth will need it."""
-        wanted = self._may_grow
-        if wanted and self._window is not None:
-            following = self.step + 1
-            wanted = self.schedule.next_event(following) - following < self._window
-        self._probe.importance = self._importance if wanted else None
+        following = self.step + 1
+        wanted = self._may_grow and self._scores.wanted(self.schedule.next_event(following) - following)
+        self._probe.importance = self._scores.importance if wanted else None
 
     # Growth.
 
     def _grow(self) -> None:
-        scores = (self._mean * self._uncertainty).cpu().numpy()
+        scores = self._scores.values()
         if not scores.any():
             warnings.warn(
                 f"step {self.step}: the importance of every module is 0, so the first modules in model "
@@ -433,9 +380,7 @@ class RankScheduler:
             "schedule": [schedule.tinit, schedule.deltaT, schedule.top_h, schedule.add_r],
             "adam_lead": self._restart.adam_lead,
             "was_linear": self._restart.was_linear,
-            "mean": self._mean.clone(),
-            "uncertainty": self._uncertainty.clone(),
-            "importance": self._importance.clone(),
+            "scores": self._scores.state(),
             "row_births": [list(module.row_births) for module in self._modules],
             "e_births": [list(module.e_births) for module in self._modules],
             "reserve": [module.reserve() for module in self._modules],
@@ -443,7 +388,7 @@ class RankScheduler:
         }
 
     def _after_load(self, *_: Any) -> None:
-        saved = self._group.pop(STATE_KEY, None)
+        saved = self._group.get(STATE_KEY)
         if saved is not None:
             self._restore(saved)
             self._arm()
@@ -480,9 +425,7 @@ class RankScheduler:
         self.schedule = self._schedule(self._total_steps or _ENDLESS, *saved["schedule"])
         self._restart.adam_lead = saved["adam_lead"]
         self._restart.was_linear = saved["was_linear"]
-        self._mean.copy_(saved["mean"])
-        self._uncertainty.copy_(saved["uncertainty"])
-        self._importance.copy_(saved["importance"])
+        self._scores.restore(saved["scores"])
         self._history = [(int(s), int(k), int(r), float(i)) for s, k, r, i in saved["history"]]
         for k, module in enumerate(self._modules):
             module.row_births = list(saved["row_births"][k])

@@ -13,9 +13,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_sta
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .config import IncreLoraConfig, check_weights_file
+from .config import IncreLoraConfig
+from .files import check_weights_file
 from .model import check_factors, short
-from .registration import PEFT_TYPE
+from .peft_type import PEFT_TYPE
 
 _FACTOR = re.compile(r"^(?P<name>.+)\.lora_(?P<factor>[ABE])$")
 
