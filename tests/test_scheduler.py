@@ -143,6 +143,22 @@ def test_a_budget_above_the_modules_sizes_is_announced():
         attach(model, adamw(model), total_steps=100)
 
 
+def test_ranks_above_the_budget_are_announced_and_stay():
+    model = adapted(r=2, rank_pattern={"maps.0": 9})
+    optimizer = adamw(model)
+    with pytest.warns(UserWarning, match="add up to 12 already, more than the budget of 8"):
+        scheduler = attach(model, optimizer, total_steps=30)
+    train(model, optimizer, 1, 30)
+    assert scheduler.total_rank == 12
+
+
+def test_two_different_numbers_of_steps_are_told():
+    model = adapted(total_step=80)
+    with pytest.warns(UserWarning, match="total_step=80 in IncreLoraConfig, but the training has 60 steps"):
+        scheduler = attach(model, adamw(model), total_steps=60)
+    assert scheduler.schedule.tinit == 6
+
+
 def test_growth_logs_one_line(caplog):
     model = adapted(tinit=5, deltaT=5, top_h=2)
     optimizer = adamw(model)

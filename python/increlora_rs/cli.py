@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,13 +61,16 @@ def _demo(options: argparse.Namespace) -> None:
     # Imported here: Trainer takes seconds that the other commands need not spend.
     from .demo import run
 
-    run(
-        options.out,
-        seed=options.seed,
-        r=options.rank,
-        epochs=options.epochs,
-        documents=options.documents,
-    )
+    with warnings.catch_warnings():
+        # Transformers deprecating its own names.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        run(
+            options.out,
+            seed=options.seed,
+            r=options.rank,
+            epochs=options.epochs,
+            documents=options.documents,
+        )
 
 
 def _inspect(options: argparse.Namespace) -> None:

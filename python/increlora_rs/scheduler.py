@@ -107,7 +107,7 @@ class RankScheduler:
         self._modules = adapted_modules(self._model, self._adapter)
         check_attachable(self._modules, self._optimizer)
         self._config = self._modules[0].layer.configs[self._adapter]
-        self._total_steps = self._config.total_step if total_steps is None else total_steps
+        self._total_steps = self._steps_of(total_steps)
         self._restart = RestartWarmup(
             self._optimizer,
             enabled=self._config.restart_warmup,
@@ -195,6 +195,17 @@ class RankScheduler:
         group: dict[str, Any] = self._optimizer.param_groups[0]
         return group
 
+    def _steps_of(self, given: int | None) -> int | None:
+        configured = self._config.total_step
+        if given is not None and configured is not None and given != configured:
+            warnings.warn(
+                f"total_step={configured} in IncreLoraConfig, but the training has {given} steps; the "
+                "schedule is made for the latter",
+                UserWarning,
+                stacklevel=4,
+            )
+        return configured if given is None else given
+
     def _start(self) -> None:
         self.schedule = self._plan()
         for module in self._modules:
@@ -217,6 +228,14 @@ class RankScheduler:
             total = _ENDLESS
         if total < 1:
             raise ValueError(f"total_steps={total} is too small; it must be 1 or more.")
+        if self.total_rank > self.budget:
+            warnings.warn(
+                f"the ranks add up to {self.total_rank} already, more than the budget of {self.budget} that "
+                f"r={config.r} gives {len(self._modules)} modules: none will grow. Raise r, or lower "
+                "rank_pattern.",
+                UserWarning,
+                stacklevel=5,
+            )
         schedule = self._schedule(total, config.tinit, config.deltaT, config.top_h, config.add_r)
         if schedule.reached < self.budget:
             impossible = schedule.possible < self.budget or int(self._caps().sum()) < self.budget
