@@ -68,7 +68,8 @@ def test_no_command_prints_the_usage(capsys):
 def test_demo_trains_saves_exports_and_draws(tmp_path, capsys):
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--documents", "80", "--epochs", "2", "--rank", "2"]) == 0
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
+    assert "8/8" in progress
     assert "total rank 74 of a budget of 74" in printed
     assert "same predictions" in printed
     for line in ("before training", "IncreLoRA", "LoRA"):

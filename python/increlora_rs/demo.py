@@ -99,6 +99,7 @@ def run(
             warmup_steps=0.1,
             logging_steps=25,
             save_strategy="no",
+            disable_tqdm=False,
             dataloader_pin_memory=torch.cuda.is_available(),
             report_to="none",
             seed=seed,
