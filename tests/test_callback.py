@@ -9,7 +9,7 @@ import pytest
 import torch
 from increlora_rs import IncreLoraCallback, IncreLoraConfig
 from increlora_rs.adapted import adapted_modules
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 TARGETS = ["query", "value", "intermediate.dense"]
 STEPS = 24
@@ -239,3 +239,36 @@ def test_forgetting_the_callback_is_noticed(make_trainer):
     trainer, _ = make_trainer(callbacks=[], max_steps=60)
     with pytest.warns(UserWarning, match="IncreLoraCallback"):
         trainer.train()
+
+
+def test_a_learning_rate_schedule_of_the_users_own_is_followed(make_trainer):
+    trainer, callback = make_trainer(warmup_steps=0)
+    optimizer = torch.optim.AdamW([p for p in trainer.model.parameters() if p.requires_grad], lr=5e-3)
+    trainer.optimizer = optimizer
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    trainer.train()
+    assert not callback.scheduler._restart.was_linear
+
+
+def test_trainers_own_linear_schedule_is_taken_for_linear(make_trainer):
+    trainer, callback = make_trainer()
+    trainer.train()
+    assert callback.scheduler._restart.was_linear
+
+
+def test_an_interrupted_training_can_be_followed_by_another(make_trainer):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    first, _ = make_trainer()
+    first.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    callback = IncreLoraCallback()
+    second = Trainer(
+        model=first.model, args=first.args, train_dataset=first.train_dataset, callbacks=[callback]
+    )
+    second.train()
+    assert callback.scheduler.total_rank == 18

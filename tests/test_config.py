@@ -364,3 +364,24 @@ def test_unknown_argument_is_refused():
 def test_patterns_are_not_shared_between_configurations():
     IncreLoraConfig().rank_pattern["query"] = 4
     assert IncreLoraConfig().rank_pattern == {}
+
+
+def test_numbers_of_numpy_are_saved_as_plain_ones(tmp_path):
+    config = IncreLoraConfig(
+        r=np.int64(4),
+        lora_alpha=np.float32(6),
+        beta1=np.float64(0.5),
+        use_rslora=np.bool_(True),
+        rank_pattern={"a": np.int32(2)},
+    )
+    config.save_pretrained(tmp_path)
+    again = IncreLoraConfig.from_pretrained(tmp_path)
+    assert (again.r, again.lora_alpha, again.beta1, again.use_rslora) == (4, 6.0, 0.5, True)
+    assert again.rank_pattern == {"a": 2}
+
+
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_what_is_no_regular_expression_is_refused_by_name(name):
+    value = {"(": 2} if name.endswith("pattern") else "("
+    with pytest.raises(ValueError, match=f"{name}='.'.*no regular expression"):
+        IncreLoraConfig(**{name: value})

@@ -386,3 +386,9 @@ def test_failed_export_leaves_an_old_one(train, tmp_path, monkeypatch):
     with pytest.raises(OSError):
         export_lora(model, tmp_path, rank=16)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_export_into_the_adapters_own_directory_is_refused(make_plain, tmp_path):
+    get_peft_model(make_plain(), IncreLoraConfig(r=2, target_modules=["lin0"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is the directory of the adapter itself"):
+        export_lora(tmp_path, tmp_path)

@@ -341,3 +341,51 @@ def test_parameters_partitioned_by_deepspeed_are_refused_with_the_reason():
     trainable(model)[0].ds_id = 0
     with pytest.raises(ValueError, match="partitioned by DeepSpeed ZeRO-3"):
         attach(model, optimizer, total_steps=STEPS)
+
+
+@pytest.mark.parametrize("keyword", [True, False])
+def test_a_closure_trains_as_the_plain_loop_does(keyword):
+    def run(with_closure):
+        model = adapted(form=IncreLoraConfig.paper)
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+        scheduler = attach(model, optimizer, total_steps=STEPS)
+        for t in range(1, STEPS + 1):
+
+            def closure(t=t):
+                optimizer.zero_grad()
+                loss = loss_of(model, t)
+                loss.backward()
+                return loss
+
+            if not with_closure:
+                closure()
+                optimizer.step()
+            elif keyword:
+                optimizer.step(closure=closure)
+            else:
+                optimizer.step(closure)
+        return scheduler.history.tolist(), weights(model)
+
+    (history, plain), (other, closed) = run(False), run(True)
+    assert history == other
+    for name, parameter in plain.items():
+        assert torch.equal(parameter, closed[name]), name
+
+
+def test_lbfgs_is_refused():
+    model = adapted()
+    with pytest.raises(ValueError, match="LBFGS keeps one flat vector"):
+        attach(model, torch.optim.LBFGS(trainable(model)), total_steps=STEPS)
+
+
+def test_another_budget_on_resume_is_told():
+    model = adapted()
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    scheduler = attach(model, optimizer, total_steps=STEPS)
+    state = optimizer.state_dict()
+    scheduler.detach()
+    other = adapted(r=5)
+    optimizer = torch.optim.AdamW(trainable(other), lr=1e-2)
+    optimizer.load_state_dict(state)
+    with pytest.warns(UserWarning, match="r=5 makes a budget of 10, but the run .* planned for 6"):
+        attach(other, optimizer, total_steps=STEPS)

@@ -210,3 +210,22 @@ def test_plot_without_matplotlib_says_what_to_install(build, tmp_path, monkeypat
 def test_plot_into_a_missing_directory_is_refused_by_path(build, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         plot_ranks(build(2), tmp_path / "nowhere" / "ranks.png")
+
+
+@pytest.mark.parametrize("stacks", [("encoder.block", "decoder.block"), ("vision.layers", "text.layers")])
+def test_two_stacks_of_layers_each_have_their_columns(stacks):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for stack in stacks:
+                outer, inner = stack.split(".")
+                layers = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(2))
+                setattr(self, outer, nn.ModuleDict({inner: layers}))
+
+        def forward(self, x):
+            return x
+
+    model = get_peft_model(Two(), IncreLoraConfig(r=2, target_modules=["q"]))
+    table = rank_table(model)
+    assert table.total_rank == 4
+    assert table.kinds == [f"{stack}.q" for stack in sorted(stacks)]

@@ -1,5 +1,6 @@
 """The scheduler in a loop written by hand: when and where ranks grow, and that nothing else changes."""
 
+import copy
 import itertools
 import warnings
 
@@ -673,3 +674,83 @@ def test_a_state_that_was_refused_is_still_there_for_the_right_model():
         attach(model, optimizer, total_steps=60)
     optimizer.param_groups[0][STATE_KEY]["modules"][0] = "maps.0"
     assert attach(model, optimizer, total_steps=60).step == 5
+
+
+def test_a_second_scheduler_on_one_optimizer_raises():
+    first, second = adapted(), adapted(seed=4)
+    both = [p for model in (first, second) for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(both, lr=1e-2)
+    attach(first, optimizer, total_steps=60)
+    with pytest.raises(ValueError, match="optimizer: a scheduler is attached to it already"):
+        attach(second, optimizer, total_steps=60)
+
+
+def test_a_larger_r_under_the_old_scale_raises(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(Chain(WIDTHS), tmp_path, is_trainable=True)
+    model.peft_config["default"].r = 6
+    with pytest.raises(ValueError, match=r"has the scale 2.66667, but r=6 .* make 1.33333"):
+        attach(model, adamw(model), total_steps=60)
+
+
+def test_a_saved_adapter_goes_on_growing_under_a_new_configuration(tmp_path):
+    model = adapted()
+    optimizer = adamw(model)
+    attach(model, optimizer, total_steps=60)
+    train(model, optimizer, 1, 60)
+    model.save_pretrained(tmp_path)
+    config = IncreLoraConfig(r=5, lora_alpha=40 / 3, target_modules=TARGETS)
+    torch.manual_seed(3)
+    again = peft.PeftModel.from_pretrained(Chain(WIDTHS), tmp_path, is_trainable=True, config=config)
+    x, _ = batch(1)
+    torch.testing.assert_close(again.eval()(x), model.eval()(x))
+    optimizer = adamw(again.train())
+    scheduler = attach(again, optimizer, total_steps=60)
+    train(again, optimizer, 1, 60)
+    assert scheduler.total_rank == 20
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("total_steps", "40"), ("total_steps", True), ("lr_warmup_steps", 4.0), ("lr_warmup_steps", "4")],
+)
+def test_an_argument_of_a_wrong_type_is_named(argument, value):
+    model = adapted()
+    with pytest.raises(TypeError, match=f"{argument}={value!r}"):
+        attach(model, adamw(model), **({"total_steps": 60} | {argument: value}))
+
+
+def test_a_copy_of_a_model_in_training_can_be_attached():
+    model = adapted()
+    attach(model, adamw(model), total_steps=60)
+    copied = copy.deepcopy(model)
+    assert attach(copied, adamw(copied), total_steps=60).step == 0
+
+
+def test_a_compiled_model_keeps_its_module_names():
+    model = adapted()
+    compiled = torch.compile(model, backend="eager")
+    assert list(attach(compiled, adamw(model), total_steps=60).ranks) == TARGETS
+
+
+def test_one_scaler_may_serve_two_schedulers():
+    scaler = torch.amp.GradScaler("cpu")
+    models = [adapted(), adapted(seed=4)]
+    schedulers = [attach(m, adamw(m), total_steps=60, scaler=scaler) for m in models]
+    for scheduler in schedulers:
+        scheduler.detach()
+    scaler.scale(torch.ones(1))
+    scaler.update(2.0)
+    assert scaler.get_scale() == 2.0
+
+
+def test_one_configuration_may_serve_several_models():
+    config = IncreLoraConfig(r=3, target_modules=TARGETS)
+    for _ in range(2):
+        model = peft.get_peft_model(Chain(WIDTHS), config)
+        optimizer = adamw(model)
+        scheduler = attach(model, optimizer, total_steps=60)
+        assert scheduler.total_rank == 4
+        train(model, optimizer, 1, 60)
+        assert len(scheduler.history) == 8
+    assert config.rank_pattern == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,14 +56,25 @@ def trainable_adapter(model: nn.Module, wanted: str | None) -> str:
     if len(trainable) != 1:
         raise ValueError(
             f"model: it has {len(trainable)} trainable IncreLoRA adapters {list(trainable)}; ranks grow in "
-            "exactly one: make it with get_peft_model(model, IncreLoraConfig(...)), or name it by "
-            "adapter_name."
+            "exactly one: make it with get_peft_model(model, IncreLoraConfig(...)), load it with "
+            "is_trainable=True, or name it by adapter_name."
         )
     return next(iter(trainable))
 
 
+def schedulers_of(model: nn.Module) -> list[Any]:
+    """The schedulers that are attached to adapters of ``model``."""
+    probes = [p for module in model.modules() if isinstance(module, Linear) for p in module.probes.values()]
+    return list({id(p.scheduler): p.scheduler for p in probes if p.attached}.values())
+
+
 def check_attachable(modules: Sequence[AdaptedModule], optimizer: torch.optim.Optimizer) -> None:
     """Raises ValueError unless the adapter can be trained by ``optimizer`` and can grow."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "optimizer: LBFGS keeps one flat vector over all parameters, which cannot grow; use AdamW or "
+            "another optimizer that keeps its state by parameter."
+        )
     first = modules[0]
     if first.layer.probes[first.adapter].attached:
         raise ValueError(
@@ -71,6 +83,15 @@ def check_attachable(modules: Sequence[AdaptedModule], optimizer: torch.optim.Op
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for module in modules:
+        config = module.layer.configs[module.adapter]
+        configured = config.scale(module.layer.lora_alpha[module.adapter], module.rank)
+        if not math.isclose(module.layer.scaling[module.adapter], configured, rel_tol=1e-6):
+            raise ValueError(
+                f"model: {module.name!r} has the scale {module.layer.scaling[module.adapter]:g}, but r="
+                f"{config.r} and its lora_alpha make {configured:g}, which a saved adapter would be loaded "
+                "with. To go on with another r, load it with PeftModel.from_pretrained(..., config="
+                "IncreLoraConfig(r=..., lora_alpha=..., ...)) and scale lora_alpha along."
+            )
         if module.adapter in module.layer.merged_adapters:
             raise ValueError(
                 f"model: adapter {module.adapter!r} is merged into the base weights; call "

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import SchedulerType, TrainerCallback
 
+from .attachment import schedulers_of
 from .scheduler import RankScheduler, attach
 
 
@@ -27,15 +28,17 @@ class IncreLoraCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attaches the scheduler to the Trainer's optimizer."""
         optimizer = kwargs["optimizer"]
-        if self.scheduler is not None:
-            self.scheduler.detach()
+        for running in (self.scheduler, *schedulers_of(kwargs["model"])):
+            # Left by a training that was interrupted.
+            if running is not None:
+                running.detach()
         linear = args.lr_scheduler_type == SchedulerType.LINEAR
         self.scheduler = attach(
             kwargs["model"],
             optimizer,
             total_steps=state.max_steps,
             lr_warmup_steps=args.get_warmup_steps(state.max_steps),
-            lr_schedule="linear" if linear else "follow",
+            lr_schedule="auto" if linear else "follow",
             scaler=getattr(optimizer, "scaler", None),
         )
         if state.global_step and not self.scheduler.restored:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import Any, Literal
 
+import numpy as np
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 
+from . import arguments
 from .files import check_weights_file
 from .peft_type import PEFT_TYPE
 
@@ -127,9 +128,10 @@ class IncreLoraConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
+        self._take_plain_numbers()
         self._refuse_unsupported()
         # Before PEFT's own checks, which answer to the inits that LoraConfig knows.
-        _choice("init_lora_weights", self.init_lora_weights, (True, False, "svd"))
+        arguments.choice("init_lora_weights", self.init_lora_weights, (True, False, "svd"))
         self._check_modules()
         if self.rank_pattern is None:
             self.rank_pattern = {}
@@ -208,6 +210,16 @@ class IncreLoraConfig(LoraConfig):
         divisor = float(self.r if self.scaling == "budget" else max(rank, 1))
         return lora_alpha / (divisor**0.5 if self.use_rslora else divisor)
 
+    def _take_plain_numbers(self) -> None:
+        """NumPy's numbers become Python's, which the configuration file can hold."""
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name, None)
+            if isinstance(value, np.generic):
+                setattr(self, option.name, value.item())
+            elif isinstance(value, dict):
+                plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in value.items()}
+                setattr(self, option.name, plain)
+
     def _refuse_unsupported(self) -> None:
         for option in dataclasses.fields(LoraConfig):
             if option.name in _SUPPORTED or not option.init:
@@ -226,10 +238,10 @@ class IncreLoraConfig(LoraConfig):
                 )
 
     def _check_ranks(self) -> None:
-        _integer("r", self.r, at_least=1)
-        _integer("init_r", self.init_r, at_least=1)
-        _integer("max_r", self.max_r, at_least=1, optional=True)
-        _integer("add_r", self.add_r, at_least=1)
+        arguments.integer("r", self.r, at_least=1)
+        arguments.integer("init_r", self.init_r, at_least=1)
+        arguments.integer("max_r", self.max_r, at_least=1, optional=True)
+        arguments.integer("add_r", self.add_r, at_least=1)
         if self.init_r > self.r:
             raise ValueError(
                 f"r={self.r} is below init_r={self.init_r}; r is the budget, the average rank at the "
@@ -240,97 +252,52 @@ class IncreLoraConfig(LoraConfig):
                 f"max_r={self.max_r} is below r={self.r}, so the budget can never be reached; give at "
                 "least r."
             )
-        _number("lora_alpha", self.lora_alpha, above=0.0)
-        _number("lora_dropout", self.lora_dropout, at_least=0.0, below=1.0)
-        for key, rank in _pattern("rank_pattern", self.rank_pattern):
-            _integer(f"rank_pattern[{key!r}]", rank, at_least=1)
-        for key, alpha in _pattern("alpha_pattern", self.alpha_pattern):
-            _number(f"alpha_pattern[{key!r}]", alpha, above=0.0)
+        arguments.number("lora_alpha", self.lora_alpha, above=0.0)
+        arguments.number("lora_dropout", self.lora_dropout, at_least=0.0, below=1.0)
+        for key, rank in arguments.pattern("rank_pattern", self.rank_pattern):
+            arguments.integer(f"rank_pattern[{key!r}]", rank, at_least=1)
+        for key, alpha in arguments.pattern("alpha_pattern", self.alpha_pattern):
+            arguments.number(f"alpha_pattern[{key!r}]", alpha, above=0.0)
 
     def _check_schedule(self) -> None:
-        _integer("total_step", self.total_step, at_least=1, optional=True)
-        _integer("tinit", self.tinit, at_least=0, optional=True)
-        _integer("deltaT", self.deltaT, at_least=1, optional=True)
-        _integer("top_h", self.top_h, at_least=1, optional=True)
+        arguments.integer("total_step", self.total_step, at_least=1, optional=True)
+        arguments.integer("tinit", self.tinit, at_least=0, optional=True)
+        arguments.integer("deltaT", self.deltaT, at_least=1, optional=True)
+        arguments.integer("top_h", self.top_h, at_least=1, optional=True)
         if self.total_step is not None and (self.tinit or 0) >= self.total_step:
             raise ValueError(
                 f"tinit={self.tinit} leaves no step for growth out of total_step={self.total_step}; "
                 "give less."
             )
-        _number("beta1", self.beta1, at_least=0.0, below=1.0)
-        _number("beta2", self.beta2, at_least=0.0, below=1.0)
+        arguments.number("beta1", self.beta1, at_least=0.0, below=1.0)
+        arguments.number("beta2", self.beta2, at_least=0.0, below=1.0)
         if self.orth_reg_weight is not None:
-            _number("orth_reg_weight", self.orth_reg_weight, at_least=0.0)
+            arguments.number("orth_reg_weight", self.orth_reg_weight, at_least=0.0)
         if self.importance_window != "auto":
-            _integer("importance_window", self.importance_window, at_least=1, optional=True)
+            arguments.integer("importance_window", self.importance_window, at_least=1, optional=True)
 
     def _check_modules(self) -> None:
         for name in ("target_modules", "exclude_modules"):
-            if not isinstance(getattr(self, name), str):
-                _collection(name, getattr(self, name), str, "a string or a list of strings")
-        _collection("modules_to_save", self.modules_to_save, str, "a list of strings")
+            if isinstance(getattr(self, name), str):
+                arguments.regex(name, getattr(self, name))
+            else:
+                arguments.collection(name, getattr(self, name), str, "a string or a list of strings")
+        arguments.collection("modules_to_save", self.modules_to_save, str, "a list of strings")
         if not isinstance(self.layers_to_transform, int):
-            _collection(
+            arguments.collection(
                 "layers_to_transform", self.layers_to_transform, int, "a layer number or a list of them"
             )
 
     def _check_choices(self) -> None:
-        _choice("scaling", self.scaling, ("budget", "rank"))
-        _choice("importance_norm", self.importance_norm, ("sqrt", "mean"))
-        _choice("bias", self.bias, ("none", "all", "lora_only"))
-        _choice("advance_learning", self.advance_learning, (True, False, None))
+        arguments.choice("scaling", self.scaling, ("budget", "rank"))
+        arguments.choice("importance_norm", self.importance_norm, ("sqrt", "mean"))
+        arguments.choice("bias", self.bias, ("none", "all", "lora_only"))
+        arguments.choice("advance_learning", self.advance_learning, (True, False, None))
         for name in ("restart_warmup", "preserve_output", "use_rslora"):
-            _choice(name, getattr(self, name), (True, False))
+            arguments.choice(name, getattr(self, name), (True, False))
         if self.advance_learning and self.init_lora_weights != "svd":
             raise ValueError(
                 f"advance_learning=True needs init_lora_weights='svd', not "
                 f"{self.init_lora_weights!r}: with LoRA's init a new component starts at B = 0 and "
                 "there is nothing to keep in reserve."
             )
-
-
-def _integer(name: str, value: Any, *, at_least: int, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}={value!r} must be an integer, {at_least} or more.")
-    if value < at_least:
-        raise ValueError(f"{name}={value} is too small; it must be {at_least} or more.")
-
-
-def _number(
-    name: str,
-    value: Any,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    below: float = float("inf"),
-) -> None:
-    bounds = [f"at least {at_least}"] if at_least is not None else []
-    bounds += [f"above {above}"] if above is not None else []
-    bounds += [f"below {below}"] if below != float("inf") else ["finite"]
-    want = " and ".join(bounds)
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}={value!r} must be a number, {want}.")
-    value = float(value)
-    low = at_least is not None and not value >= at_least
-    if low or (above is not None and not value > above) or not value < below:
-        raise ValueError(f"{name}={value} is out of range; it must be {want}.")
-
-
-def _choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
-        raise ValueError(f"{name}={value!r} is unknown; it must be one of {list(choices)}.")
-
-
-def _collection(name: str, value: Any, kind: type, want: str) -> None:
-    if value is None:
-        return
-    if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, kind) for item in value):
-        raise TypeError(f"{name}={value!r} must be {want}.")
-
-
-def _pattern(name: str, value: Any) -> list[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        raise TypeError(f"{name}={value!r} must be a dictionary from module name to value.")
-    return list(value.items())

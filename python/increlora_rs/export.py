@@ -67,7 +67,16 @@ def export_lora(
         a, b = _baked(module, config.r if layout == "uniform" else module.rank)
         tensors[f"base_model.model.{name}.lora_A.weight"] = a
         tensors[f"base_model.model.{name}.lora_B.weight"] = b
-    with staged(Path(out_dir)) as stage:
+    target = Path(out_dir)
+    if (
+        not isinstance(model_or_adapter_dir, nn.Module)
+        and target.resolve() == Path(model_or_adapter_dir).resolve()
+    ):
+        raise ValueError(
+            f"out_dir={str(out_dir)!r} is the directory of the adapter itself, which the plain LoRA would "
+            "replace; give another."
+        )
+    with staged(target) as stage:
         save_file(tensors, stage / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(stage))
     return config

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -24,29 +26,23 @@ def check_weights_file(path: str) -> None:
         ) from error
 
 
-class staged:
-    """Context: a folder whose files replace those of ``target`` when the block ends without error."""
+_STAGE = ".increlora-save-"
 
-    _PREFIX = ".increlora-save-"
 
-    def __init__(self, target: Path) -> None:
-        self._target = target
-
-    def __enter__(self) -> Path:
-        self._target.mkdir(parents=True, exist_ok=True)
-        for left in self._target.glob(f"{self._PREFIX}*"):
-            shutil.rmtree(left, ignore_errors=True)
-        self._stage = Path(tempfile.mkdtemp(prefix=self._PREFIX, dir=self._target))
-        return self._stage
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                for file in sorted(path for path in self._stage.rglob("*") if path.is_file()):
-                    goal = self._target / file.relative_to(self._stage)
-                    goal.parent.mkdir(parents=True, exist_ok=True)
-                    with open(file, "rb") as handle:
-                        os.fsync(handle.fileno())
-                    os.replace(file, goal)
-        finally:
-            shutil.rmtree(self._stage, ignore_errors=True)
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A folder whose files replace those of ``target`` when the block ends without error."""
+    target.mkdir(parents=True, exist_ok=True)
+    for left in target.glob(f"{_STAGE}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    stage = Path(tempfile.mkdtemp(prefix=_STAGE, dir=target))
+    try:
+        yield stage
+        for file in sorted(path for path in stage.rglob("*") if path.is_file()):
+            goal = target / file.relative_to(stage)
+            goal.parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(file, goal)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from typing import Any
@@ -33,6 +34,13 @@ class IncreLoraModel(LoraModel):
     """
 
     tuner_layer_cls = Linear
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Puts the adapter into ``model``; see ``peft.LoraModel.inject_adapter``."""
+        # The ranks that an adapter reaches stand in its configuration: the user's own, which may serve
+        # for another model, stays as it is.
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         self._probe = Probe()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,17 +25,26 @@ class Probe:
     Args:
         importance: float64 vector with a slot a module, to which every backward pass adds; None while
             the importance is not asked for.
-        attached: Is there a scheduler?
+        scheduler: What makes the ranks grow, if anything does.
         unattended: Backward passes since the scheduler's optimizer took a step, or ever without one.
         layers: Number of layers that share the probe.
         reloaded: Did a layer take another rank from a checkpoint since the scheduler looked?
     """
 
     importance: Tensor | None = None
-    attached: bool = False
+    scheduler: Any = None
     unattended: int = 0
     layers: int = 0
     reloaded: bool = False
+
+    @property
+    def attached(self) -> bool:
+        """Is there a scheduler?"""
+        return self.scheduler is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model has no scheduler.
+        return self.__dict__ | {"scheduler": None, "importance": None}
 
     def new_slot(self) -> int:
         """Slot of one more layer."""
@@ -115,20 +125,11 @@ def adapter(
     return result
 
 
-class _WithoutAutocast:
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Context in which Rust's matrix products keep the dtype that they are given."""
-
-    def __init__(self, device_type: str) -> None:
-        active = torch.is_autocast_enabled(device_type)
-        self._context = torch.autocast(device_type, enabled=False) if active else None
-
-    def __enter__(self) -> None:
-        if self._context is not None:
-            self._context.__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        if self._context is not None:
-            self._context.__exit__(*exception)
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -162,7 +163,7 @@ class _Adapter(torch.autograd.Function):
             result = y.clone(memory_format=torch.contiguous_format)
         # The seed comes from torch's generator, so that manual_seed and a checkpoint's replay hold.
         seed = int(torch.randint(2**63 - 1, ())) if dropout > 0.0 else 0
-        with _WithoutAutocast(x.device.type):
+        with _without_autocast(x.device.type):
             t, mask = _core.adapter_forward(result.view(-1, y.shape[-1]), flat, a, b, e, scale, dropout, seed)
         ctx.save_for_backward(x, t, mask, a, b, e)
         ctx.scale, ctx.dropout, ctx.probe, ctx.slot = scale, dropout, probe, slot
@@ -177,7 +178,7 @@ class _Adapter(torch.autograd.Function):
             ctx.probe.count_backward(ctx.slot)
             importance = ctx.probe.importance
         needs_x = ctx.needs_input_grad[1]
-        with _WithoutAutocast(x.device.type):
+        with _without_autocast(x.device.type):
             gx, ga, gb, ge = _core.adapter_backward(
                 gy.reshape(-1, gy.shape[-1]),
                 x.reshape(-1, x.shape[-1]).to(ctx.dtype),

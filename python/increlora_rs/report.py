@@ -109,6 +109,9 @@ def plot_ranks(
 
 def _table(adapter: Adapter) -> RankTable:
     places = {name: _place(name) for name in adapter.modules}
+    if len(set(places.values())) < len(places):
+        # Two stacks of layers, an encoder's and a decoder's: the stack's name tells them apart.
+        places = {name: _place(name, with_stack=True) for name in adapter.modules}
     short = _shortest([kind for _, kind in places.values()])
     layers: dict[str, None] = {}
     ranks = {}
@@ -122,12 +125,16 @@ def _table(adapter: Adapter) -> RankTable:
     return RankTable(numbers, list(short.values()), ranks, budget)
 
 
-def _place(name: str) -> tuple[str, str]:
-    """A module's layer number ("-" outside of layers) and its name within the layer."""
+def _place(name: str, with_stack: bool = False) -> tuple[str, str]:
+    """A module's layer number ("-" outside of layers) and its name within the layer, if wished with the
+    name of the stack of layers."""
     found = _LAYER.search(f".{name}.")
     if found is None:
         return _OUTSIDE, name
-    return found.group(1), f".{name}."[found.end() :].strip(".") or name
+    inside = f".{name}."[found.end() :].strip(".")
+    if with_stack or not inside:
+        inside = f"{name[: max(found.start() - 1, 0)]}.{inside}".strip(".")
+    return found.group(1), inside or name
 
 
 def _shortest(kinds: list[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import _core
+from . import _core, arguments
 from .adapted import AdaptedModule
 
 LrSchedule = Literal["auto", "linear", "follow"]
@@ -39,8 +39,7 @@ class RestartWarmup:
             raise ValueError(
                 f"lr_schedule={lr_schedule!r} is unknown; it must be 'auto', 'linear' or 'follow'."
             )
-        if lr_warmup < 0:
-            raise ValueError(f"lr_warmup_steps={lr_warmup} is negative; give 0 or more.")
+        arguments.integer("lr_warmup_steps", lr_warmup, at_least=0)
         if lr_schedule == "linear" and total_steps is None:
             raise ValueError("lr_schedule='linear' needs total_steps, at which the learning rate is 0.")
         self._optimizer = optimizer
@@ -93,8 +92,8 @@ class RestartWarmup:
         if self._lr_schedule != "auto" or not self.was_linear or total is None or step <= warmup:
             return
         expected = (total - step) / (total - warmup) if total > warmup else 1.0
-        # A schedule may count the step that it is at, or the one before.
-        tolerance = 1.5 / max(total - warmup, 1)
+        # A schedule may count the step that it is at, or the one before, and miss overflowed ones.
+        tolerance = 1.5 / max(total - warmup, 1) + 0.01
         self.was_linear = abs(_multiplier(self._optimizer.param_groups[0]) - expected) <= tolerance
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from . import _core
-from .adapted import AdaptedModule, adapted_modules
+from . import _core, arguments
+from .adapted import adapted_modules
 from .attachment import check_attachable, trainable_adapter, unwrapped_optimizer
 from .distributed import find_ddp, rebuild_buckets, shared_seed
 from .model import rank_pattern
@@ -80,6 +81,26 @@ def attach(
     )
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel or torch.compile."""
+    while True:
+        if isinstance(model, _WRAPPERS):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def _check_free(optimizer: torch.optim.Optimizer) -> None:
+    for hook in optimizer._optimizer_step_pre_hooks.values():
+        if isinstance(getattr(hook, "__self__", None), RankScheduler):
+            raise ValueError(
+                "optimizer: a scheduler is attached to it already, and its checkpoint has room for one; call "
+                "that one's detach() first, or give each adapter an optimizer of its own."
+            )
+
+
 class RankScheduler:
     """Allocates ranks during training; made by :func:`attach`.
 
@@ -101,11 +122,12 @@ class RankScheduler:
         scaler: Any,
         adapter_name: str | None,
     ) -> None:
-        self._model = model.module if isinstance(model, _WRAPPERS) else model
+        self._model = _unwrapped(model)
         self._optimizer = unwrapped_optimizer(optimizer)
         self._adapter = trainable_adapter(self._model, adapter_name)
         self._modules = adapted_modules(self._model, self._adapter)
         check_attachable(self._modules, self._optimizer)
+        _check_free(self._optimizer)
         self._config = self._modules[0].layer.configs[self._adapter]
         self._total_steps = self._steps_of(total_steps)
         self._restart = RestartWarmup(
@@ -129,7 +151,7 @@ class RankScheduler:
         else:
             self._restore(saved)
         self._probe = self._modules[0].layer.probes[self._adapter]
-        self._probe.attached = True
+        self._probe.scheduler = self
         self._probe.reloaded = False
         for slot, module in enumerate(self._modules):
             module.layer.probes[self._adapter] = self._probe
@@ -182,10 +204,12 @@ class RankScheduler:
             handle.remove()
         self._handles = []
         self._scores.detach()
+        if self._probe.reloaded:
+            self._take_loaded()
         self._drop_reserves()
         self._rebuild_buckets()
         self._probe.importance = None
-        self._probe.attached = False
+        self._probe.scheduler = None
         self._group.pop(STATE_KEY, None)
 
     # Set-up.
@@ -196,6 +220,7 @@ class RankScheduler:
         return group
 
     def _steps_of(self, given: int | None) -> int | None:
+        arguments.integer("total_steps", given, at_least=1, optional=True)
         configured = self._config.total_step
         if given is not None and configured is not None and given != configured:
             warnings.warn(
@@ -213,7 +238,7 @@ class RankScheduler:
         steps = self._optimizer.state.get(self._modules[0].a, {}).get("step", 0)
         self._restart.adam_lead = int(steps)
         self._update_may_grow()
-        self._fill_reserves(self._modules)
+        self._fill_reserves(range(len(self._modules)))
         self._rebuild_buckets()
 
     def _plan(self) -> _core.Schedule:
@@ -226,8 +251,6 @@ class RankScheduler:
                     "IncreLoraConfig."
                 )
             total = _ENDLESS
-        if total < 1:
-            raise ValueError(f"total_steps={total} is too small; it must be 1 or more.")
         if self.total_rank > self.budget:
             warnings.warn(
                 f"the ranks add up to {self.total_rank} already, more than the budget of {self.budget} that "
@@ -275,11 +298,29 @@ class RankScheduler:
 
     # One step.
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._check_loaded()
         self.step += 1
         self._scores.note_step()
         self._probe.unattended = 0
+        # args[0] is the optimizer.
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._take_gradients(optimizer)
+            return None
+
+        def then_take_gradients() -> Any:
+            loss = closure()
+            with torch.no_grad():
+                self._take_gradients(optimizer)
+            return loss
+
+        return (args[0], then_take_gradients, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
+
+    def _take_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Between the backward pass and the optimizer's update."""
         if self._probe.importance is not None:
             self._scores.smooth(optimizer)
         if self._config.orthogonality_weight > 0.0:
@@ -340,7 +381,7 @@ class RankScheduler:
             self._history.append((self.step, k, module.rank, float(scores[k])))
         self._update_may_grow()
         if self._may_grow:
-            self._fill_reserves([self._modules[k] for k, _ in chosen])
+            self._fill_reserves(k for k, _ in chosen)
         else:
             self._drop_reserves()
         self._config.rank_pattern = rank_pattern(self._model, self._adapter)
@@ -364,15 +405,15 @@ class RankScheduler:
         seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
         return torch.Generator().manual_seed(seed)
 
-    def _fill_reserves(self, modules: list[AdaptedModule]) -> None:
+    def _fill_reserves(self, indices: Iterable[int]) -> None:
         if not self._config.uses_reserve or not self._may_grow:
             return
         caps = self._caps()
-        for k, module in enumerate(self._modules):
-            if any(module is other for other in modules):
-                room = int(caps[k]) - module.rank
-                module.set_reserve(min(self.schedule.add_r, room), self._generator(k, "reserve"))
-                module.follow(self._optimizer, self.step)
+        for k in indices:
+            module = self._modules[k]
+            room = int(caps[k]) - module.rank
+            module.set_reserve(min(self.schedule.add_r, room), self._generator(k, "reserve"))
+            module.follow(self._optimizer, self.step)
 
     def _drop_reserves(self) -> None:
         for module in self._modules:
@@ -393,6 +434,7 @@ class RankScheduler:
             "version": _STATE_VERSION,
             "step": self.step,
             "total_steps": self._total_steps,
+            "budget": self.budget,
             "seed": self._seed,
             "modules": list(self.ranks),
             "ranks": list(self.ranks.values()),
@@ -435,6 +477,13 @@ class RankScheduler:
             warnings.warn(
                 f"total_steps={self._total_steps}, but the run that is resumed was planned for "
                 f"{saved['total_steps']}: ranks go on growing by that plan, {self.budget} in total",
+                UserWarning,
+                stacklevel=2,
+            )
+        if saved["budget"] != self.budget:
+            warnings.warn(
+                f"r={self._config.r} makes a budget of {self.budget}, but the run that is resumed was "
+                f"planned for {saved['budget']}: ranks go on growing by that plan, which may not reach it",
                 UserWarning,
                 stacklevel=2,
             )
@@ -481,6 +530,7 @@ class RankScheduler:
         for module in self._modules:
             if (len(module.row_births), len(module.e_births)) != (module.rows, module.rank):
                 module.start()
+                module.follow(self._optimizer, self.step)
         self._update_may_grow()
         self._restart.find_young(self._modules)
         self._rebuild_buckets()

@@ -83,11 +83,11 @@ class Scores:
                 self.importance.zero_()
             self._stepped = False
 
-        scaler.update = watched
+        scaler.update = self._watched = watched
 
     def detach(self) -> None:
-        """Gives the scaler its own ``update`` back."""
-        if self._scaler is not None:
+        """Gives the scaler its own ``update`` back, unless another scheduler has taken it since."""
+        if self._scaler is not None and vars(self._scaler).get("update") is self._watched:
             del self._scaler.update
 
     def state(self) -> dict[str, Tensor]:
