@@ -13,11 +13,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from . import _core, arguments
+from . import _core
 from .adapted import adapted_modules
 from .attachment import check_attachable, trainable_adapter, unwrapped_optimizer
 from .distributed import find_ddp, rebuild_buckets, shared_seed
 from .model import rank_pattern
+from .planning import caps_of, new_schedule, ranks_of, schedule_of, total_steps_of
 from .restart import LrSchedule, RestartWarmup
 from .scores import Scores
 
@@ -27,8 +28,6 @@ logger = logging.getLogger(__name__)
 # checkpoint of the optimizer, and is found whether it is loaded before or after `attach`.
 STATE_KEY = "increlora"
 _STATE_VERSION = 1
-# Steps of a training whose length is not known.
-_ENDLESS = 2**62
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
@@ -129,7 +128,7 @@ class RankScheduler:
         check_attachable(self._modules, self._optimizer)
         _check_free(self._optimizer)
         self._config = self._modules[0].layer.configs[self._adapter]
-        self._total_steps = self._steps_of(total_steps)
+        self._total_steps = total_steps_of(self._config, total_steps)
         self._restart = RestartWarmup(
             self._optimizer,
             enabled=self._config.restart_warmup,
@@ -219,20 +218,8 @@ class RankScheduler:
         group: dict[str, Any] = self._optimizer.param_groups[0]
         return group
 
-    def _steps_of(self, given: int | None) -> int | None:
-        arguments.integer("total_steps", given, at_least=1, optional=True)
-        configured = self._config.total_step
-        if given is not None and configured is not None and given != configured:
-            warnings.warn(
-                f"total_step={configured} in IncreLoraConfig, but the training has {given} steps; the "
-                "schedule is made for the latter",
-                UserWarning,
-                stacklevel=4,
-            )
-        return configured if given is None else given
-
     def _start(self) -> None:
-        self.schedule = self._plan()
+        self.schedule = new_schedule(self._config, self._modules, self._total_steps, self.budget)
         for module in self._modules:
             module.start()
         steps = self._optimizer.state.get(self._modules[0].a, {}).get("step", 0)
@@ -240,61 +227,6 @@ class RankScheduler:
         self._update_may_grow()
         self._fill_reserves(range(len(self._modules)))
         self._rebuild_buckets()
-
-    def _plan(self) -> _core.Schedule:
-        config, total = self._config, self._total_steps
-        if total is None:
-            if None in (config.tinit, config.deltaT, config.top_h):
-                raise ValueError(
-                    "total_steps=None: the schedule is left to the library, which needs the number of "
-                    "optimizer steps; give attach(..., total_steps=...) or set total_step in "
-                    "IncreLoraConfig."
-                )
-            total = _ENDLESS
-        if self.total_rank > self.budget:
-            warnings.warn(
-                f"the ranks add up to {self.total_rank} already, more than the budget of {self.budget} that "
-                f"r={config.r} gives {len(self._modules)} modules: none will grow. Raise r, or lower "
-                "rank_pattern.",
-                UserWarning,
-                stacklevel=5,
-            )
-        schedule = self._schedule(total, config.tinit, config.deltaT, config.top_h, config.add_r)
-        if schedule.reached < self.budget:
-            impossible = schedule.possible < self.budget or int(self._caps().sum()) < self.budget
-            verdict = "cannot be reached" if impossible else "may not be reached"
-            warnings.warn(
-                f"the budget {verdict}: {len(self._modules)} modules at an average rank of "
-                f"r={config.r} make {self.budget}, but from {self.total_rank} only {schedule.reached} are "
-                f"sure to be reached in {total} steps with {schedule}; the modules' sizes and max_r allow "
-                f"{int(self._caps().sum())}. Train longer, raise top_h or add_r, lower deltaT or tinit, or "
-                "lower r.",
-                UserWarning,
-                stacklevel=5,
-            )
-        return schedule
-
-    def _schedule(
-        self, total: int, tinit: int | None, interval: int | None, top_h: int | None, add_r: int
-    ) -> _core.Schedule:
-        return _core.Schedule(
-            total,
-            self._rank_array(),
-            self._caps(),
-            self.budget,
-            tinit=tinit,
-            deltaT=interval,
-            top_h=top_h,
-            add_r=add_r,
-        )
-
-    def _caps(self) -> npt.NDArray[np.uint64]:
-        most = self._config.max_r or _ENDLESS
-        caps = [max(min(most, module.layer.largest_rank), module.rank) for module in self._modules]
-        return np.array(caps, dtype=np.uint64)
-
-    def _rank_array(self) -> npt.NDArray[np.uint64]:
-        return np.array([module.rank for module in self._modules], dtype=np.uint64)
 
     # One step.
 
@@ -353,7 +285,7 @@ class RankScheduler:
         _core.add_orthogonality_gradient_(a, b, grad_a, grad_b, factor)
 
     def _update_may_grow(self) -> None:
-        room = bool((self._rank_array() < self._caps()).any())
+        room = bool((ranks_of(self._modules) < caps_of(self._config, self._modules)).any())
         self._may_grow = room and self.total_rank < self.budget
 
     def _arm(self) -> None:
@@ -373,7 +305,9 @@ class RankScheduler:
                 UserWarning,
                 stacklevel=2,
             )
-        chosen = self.schedule.choose(scores, self._rank_array(), self._caps(), self.budget)
+        chosen = self.schedule.choose(
+            scores, ranks_of(self._modules), caps_of(self._config, self._modules), self.budget
+        )
         for k, components in chosen:
             module = self._modules[k]
             module.grow(components, self._generator(k, "grow"))
@@ -408,7 +342,7 @@ class RankScheduler:
     def _fill_reserves(self, indices: Iterable[int]) -> None:
         if not self._config.uses_reserve or not self._may_grow:
             return
-        caps = self._caps()
+        caps = caps_of(self._config, self._modules)
         for k in indices:
             module = self._modules[k]
             room = int(caps[k]) - module.rank
@@ -490,7 +424,9 @@ class RankScheduler:
         self.step = saved["step"]
         self.restored = True
         self._seed = saved["seed"]
-        self.schedule = self._schedule(self._total_steps or _ENDLESS, *saved["schedule"])
+        self.schedule = schedule_of(
+            self._config, self._modules, self._total_steps, self.budget, saved["schedule"]
+        )
         self._restart.adam_lead = saved["adam_lead"]
         self._restart.was_linear = saved["was_linear"]
         self._scores.restore(saved["scores"])

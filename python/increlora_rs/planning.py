@@ -1,0 +1,103 @@
+"""The schedule of one training: from the configuration and the modules, and told if it falls short."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _core, arguments
+from .adapted import AdaptedModule
+from .config import IncreLoraConfig
+
+# Steps of a training whose length is not known, and rank that no module reaches.
+_ENDLESS = 2**62
+
+
+def total_steps_of(config: IncreLoraConfig, given: int | None) -> int | None:
+    """Steps of the training: those given, else ``config.total_step``; told where they differ.
+
+    Raises:
+        ValueError, TypeError: ``given`` is no number of steps.
+    """
+    arguments.integer("total_steps", given, at_least=1, optional=True)
+    configured = config.total_step
+    if given is not None and configured is not None and given != configured:
+        warnings.warn(
+            f"total_step={configured} in IncreLoraConfig, but the training has {given} steps; the schedule "
+            "is made for the latter",
+            UserWarning,
+            stacklevel=4,
+        )
+    return configured if given is None else given
+
+
+def ranks_of(modules: Sequence[AdaptedModule]) -> npt.NDArray[np.uint64]:
+    """Active ranks."""
+    return np.array([module.rank for module in modules], dtype=np.uint64)
+
+
+def caps_of(config: IncreLoraConfig, modules: Sequence[AdaptedModule]) -> npt.NDArray[np.uint64]:
+    """The largest rank that each module may have."""
+    most = config.max_r or _ENDLESS
+    caps = [max(min(most, module.layer.largest_rank), module.rank) for module in modules]
+    return np.array(caps, dtype=np.uint64)
+
+
+def new_schedule(
+    config: IncreLoraConfig, modules: Sequence[AdaptedModule], total_steps: int | None, budget: int
+) -> _core.Schedule:
+    """A schedule that brings the total rank to ``budget``; told, with the numbers, where it may not.
+
+    Raises:
+        ValueError: the number of steps is not known but needed.
+    """
+    if total_steps is None and None in (config.tinit, config.deltaT, config.top_h):
+        raise ValueError(
+            "total_steps=None: the schedule is left to the library, which needs the number of optimizer "
+            "steps; give attach(..., total_steps=...) or set total_step in IncreLoraConfig."
+        )
+    wish = (config.tinit, config.deltaT, config.top_h, config.add_r)
+    schedule = schedule_of(config, modules, total_steps, budget, wish)
+    start, most = int(ranks_of(modules).sum()), int(caps_of(config, modules).sum())
+    if start > budget:
+        warnings.warn(
+            f"the ranks add up to {start} already, more than the budget of {budget} that r={config.r} gives "
+            f"{len(modules)} modules: none will grow. Raise r, or lower rank_pattern.",
+            UserWarning,
+            stacklevel=5,
+        )
+    elif schedule.reached < budget:
+        impossible = schedule.possible < budget or most < budget
+        warnings.warn(
+            f"the budget {'cannot' if impossible else 'may not'} be reached: {len(modules)} modules at an "
+            f"average rank of r={config.r} make {budget}, but from {start} only {schedule.reached} are sure "
+            f"to be reached in {total_steps} steps with {schedule}; the modules' sizes and max_r allow "
+            f"{most}. Train longer, raise top_h or add_r, lower deltaT or tinit, or lower r.",
+            UserWarning,
+            stacklevel=5,
+        )
+    return schedule
+
+
+def schedule_of(
+    config: IncreLoraConfig,
+    modules: Sequence[AdaptedModule],
+    total_steps: int | None,
+    budget: int,
+    wish: tuple[int | None, int | None, int | None, int],
+) -> _core.Schedule:
+    """The schedule with the values of ``wish`` (tinit, deltaT, top_h, add_r); None is left open."""
+    tinit, interval, top_h, add_r = wish
+    return _core.Schedule(
+        total_steps or _ENDLESS,
+        ranks_of(modules),
+        caps_of(config, modules),
+        budget,
+        tinit=tinit,
+        deltaT=interval,
+        top_h=top_h,
+        add_r=add_r,
+    )
