@@ -65,6 +65,7 @@ def test_no_command_prints_the_usage(capsys):
     assert "demo" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_demo_trains_saves_exports_and_draws(tmp_path, capsys):
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--documents", "80", "--epochs", "2", "--rank", "2"]) == 0
@@ -79,6 +80,7 @@ def test_demo_trains_saves_exports_and_draws(tmp_path, capsys):
     assert (out / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["tsv", "csv", "jsonl"])
 def test_the_example_fine_tunes_a_model_directory_on_a_file(ending, tmp_path):
     rows = [(f"a {word} film", label) for word, label in [("good", "yes"), ("bad", "no")] * 10]
@@ -98,6 +100,7 @@ def test_the_example_fine_tunes_a_model_directory_on_a_file(ending, tmp_path):
     assert sum(ranks.values()) == 2 * len(ranks)
 
 
+@pytest.mark.slow
 def test_the_example_says_which_column_is_missing(tmp_path):
     data = tmp_path / "reviews.csv"
     data.write_text("words,label\nfine,1\n")

@@ -14,6 +14,9 @@ sys.path.insert(0, str(WORKERS))
 import ddp  # noqa: E402
 
 
+pytestmark = pytest.mark.slow
+
+
 def torchrun(processes, script, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={processes}", str(WORKERS / script), *map(str, arguments)]
