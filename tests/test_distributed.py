@@ -13,7 +13,6 @@ sys.path.insert(0, str(WORKERS))
 
 import ddp  # noqa: E402
 
-
 pytestmark = pytest.mark.slow
 
 
