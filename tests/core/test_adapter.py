@@ -107,7 +107,7 @@ def by_core(case: Case, p: float = 0.0, seed: int = 0) -> tuple[dict[str, Tensor
 def by_ops(case: Case, **options) -> dict[str, Tensor]:
     """What `ops.adapter` and its backward pass give."""
     leaves = {name: getattr(case, name).detach().requires_grad_() for name in NAMES}
-    probe = ops.Probe(importance=torch.zeros(2, dtype=F64), attached=True)
+    probe = ops.Probe(importance=torch.zeros(2, dtype=F64), scheduler=object())
     y, *rest = leaves.values()
     base = y * 1 if options.get("inplace") else y
     out = ops.adapter(base, *rest, scale=case.scale, probe=probe, slot=1, **options)
