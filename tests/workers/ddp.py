@@ -33,12 +33,14 @@ def model_for(scenario):
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(9, 14), nn.Tanh(), nn.Linear(14, 11), nn.Tanh(), nn.Linear(11, 6))
     make = IncreLoraConfig.paper if scenario == "paper" else IncreLoraConfig
-    return peft.get_peft_model(model, make(r=3, lora_alpha=6, target_modules=TARGETS, top_h=1, deltaT=5))
+    config = make(r=3, lora_alpha=6, target_modules=TARGETS, top_h=1, deltaT=5)
+    # In float64, so that only the method, not rounding, can make several processes differ from one.
+    return peft.get_peft_model(model, config).double()
 
 
 def part(t, rank, micro=0):
     generator = torch.Generator().manual_seed(1000 * t + 10 * rank + micro)
-    x = torch.randn(8, 9, generator=generator)
+    x = torch.randn(8, 9, generator=generator, dtype=torch.float64)
     return x, torch.sin(2 * x[:, :6])
 
 
