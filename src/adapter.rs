@@ -93,12 +93,11 @@ impl Dropout {
     /// comes from that device's torch generator.
     pub fn draw(x: &Tensor, p: f64, seed: u64) -> Result<Self> {
         if x.device() == Device::Cpu {
-            let keep = dropout::keep_probability(p);
-            return Ok(Self { mask: dropout::draw(x.numel(), p, seed)?, keep });
+            return Ok(Self::from_mask(dropout::draw(x.numel(), p, seed)?, p));
         }
         let mut mask = Tensor::f_empty(x.size(), (Kind::Uint8, x.device()))?;
         let _ = mask.f_bernoulli_float_(1.0 - p)?;
-        Ok(Self { mask, keep: 1.0 - p })
+        Ok(Self::from_mask(mask, p))
     }
 
     /// The mask that [`Dropout::draw`] made for probability `p`.

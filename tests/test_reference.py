@@ -72,7 +72,7 @@ def reference_of(model, modules, make, multiplier, config, schedule):
     )
     for k, module in enumerate(modules):
         if module.rows > module.rank:
-            reference.add_reserve(0, k, *module.reserve())
+            reference.add_reserve(0, k, *module.reserve_factors())
     return reference
 
 
@@ -112,7 +112,7 @@ def follow(config, optimizer="adam", multiplier=linear):
                 ),
             )
             if module.rows > rank:
-                reference.add_reserve(t, k, *module.reserve())
+                reference.add_reserve(t, k, *module.reserve_factors())
         if reference.total_rank == reference.budget:
             reference.drop_reserves()
         assert [m.rank for m in reference.modules] == list(scheduler.ranks.values()), f"step {t}"

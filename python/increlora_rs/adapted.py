@@ -72,7 +72,7 @@ class AdaptedModule:
         """Draws, or drops, components in reserve; :meth:`follow` comes after."""
         self.layer.set_reserve(self.adapter, components, generator)
 
-    def reserve(self) -> list[Tensor]:
+    def reserve_factors(self) -> list[Tensor]:
         """Copies of the components in reserve: A (n, in), B (out, n)."""
         return [self.a.detach()[self.rank :].clone(), self.b.detach()[:, self.rank :].clone()]
 

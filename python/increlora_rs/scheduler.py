@@ -378,7 +378,7 @@ class RankScheduler:
             "scores": self._scores.state(),
             "row_births": [list(module.row_births) for module in self._modules],
             "e_births": [list(module.e_births) for module in self._modules],
-            "reserve": [module.reserve() for module in self._modules],
+            "reserve": [module.reserve_factors() for module in self._modules],
             "history": [list(row) for row in self._history],
         }
 
