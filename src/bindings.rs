@@ -4,14 +4,15 @@
 use numpy::PyReadonlyArray1;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::PyTuple;
 use pyo3_tch::PyTensor;
 use tch::Tensor;
 
 use crate::adapter::{self, Adapter, Dropout};
-use crate::allocation::{self, LearningRate, Schedule, Wish};
+use crate::allocation::{self, Schedule, Wish};
 use crate::errors::{detached, Error};
-use crate::{importance, orthogonality, restart};
+use crate::{importance, orthogonality};
+
+mod step;
 
 /// Found in the file of the extension by `__init__`, which must not load an extension that was built
 /// for another torch.
@@ -272,47 +273,6 @@ fn importance_window(beta1: f64, beta2: f64) -> PyResult<u64> {
     Ok(allocation::window(beta1, beta2))
 }
 
-/// Corrects the rows of newborn components after an optimizer step, of all parameters given.
-///
-/// Each entry of `parameters` is (parameter, its value before the step, births, dim).
-#[pyfunction]
-#[pyo3(signature = (parameters, step, *, multiplier=None, lr_warmup=0, linear_until=None, betas=None, adam_lead=0, decay=0.0))]
-#[allow(clippy::too_many_arguments)]
-fn restart_(
-    py: Python<'_>,
-    parameters: Vec<Bound<'_, PyTuple>>,
-    step: u64,
-    multiplier: Option<f64>,
-    lr_warmup: u64,
-    linear_until: Option<u64>,
-    betas: Option<Bound<'_, PyAny>>,
-    adam_lead: u64,
-    decay: f64,
-) -> PyResult<()> {
-    let mut rows: Vec<(Tensor, Tensor, Vec<u64>, i64)> = Vec::with_capacity(parameters.len());
-    for (index, entry) in parameters.into_iter().enumerate() {
-        let (parameter, old, births, dim): (PyTensor, PyTensor, Vec<u64>, i64) =
-            entry.extract().map_err(|error| {
-                let name = format!("parameters[{index}], (parameter, old, births, dim)");
-                named(py, &name, &error)
-            })?;
-        rows.push((parameter.0, old.0, births, dim));
-    }
-    let betas = betas
-        .map(|betas| betas.extract().map_err(|error| named(py, "betas", &error)))
-        .transpose()?;
-    let learning_rate =
-        multiplier.map(|multiplier| LearningRate { multiplier, warmup: lr_warmup, linear_until });
-    let step = restart::Step { learning_rate, betas, decay, step, lead: adam_lead };
-    detached(py, move || {
-        step.check()?;
-        rows.iter().try_for_each(|(p, old, births, dim)| restart::check(p, old, births, *dim))?;
-        rows.iter_mut().try_for_each(|(parameter, old, births, dim)| {
-            restart::correct_(parameter, old, births, *dim, &step)
-        })
-    })
-}
-
 /// Adds everything to the module.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("RESERVE_E", adapter::RESERVE_E)?;
@@ -325,6 +285,6 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(orthogonality_value, module)?)?;
     module.add_function(wrap_pyfunction!(add_orthogonality_gradient_, module)?)?;
     module.add_function(wrap_pyfunction!(importance_window, module)?)?;
-    module.add_function(wrap_pyfunction!(restart_, module)?)?;
+    step::register(module)?;
     Ok(())
 }

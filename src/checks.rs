@@ -21,6 +21,15 @@ pub fn vector(name: &str, tensor: &Tensor) -> Result<i64> {
     }
 }
 
+/// Fails unless `tensor` holds one floating-point number, in whatever shape.
+pub fn one_number(name: &str, tensor: &Tensor) -> Result<()> {
+    float(name, tensor)?;
+    if tensor.numel() == 1 {
+        return Ok(());
+    }
+    Err(Error::Value(format!("{name} has shape {:?}; it must hold one number", tensor.size())))
+}
+
 /// Fails unless `value` is finite.
 pub fn finite(name: &str, value: f64) -> Result<()> {
     if value.is_finite() {

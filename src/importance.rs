@@ -70,21 +70,7 @@ pub fn smooth_(
     beta1: f64,
     beta2: f64,
 ) -> Result<()> {
-    let size = [checks::vector("importance", importance)?];
-    let vectors = [
-        ("importance", importance),
-        ("factor", factor),
-        ("mean", &*mean),
-        ("uncertainty", &*uncertainty),
-    ];
-    for (name, vector) in vectors {
-        checks::kind(name, vector, Kind::Double)?;
-        checks::shape(name, vector, &size)?;
-        checks::same_device(name, vector, "importance", importance)?;
-    }
-    checks::shape("factor", factor, &size)?;
-    checks::decay("beta1", beta1)?;
-    checks::decay("beta2", beta2)?;
+    check(importance, factor, mean, uncertainty, beta1, beta2)?;
     let importance = importance.f_mul(factor)?;
     let finite = importance.f_isfinite()?.f_all()?;
     let new_mean = mean.f_mul_scalar(beta1)?.f_add(&importance.f_mul_scalar(1.0 - beta1)?)?;
@@ -93,6 +79,31 @@ pub fn smooth_(
     mean.f_copy_(&new_mean.f_where_self(&finite, mean)?)?;
     uncertainty.f_copy_(&new_uncertainty.f_where_self(&finite, uncertainty)?)?;
     Ok(())
+}
+
+/// Fails unless the arguments of [`smooth_`] fit together.
+pub fn check(
+    importance: &Tensor,
+    factor: &Tensor,
+    mean: &Tensor,
+    uncertainty: &Tensor,
+    beta1: f64,
+    beta2: f64,
+) -> Result<()> {
+    let size = [checks::vector("importance", importance)?];
+    let vectors = [
+        ("importance", importance),
+        ("factor", factor),
+        ("mean", mean),
+        ("uncertainty", uncertainty),
+    ];
+    for (name, vector) in vectors {
+        checks::kind(name, vector, Kind::Double)?;
+        checks::shape(name, vector, &size)?;
+        checks::same_device(name, vector, "importance", importance)?;
+    }
+    checks::decay("beta1", beta1)?;
+    checks::decay("beta2", beta2)
 }
 
 #[cfg(test)]

@@ -2,16 +2,20 @@
 //! `R = mean over all A, B of ||A A^T - I||_F, ||B^T B - I||_F` (arXiv 2308.12043, eq. 4), and its
 //! gradient in closed form: no autograd graph.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::checks;
 use crate::errors::{Error, Result};
+use crate::kernels::orthonormal::{self, Job};
+use crate::kernels::plain::{self, Plain, Real};
 
 /// The value of R as a float64 scalar tensor, without gradients.
 pub fn value(a: &[Tensor], b: &[Tensor]) -> Result<Tensor> {
     check("a", a)?;
     check("b", b)?;
-    run(a, b, |_, _, _| Ok(()))
+    let items = a.iter().map(|a| (a, true)).chain(b.iter().map(|b| (b, false)));
+    let items = items.map(|(matrix, rows)| Item { matrix, grad: None, rows }).collect();
+    mean(run(items, None)?, a.len() + b.len(), a[0].device())
 }
 
 /// Adds `factor * dR/dA` to `grad_a` and `factor * dR/dB` to `grad_b`, in place; gives R.
@@ -34,28 +38,45 @@ pub fn add_gradient_(
     checks::shape("factor", factor, &[])?;
     for (name, grads, parameters) in [("grad_a", &*grad_a, a), ("grad_b", &*grad_b, b)] {
         for (grad, parameter) in grads.iter().zip(parameters) {
-            checks::float(name, grad)?;
-            checks::shape(name, grad, &parameter.size())?;
-            checks::same_device(name, grad, "its parameter", parameter)?;
+            check_gradient(name, grad, parameter)?;
         }
     }
-    let count = (a.len() + b.len()) as f64;
-    run(a, b, |index, residual, norm| {
-        let weight = factor.f_to_device(norm.device())?.f_mul_scalar(2.0 / count)?.f_div(norm)?;
-        let weight = weight.f_nan_to_num(0.0, 0.0, 0.0)?.f_to_kind(residual.kind())?;
-        let residual = residual.f_mul(&weight)?;
-        let (gradient, grad) = if index < a.len() {
-            (residual.f_mm(&a[index].f_to_kind(residual.kind())?)?, &mut grad_a[index])
-        } else {
-            let index = index - a.len();
-            (b[index].f_to_kind(residual.kind())?.f_mm(&residual)?, &mut grad_b[index])
-        };
-        let _ = grad.f_add_(&gradient.f_to_kind(grad.kind())?)?;
-        Ok(())
-    })
+    let count = a.len() + b.len();
+    let rows =
+        a.iter().zip(grad_a).map(|(a, grad)| Item { matrix: a, grad: Some(grad), rows: true });
+    let columns =
+        b.iter().zip(grad_b).map(|(b, grad)| Item { matrix: b, grad: Some(grad), rows: false });
+    let factor = factor.f_to_kind(Kind::Double)?.f_div_scalar(count as f64)?;
+    mean(run(rows.chain(columns).collect(), Some(&factor))?, count, a[0].device())
 }
 
-fn check(name: &str, matrices: &[Tensor]) -> Result<()> {
+/// Adds `factor` times the gradient of R over all modules, to those that have gradients.
+///
+/// `a` and `b` hold leaves, (rows, in) and (out, rows), one of each a module. A module of which one
+/// has no gradient is left out, and counts in the mean all the same.
+pub fn add_to_leaves_(a: &[Tensor], b: &[Tensor], factor: &Tensor) -> Result<()> {
+    let mut grads = Vec::with_capacity(a.len());
+    for (a, b) in a.iter().zip(b) {
+        let pair = (a.f_grad()?, b.f_grad()?);
+        if pair.0.defined() && pair.1.defined() {
+            check_gradient("the gradient of A", &pair.0, a)?;
+            check_gradient("the gradient of B", &pair.1, b)?;
+            grads.push((a, b, pair));
+        }
+    }
+    let items = grads.iter_mut().flat_map(|(a, b, (grad_a, grad_b))| {
+        [
+            Item { matrix: a, grad: Some(grad_a), rows: true },
+            Item { matrix: b, grad: Some(grad_b), rows: false },
+        ]
+    });
+    let factor = factor.f_div_scalar((a.len() + b.len()) as f64)?;
+    let _ = run(items.collect(), Some(&factor))?;
+    Ok(())
+}
+
+/// Fails unless there are matrices, of floating-point numbers.
+pub fn check(name: &str, matrices: &[Tensor]) -> Result<()> {
     if matrices.is_empty() {
         let message = format!("{name} is empty; give the matrices of one module or more");
         return Err(Error::Value(message));
@@ -67,28 +88,113 @@ fn check(name: &str, matrices: &[Tensor]) -> Result<()> {
     Ok(())
 }
 
-/// Takes the residual `gram - I` and its norm of every A, then of every B; gives the norms' mean.
-fn run(
-    a: &[Tensor],
-    b: &[Tensor],
-    mut each: impl FnMut(usize, &Tensor, &Tensor) -> Result<()>,
-) -> Result<Tensor> {
-    let mut norms = Vec::with_capacity(a.len() + b.len());
-    for (index, matrix) in a.iter().chain(b).enumerate() {
-        let wide = if matrix.kind() == Kind::Double { Kind::Double } else { Kind::Float };
-        let matrix = matrix.f_to_kind(wide)?;
-        let gram = if index < a.len() {
-            matrix.f_mm(&matrix.f_tr()?)?
-        } else {
-            matrix.f_tr()?.f_mm(&matrix)?
+fn check_gradient(name: &str, grad: &Tensor, parameter: &Tensor) -> Result<()> {
+    checks::float(name, grad)?;
+    checks::shape(name, grad, &parameter.size())?;
+    checks::same_device(name, grad, "its parameter", parameter)
+}
+
+/// A matrix, what its gradient is added to, and whether its components are its rows.
+struct Item<'a> {
+    matrix: &'a Tensor,
+    grad: Option<&'a mut Tensor>,
+    rows: bool,
+}
+
+/// An item that the loops on slices can do.
+struct PlainItem<'a> {
+    matrix: Plain<'a>,
+    grad: Option<Plain<'a>>,
+    components: usize,
+    rows: bool,
+}
+
+impl Item<'_> {
+    fn plain(&self) -> Option<PlainItem<'_>> {
+        let components = self.matrix.size()[usize::from(!self.rows)] as usize;
+        let matrix = Plain::of(self.matrix)?;
+        let grad = match &self.grad {
+            Some(grad) => Some(Plain::of(grad).filter(|grad| grad.kind == matrix.kind)?),
+            None => None,
         };
-        let identity = Tensor::f_eye(gram.size()[0], (wide, gram.device()))?;
-        let residual = gram.f_sub(&identity)?;
-        let norm = residual.f_square()?.f_sum(wide)?.f_sqrt()?;
-        each(index, &residual, &norm)?;
-        norms.push(norm.f_to_kind(Kind::Double)?.f_to_device(a[0].device())?);
+        let few = components <= orthonormal::MOST_COMPONENTS;
+        few.then_some(PlainItem { matrix, grad, components, rows: self.rows })
     }
-    Ok(Tensor::f_stack(&norms, 0)?.f_mean(Kind::Double)?)
+}
+
+/// Sum of the norms on the host, and norms as tensors.
+type Norms = (f64, Vec<Tensor>);
+
+fn mean((host, norms): Norms, count: usize, device: Device) -> Result<Tensor> {
+    let mut sum = Tensor::from(host).f_to_device(device)?;
+    for norm in norms {
+        let _ = sum.f_add_(&norm.f_to_kind(Kind::Double)?.f_to_device(device)?)?;
+    }
+    Ok(sum.f_div_scalar(count as f64)?)
+}
+
+/// Adds `factor * d norm / d matrix` to the gradients of all items; gives the norms.
+fn run(items: Vec<Item<'_>>, factor: Option<&Tensor>) -> Result<Norms> {
+    // A factor on another device would have to be waited for.
+    let host_factor = match factor {
+        None => Some(0.0),
+        Some(factor) if factor.device() == Device::Cpu => Some(factor.f_double_value(&[])?),
+        Some(_) => None,
+    };
+    let mut plain: Vec<_> =
+        items.iter().map(|item| host_factor.and_then(|_| item.plain())).collect();
+    if !disjoint(&plain) {
+        plain.fill_with(|| None);
+    }
+    let all = plain.iter().flatten();
+    let factor_of_slices = host_factor.unwrap_or_default();
+    let sum =
+        on_slices::<f32>(all.clone(), factor_of_slices) + on_slices::<f64>(all, factor_of_slices);
+    let done: Vec<bool> = plain.iter().map(Option::is_some).collect();
+    let others = items.into_iter().zip(done).filter(|(_, done)| !done);
+    let norms = others.map(|(item, _)| with_torch(item, factor)).collect::<Result<_>>()?;
+    Ok((sum, norms))
+}
+
+fn disjoint(items: &[Option<PlainItem<'_>>]) -> bool {
+    let tensors = items.iter().flatten().flat_map(|item| {
+        let grad = item.grad.map(|grad| (grad, true));
+        std::iter::once((item.matrix, false)).chain(grad)
+    });
+    plain::disjoint(tensors.collect())
+}
+
+fn on_slices<'a, T: Real>(items: impl Iterator<Item = &'a PlainItem<'a>>, factor: f64) -> f64 {
+    let mut jobs: Vec<Job<'_, T>> = items
+        .filter(|item| item.matrix.kind == T::KIND)
+        .map(|item| Job {
+            matrix: item.matrix.elements(),
+            grad: item.grad.map(|grad| grad.elements_mut()),
+            components: item.components,
+            rows: item.rows,
+            norm: 0.0,
+        })
+        .collect();
+    orthonormal::run(&mut jobs, factor);
+    jobs.iter().map(|job| job.norm).sum()
+}
+
+fn with_torch(item: Item<'_>, factor: Option<&Tensor>) -> Result<Tensor> {
+    let wide = if item.matrix.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+    let matrix = item.matrix.f_to_kind(wide)?;
+    let gram =
+        if item.rows { matrix.f_mm(&matrix.f_tr()?)? } else { matrix.f_tr()?.f_mm(&matrix)? };
+    let identity = Tensor::f_eye(gram.size()[0], (wide, gram.device()))?;
+    let residual = gram.f_sub(&identity)?;
+    let norm = residual.f_square()?.f_sum(wide)?.f_sqrt()?;
+    if let (Some(grad), Some(factor)) = (item.grad, factor) {
+        let weight = factor.f_to_device(norm.device())?.f_mul_scalar(2.0)?.f_div(&norm)?;
+        let weight = weight.f_nan_to_num(0.0, 0.0, 0.0)?.f_to_kind(wide)?;
+        let residual = residual.f_mul(&weight)?;
+        let gradient = if item.rows { residual.f_mm(&matrix)? } else { matrix.f_mm(&residual)? };
+        let _ = grad.f_add_(&gradient.f_to_kind(grad.kind())?)?;
+    }
+    Ok(norm)
 }
 
 #[cfg(test)]

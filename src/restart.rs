@@ -2,11 +2,15 @@
 //! multiplier and its own Adam bias correction, realised after the optimizer's step on the rows
 //! concerned (arXiv 2308.12043, section 3.3; the arithmetic is in [`crate::allocation`]).
 
+use std::collections::HashMap;
+
 use tch::{Kind, Tensor};
 
 use crate::allocation::{adam_ratio, restart_ratio, LearningRate};
 use crate::checks;
 use crate::errors::{Error, Result};
+use crate::kernels::blend::{self, Keep, Mix, Tail};
+use crate::kernels::plain::{self, Plain, Real};
 
 /// What the optimizer's step was, as far as its rows need it.
 pub struct Step {
@@ -45,50 +49,167 @@ impl Step {
     }
 }
 
-/// Fails unless the arguments of [`correct_`] fit together.
-pub fn check(parameter: &Tensor, old: &Tensor, births: &[u64], dim: i64) -> Result<()> {
-    let (rows, columns) = checks::matrix("parameter", parameter)?;
-    checks::float("parameter", parameter)?;
-    checks::float("old", old)?;
-    checks::same_device("old", old, "parameter", parameter)?;
-    checks::shape("old", old, &[rows, columns])?;
-    if dim != 0 && dim != 1 {
-        return Err(Error::Value(format!("dim is {dim}; it must be 0 or 1")));
-    }
-    let length = if dim == 0 { rows } else { columns };
-    checks::one_each("births", births, length as usize)
+/// A parameter with rows, or columns, that were born during training: they stand at its end.
+pub struct Newborn {
+    parameter: Tensor,
+    /// Births from the first row born during training on.
+    births: Vec<u64>,
+    /// 0: rows are born; 1: columns are.
+    dim: i64,
+    /// What the newborn rows were before the optimizer's step; contiguous.
+    old: Tensor,
 }
 
-/// Corrects, in place, the rows of `parameter` (its columns with `dim` 1) after an optimizer step.
-///
-/// `old` is the parameter before the step, `births` the step at which each row was born (0 for rows
-/// that were there from the start). The arguments have passed [`check`].
-pub fn correct_(
-    parameter: &mut Tensor,
-    old: &Tensor,
-    births: &[u64],
-    dim: i64,
-    step: &Step,
-) -> Result<()> {
-    let (f, g): (Vec<f64>, Vec<f64>) = births.iter().map(|&birth| step.factors(birth)).unzip();
-    if f.iter().all(|&f| f == 1.0) && g.iter().all(|&g| g == 0.0) {
+/// A newborn part that the loops on slices can do.
+#[derive(Clone, Copy)]
+struct Slices<'a> {
+    tail: Tail,
+    parameter: Plain<'a>,
+    old: Plain<'a>,
+    births: &'a [u64],
+}
+
+impl Newborn {
+    /// `births` are those of all rows (columns with `dim` 1), 0 where they were there from the start.
+    /// None where all were.
+    pub fn new(parameter: Tensor, births: &[u64], dim: i64) -> Result<Option<Self>> {
+        let (rows, columns) = checks::matrix("parameter", &parameter)?;
+        checks::float("parameter", &parameter)?;
+        if dim != 0 && dim != 1 {
+            return Err(Error::Value(format!("dim is {dim}; it must be 0 or 1")));
+        }
+        let length = if dim == 0 { rows } else { columns };
+        checks::one_each("births", births, length as usize)?;
+        let Some(first) = births.iter().position(|&birth| birth > 0) else { return Ok(None) };
+        let births = births[first..].to_vec();
+        let count = births.len() as i64;
+        let size = if dim == 0 { [count, columns] } else { [rows, count] };
+        let old = Tensor::f_empty(size, (parameter.f_kind()?, parameter.device()))?;
+        Ok(Some(Self { parameter, births, dim, old }))
+    }
+
+    /// As [`new`](Self::new), with the whole parameter's value before the step.
+    pub fn with_old(
+        parameter: Tensor,
+        old: &Tensor,
+        births: &[u64],
+        dim: i64,
+    ) -> Result<Option<Self>> {
+        let (rows, columns) = checks::matrix("parameter", &parameter)?;
+        checks::float("old", old)?;
+        checks::same_device("old", old, "parameter", &parameter)?;
+        checks::shape("old", old, &[rows, columns])?;
+        let Some(mut newborn) = Self::new(parameter, births, dim)? else { return Ok(None) };
+        newborn.old = newborn.part_of(old)?.f_contiguous()?;
+        Ok(Some(newborn))
+    }
+
+    /// The newborn rows of a matrix of the parameter's shape: a view.
+    fn part_of(&self, matrix: &Tensor) -> Result<Tensor> {
+        let count = self.births.len() as i64;
+        Ok(matrix.f_narrow(self.dim, matrix.size()[self.dim as usize] - count, count)?)
+    }
+
+    fn slices(&self) -> Option<Slices<'_>> {
+        let (parameter, old) = (Plain::of(&self.parameter)?, Plain::of(&self.old)?);
+        let (rows, columns) = self.parameter.size2().ok()?;
+        let (rows, columns) = (rows as usize, columns as usize);
+        let by_row = self.dim == 0;
+        let (length, across) = if by_row { (rows, columns) } else { (columns, rows) };
+        let first = length.checked_sub(self.births.len())?;
+        let fits = parameter.kind == old.kind && old.count == self.births.len() * across;
+        let tail = Tail { columns, first, rows: by_row };
+        fits.then_some(Slices { tail, parameter, old, births: &self.births })
+    }
+
+    fn keep_with_torch(&mut self) -> Result<()> {
+        let part = self.part_of(&self.parameter)?;
+        Ok(self.old.f_copy_(&part)?)
+    }
+
+    fn correct_with_torch(&self, factors: &Factors) -> Result<()> {
+        let mut part = self.part_of(&self.parameter)?;
+        let wide = if part.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+        let shape = if self.dim == 0 { [-1, 1] } else { [1, -1] };
+        let weights = |which: fn(&(f64, f64)) -> f64| -> Result<Tensor> {
+            let values: Vec<f64> = self.births.iter().map(|birth| which(&factors[birth])).collect();
+            let vector = Tensor::f_from_slice(&values)?.f_to_kind(wide)?;
+            Ok(vector.f_reshape(shape)?.f_to_device(part.device())?)
+        };
+        let old = self.old.f_to_kind(wide)?.f_mul(&weights(|weights| weights.1)?)?;
+        let new = part.f_to_kind(wide)?.f_mul(&weights(|weights| weights.0)?)?.f_add(&old)?;
+        Ok(part.f_copy_(&new)?)
+    }
+}
+
+/// Keeps what the newborn rows are, before an optimizer step.
+pub fn keep(newborns: &mut [Newborn]) -> Result<()> {
+    let slices: Vec<_> = newborns.iter().map(Newborn::slices).collect();
+    keep_slices::<f32>(&slices);
+    keep_slices::<f64>(&slices);
+    let done: Vec<bool> = slices.iter().map(Option::is_some).collect();
+    let others = newborns.iter_mut().zip(done).filter(|(_, done)| !done);
+    others.map(|(newborn, _)| newborn.keep_with_torch()).collect()
+}
+
+fn keep_slices<T: Real>(slices: &[Option<Slices<'_>>]) {
+    let jobs = slices.iter().flatten().filter(|s| s.parameter.kind == T::KIND).map(|s| Keep::<T> {
+        tail: s.tail,
+        matrix: s.parameter.elements(),
+        old: s.old.elements_mut(),
+    });
+    blend::keep(&mut jobs.collect::<Vec<_>>());
+}
+
+/// The factors `(f, g)` of each birth.
+type Factors = HashMap<u64, (f64, f64)>;
+
+/// Corrects, in place, the newborn rows after an optimizer step; what they were has been kept.
+pub fn correct(newborns: &[Newborn], step: &Step) -> Result<()> {
+    step.check()?;
+    let mut factors = Factors::new();
+    for &birth in newborns.iter().flat_map(|newborn| &newborn.births) {
+        factors.entry(birth).or_insert_with(|| step.factors(birth));
+    }
+    if factors.values().all(|&factors| factors == (1.0, 0.0)) {
         return Ok(());
     }
-    let wide = if parameter.kind() == Kind::Double { Kind::Double } else { Kind::Float };
-    let shape = if dim == 0 { [-1, 1] } else { [1, -1] };
-    let factor = |values: &[f64]| -> Result<Tensor> {
-        let vector = Tensor::f_from_slice(values)?.f_to_kind(wide)?;
-        Ok(vector.f_reshape(shape)?.f_to_device(parameter.device())?)
-    };
-    let (f, g) = (factor(&f)?, factor(&g)?);
-    let new = parameter.f_to_kind(wide)?.f_mul(&f)?.f_add(&old.f_to_kind(wide)?.f_mul(&g)?)?;
-    parameter.f_copy_(&new)?;
-    Ok(())
+    let mut slices: Vec<_> = newborns.iter().map(Newborn::slices).collect();
+    let written = slices.iter().flatten().map(|slices| (slices.parameter, true));
+    if !plain::disjoint(written.collect()) {
+        slices.fill(None);
+    }
+    correct_slices::<f32>(&slices, &factors);
+    correct_slices::<f64>(&slices, &factors);
+    let others = newborns.iter().zip(&slices).filter(|(_, slices)| slices.is_none());
+    others.map(|(newborn, _)| newborn.correct_with_torch(&factors)).collect()
+}
+
+fn correct_slices<T: Real>(slices: &[Option<Slices<'_>>], factors: &Factors) {
+    let slices = || slices.iter().flatten().filter(|slices| slices.parameter.kind == T::KIND);
+    let weights = slices().flat_map(|slices| slices.births).map(|birth| {
+        let (f, g) = factors[birth];
+        (T::nearest(f), T::nearest(g))
+    });
+    let weights: Vec<_> = weights.collect();
+    let mut rest = &weights[..];
+    let jobs = slices().map(|slices| {
+        let (weights, later) = rest.split_at(slices.births.len());
+        rest = later;
+        Mix {
+            tail: slices.tail,
+            matrix: slices.parameter.elements_mut(),
+            old: slices.old.elements(),
+            weights,
+        }
+    });
+    blend::mix(&mut jobs.collect::<Vec<_>>());
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tch::Device;
 
     fn step() -> Step {
         let rate = LearningRate { multiplier: 0.75, warmup: 10, linear_until: Some(100) };
@@ -132,12 +253,44 @@ mod tests {
 
     #[test]
     fn columns_are_born_where_dim_is_one() {
-        let mut parameter = Tensor::from_slice(&[1.0, 2.0, 3.0, 4.0]).reshape([2, 2]);
-        let old = Tensor::zeros([2, 2], (Kind::Double, tch::Device::Cpu));
+        let parameter = Tensor::from_slice(&[1.0, 2.0, 3.0, 4.0]).reshape([2, 2]);
+        let old = Tensor::zeros([2, 2], (Kind::Double, Device::Cpu));
         let lr = LearningRate { multiplier: 1.0, warmup: 4, linear_until: None };
         let step = Step { learning_rate: Some(lr), betas: None, decay: 0.0, step: 3, lead: 0 };
-        correct_(&mut parameter, &old, &[0, 2], 1, &step).unwrap();
+        let newborn = Newborn::with_old(parameter.shallow_clone(), &old, &[0, 2], 1).unwrap();
+        correct(&[newborn.unwrap()], &step).unwrap();
         let want = Tensor::from_slice(&[1.0, 0.5, 3.0, 1.0]).reshape([2, 2]);
         assert_eq!(parameter, want);
+    }
+
+    /// The parameter after a step that added `update` to it, its columns or rows born as given.
+    fn stepped(mut parameter: Tensor, update: &Tensor, births: &[u64], dim: i64) -> Tensor {
+        let newborn = Newborn::new(parameter.shallow_clone(), births, dim).unwrap().unwrap();
+        let mut newborns = [newborn];
+        keep(&mut newborns).unwrap();
+        let _ = parameter.f_add_(update).unwrap();
+        correct(&newborns, &step()).unwrap();
+        parameter
+    }
+
+    #[test]
+    fn loops_on_slices_do_what_torch_does() {
+        for kind in [Kind::Float, Kind::Double] {
+            for (rank, across) in [(1, 1), (2, 7), (7, 33), (8, 768), (33, 16), (64, 100)] {
+                let births: Vec<u64> =
+                    (1..=rank as u64).map(|i| 30 * i / (rank as u64 + 1)).collect();
+                for dim in [0, 1] {
+                    let size = if dim == 0 { [rank, across] } else { [across, rank] };
+                    let parameter = Tensor::randn(size, (kind, Device::Cpu));
+                    let update = Tensor::randn(size, (kind, Device::Cpu));
+                    let plain = stepped(parameter.copy(), &update, &births, dim);
+                    // Every other column of a wider matrix: not contiguous, and so left to torch.
+                    let wider = parameter.repeat_interleave_self_int(2, 1, None);
+                    let strided = stepped(wider.slice(1, 0, None, 2), &update, &births, dim);
+                    let tolerance = if kind == Kind::Float { 1e-6 } else { 1e-14 };
+                    assert!(plain.allclose(&strided, tolerance, tolerance, false));
+                }
+            }
+        }
     }
 }

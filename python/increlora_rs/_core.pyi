@@ -174,3 +174,70 @@ def restart_(
             optimizer had taken before the first counted one.
         decay: Decoupled weight decay of the step: learning rate times weight decay.
     """
+
+class StepPlan:
+    """What the scheduler does between the backward pass and the optimizer's update, for all modules
+    in one call. It holds the tensors, which may change their size in place (``Tensor.set_``).
+
+    Args:
+        a, b: Leaves, (rows, in) and (out, rows), one of each a module.
+        importance, norm, mean, uncertainty: float64 vectors, a slot a module: of :func:`smooth_`, with
+            ``norm`` its ``factor`` but for the loss scale. beta1, beta2: its decays.
+    """
+
+    def __new__(
+        cls,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        importance: Tensor,
+        norm: Tensor,
+        mean: Tensor,
+        uncertainty: Tensor,
+        beta1: float,
+        beta2: float,
+    ) -> StepPlan: ...
+    def take_gradients_(
+        self,
+        *,
+        smooth: bool,
+        weight: float,
+        loss_scale: float | None = None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Smooths the importances and sets them to 0, where ``smooth``; adds ``weight`` times the
+        gradient of :func:`orthogonality` over all modules to ``grad`` of the leaves of those modules
+        whose two leaves have one.
+
+        Args:
+            loss_scale: What the loss, and with it the importance, was multiplied by.
+            grad_scale: The same, one number, where the gradients carry it still: it takes the place of
+                ``loss_scale``, and the regulariser is multiplied by it.
+            found_inf: One number, above 0 where gradients overflowed: nothing is smoothed then.
+        """
+    def orthogonality(self) -> Tensor:
+        """:func:`orthogonality` of all modules."""
+
+class Newborns:
+    """Parameters with rows that were born during training, for :func:`restart_` at every step: keeps
+    itself what those rows were. It holds the parameters, which keep their size.
+
+    Args:
+        parameters: (parameter, the step at which each row was born, the dimension of the rows).
+    """
+
+    def __new__(cls, parameters: Sequence[tuple[Tensor, Sequence[int], int]]) -> Newborns: ...
+    def keep(self) -> None:
+        """Before the optimizer's step: keeps the newborn rows, all that stand after the first."""
+    def correct(
+        self,
+        step: int,
+        *,
+        multiplier: float | None = None,
+        lr_warmup: int = 0,
+        linear_until: int | None = None,
+        betas: tuple[float, float] | None = None,
+        adam_lead: int = 0,
+        decay: float = 0.0,
+    ) -> None:
+        """After it: :func:`restart_` of the same arguments."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import _core, arguments
 from .adapted import AdaptedModule
@@ -47,44 +47,54 @@ class RestartWarmup:
         self._total_steps = total_steps
         self._lr_warmup = lr_warmup
         self._lr_schedule = lr_schedule
-        self._young: list[tuple[nn.Parameter, Tensor, list[int], int]] = []
+        self._young: dict[int, tuple[nn.Parameter, list[int], int]] = {}
+        # Those of each group of the optimizer that has any, and the sizes of all groups then.
+        self._newborns: list[tuple[int, _core.Newborns]] = []
+        self._sizes: list[int] = []
         self.was_linear = total_steps is not None
         self.adam_lead = 0
 
     def find_young(self, modules: Sequence[AdaptedModule]) -> None:
         """Looks which parameters have rows that were born during training."""
-        self._young = [
-            (parameter, torch.empty_like(parameter, requires_grad=False), births, dim)
+        self._young = {
+            id(parameter): (parameter, births, dim)
             for module in modules
             for parameter, dim, births in module.parameters
             if any(births)
-        ]
+        }
+        self._sort_by_group()
+
+    def _sort_by_group(self) -> None:
+        groups = [group["params"] for group in self._optimizer.param_groups]
+        self._sizes = [len(parameters) for parameters in groups]
+        self._newborns = []
+        for index, parameters in enumerate(groups):
+            young = [self._young[id(parameter)] for parameter in parameters if id(parameter) in self._young]
+            if young:
+                self._newborns.append((index, _core.Newborns(young)))
 
     def keep_old(self) -> None:
-        """Before the optimizer acts: keeps the values of the parameters concerned."""
-        if self._young:
-            torch._foreach_copy_([old for _, old, _, _ in self._young], [p for p, *_ in self._young])
+        """Before the optimizer acts: keeps the values of the rows concerned."""
+        if self._young and self._sizes != [len(group["params"]) for group in self._optimizer.param_groups]:
+            self._sort_by_group()
+        for _, newborns in self._newborns:
+            newborns.keep()
 
     def correct(self, step: int) -> None:
         """After the optimizer took step ``step``: corrects the newborn rows."""
         self._observe(step)
-        if not self._young:
-            return
         linear = self._lr_schedule == "linear" or (self._lr_schedule == "auto" and self.was_linear)
-        young = {id(entry[0]): entry for entry in self._young}
-        for group in self._optimizer.param_groups:
-            rows = [young[id(p)] for p in group["params"] if id(p) in young]
-            if rows:
-                _core.restart_(
-                    rows,
-                    step,
-                    multiplier=_multiplier(group) if self._enabled else None,
-                    lr_warmup=self._lr_warmup,
-                    linear_until=self._total_steps if linear else None,
-                    betas=_adam_betas(self._optimizer, group),
-                    adam_lead=self.adam_lead,
-                    decay=_decoupled_decay(self._optimizer, group),
-                )
+        for index, newborns in self._newborns:
+            group = self._optimizer.param_groups[index]
+            newborns.correct(
+                step,
+                multiplier=_multiplier(group) if self._enabled else None,
+                lr_warmup=self._lr_warmup,
+                linear_until=self._total_steps if linear else None,
+                betas=_adam_betas(self._optimizer, group),
+                adam_lead=self.adam_lead,
+                decay=_decoupled_decay(self._optimizer, group),
+            )
 
     def _observe(self, step: int) -> None:
         """Has the learning rate been a linear decay to 0 at ``total_steps`` so far?"""

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import _core
 from .adapted import adapted_modules
 from .attachment import check_attachable, trainable_adapter, unwrapped_optimizer
-from .distributed import find_ddp, rebuild_buckets, shared_seed
+from .distributed import average_, find_ddp, rebuild_buckets, shared_seed
 from .model import rank_pattern
 from .planning import caps_of, new_schedule, ranks_of, schedule_of, total_steps_of
 from .restart import LrSchedule, RestartWarmup
@@ -144,6 +143,7 @@ class RankScheduler:
         self._expected: list[tuple[int, int]] | None = None
         self._seed = shared_seed(torch.initial_seed(), self._modules[0].a.device)
         self._scores = Scores(self._modules, self._config, scaler)
+        self._plan = self._scores.plan(self._modules)
         saved = self._group.get(STATE_KEY)
         if saved is None:
             self._start()
@@ -183,8 +183,7 @@ class RankScheduler:
     @property
     def orth_reg(self) -> float:
         """Value of the orthogonality regulariser now, without its weight (eq. 4)."""
-        modules = self._modules
-        return float(_core.orthogonality([module.a for module in modules], [module.b for module in modules]))
+        return float(self._plan.orthogonality())
 
     @property
     def history(self) -> npt.NDArray[np.void]:
@@ -253,10 +252,18 @@ class RankScheduler:
 
     def _take_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Between the backward pass and the optimizer's update."""
-        if self._probe.importance is not None:
-            self._scores.smooth(optimizer)
-        if self._config.orthogonality_weight > 0.0:
-            self._regularise(getattr(optimizer, "grad_scale", None))
+        smooth, weight = self._probe.importance is not None, self._config.orthogonality_weight
+        if smooth or weight > 0.0:
+            if smooth:
+                average_(self._scores.importance)
+            grad_scale = getattr(optimizer, "grad_scale", None)
+            self._plan.take_gradients_(
+                smooth=smooth,
+                weight=weight,
+                loss_scale=self._scores.loss_scale() if smooth and grad_scale is None else None,
+                grad_scale=grad_scale,
+                found_inf=getattr(optimizer, "found_inf", None),
+            )
         self._restart.keep_old()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -267,22 +274,6 @@ class RankScheduler:
         if self._may_grow and self.schedule.is_event(self.step):
             self._grow()
         self._arm()
-
-    def _regularise(self, grad_scale: Tensor | None) -> None:
-        used = [
-            (module.a, module.b, module.a.grad, module.b.grad)
-            for module in self._modules
-            if module.a.grad is not None and module.b.grad is not None
-        ]
-        if not used:
-            return
-        # The mean is over all modules, whether or not they took part in this step.
-        weight = self._config.orthogonality_weight * len(used) / len(self._modules)
-        factor = torch.tensor(weight, dtype=torch.float64, device=self._scores.importance.device)
-        if grad_scale is not None:
-            factor = factor * grad_scale.to(factor)
-        a, b, grad_a, grad_b = zip(*used, strict=True)
-        _core.add_orthogonality_gradient_(a, b, grad_a, grad_b, factor)
 
     def _update_may_grow(self) -> None:
         room = bool((ranks_of(self._modules) < caps_of(self._config, self._modules)).any())

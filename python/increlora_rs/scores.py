@@ -13,7 +13,6 @@ from torch import Tensor
 from . import _core
 from .adapted import AdaptedModule
 from .config import IncreLoraConfig
-from .distributed import average_
 
 
 class Scores:
@@ -48,20 +47,21 @@ class Scores:
         """Is the importance needed in a step that is so many steps before the next growth?"""
         return self._window is None or steps_to_growth < self._window
 
-    def smooth(self, optimizer: torch.optim.Optimizer) -> None:
-        """Before the optimizer acts: takes this step's importances in (eq. 7 and 8)."""
-        average_(self.importance)
-        factor = self._norm
-        loss_scale = getattr(optimizer, "grad_scale", None)
-        if loss_scale is None and self._scaler is not None:
-            loss_scale = self._scaler.get_scale()
-        if loss_scale is not None:
-            factor = factor / loss_scale
-        overflowed = getattr(optimizer, "found_inf", None)
-        if overflowed is not None:
-            factor = torch.where(overflowed.to(factor) > 0, torch.nan, factor)
-        _core.smooth_(self.importance, factor, self._mean, self._uncertainty, *self._betas)
-        self.importance.zero_()
+    def plan(self, modules: Sequence[AdaptedModule]) -> _core.StepPlan:
+        """What takes each step's importances in (eq. 7 and 8), and adds the regulariser's gradient."""
+        return _core.StepPlan(
+            [module.a for module in modules],
+            [module.b for module in modules],
+            self.importance,
+            self._norm,
+            self._mean,
+            self._uncertainty,
+            *self._betas,
+        )
+
+    def loss_scale(self) -> float | None:
+        """The loss's scale in the step at hand; None without a scaler."""
+        return None if self._scaler is None else float(self._scaler.get_scale())
 
     def values(self) -> npt.NDArray[np.float64]:
         """The scores S_k (eq. 9), on the host."""

@@ -1,0 +1,335 @@
+//! How far a matrix is from orthonormal, and the gradient of that: Gram matrix, residual and norm in
+//! one pass over the matrix, the gradient in a second one while it is still in the cache.
+
+use super::real::{dispatch, Real, Vector};
+use super::split::split;
+
+/// The largest number of components that the loops here are good at.
+pub const MOST_COMPONENTS: usize = 64;
+/// Vectors that one sum in the matrix's own precision takes in before it goes into a wider one.
+const BLOCK: usize = 128;
+
+/// One matrix whose components, its rows or its columns, are to be orthonormal.
+pub struct Job<'a, T> {
+    /// The matrix, row by row.
+    pub matrix: &'a [T],
+    /// What the gradient is added to, laid out as the matrix.
+    pub grad: Option<&'a mut [T]>,
+    /// Number of components, at most [`MOST_COMPONENTS`].
+    pub components: usize,
+    /// Are the components the rows?
+    pub rows: bool,
+    /// The norm of the residual, `||gram - I||_F`: a result.
+    pub norm: f64,
+}
+
+/// Fills in the norms and adds `factor * d norm / d matrix` to the gradients; nothing where the norm
+/// is 0. Matrices are split over torch's threads.
+pub fn run<T: Real>(jobs: &mut [Job<'_, T>], factor: f64) {
+    split(jobs, |job| 4 * job.matrix.len() * job.components.max(4), |part| all(part, factor));
+}
+
+dispatch! {
+    fn all<T, V>(jobs: &mut [Job<'_, T>], factor: f64) => {
+        let mut scratch = Scratch { gram: Vec::new(), weights: Vec::new() };
+        for job in jobs {
+            one::<T, V<T>>(job, factor, &mut scratch);
+        }
+    }
+}
+
+struct Scratch<T> {
+    gram: Vec<f64>,
+    weights: Vec<T>,
+}
+
+#[inline(always)]
+fn one<T: Real, V: Vector<T>>(job: &mut Job<'_, T>, factor: f64, scratch: &mut Scratch<T>) {
+    let r = job.components;
+    let Scratch { gram, weights } = scratch;
+    gram.clear();
+    gram.resize(r * r, 0.0);
+    // A matrix of one column is one row as well.
+    let rows = job.rows || r == 1;
+    match r {
+        0 => {}
+        _ if rows => gram_of_rows::<T, V>(job.matrix, r, gram),
+        2 => gram_of_columns::<T, V, 2>(job.matrix, r, gram),
+        3 | 4 => gram_of_columns::<T, V, 4>(job.matrix, r, gram),
+        _ => gram_of_columns::<T, V, 8>(job.matrix, r, gram),
+    }
+    for i in 0..r {
+        gram[i * r + i] -= 1.0;
+    }
+    job.norm = gram.iter().map(|x| x * x).sum::<f64>().sqrt();
+    let Some(grad) = job.grad.as_deref_mut() else { return };
+    assert_eq!(grad.len(), job.matrix.len());
+    let scale = factor * 2.0 / job.norm;
+    let scale = if scale.is_finite() { scale } else { 0.0 };
+    weights.clear();
+    weights.resize(padded(r) * padded(r), T::default());
+    for i in 0..r {
+        for j in 0..r {
+            weights[i * padded(r) + j] = T::nearest(scale * gram[i * r + j]);
+        }
+    }
+    match r {
+        0 => {}
+        _ if rows => add_to_rows::<T, V>(job.matrix, r, weights, grad),
+        2 => add_to_columns::<T, V, 2>(job.matrix, r, weights, grad),
+        3 | 4 => add_to_columns::<T, V, 4>(job.matrix, r, weights, grad),
+        _ => add_to_columns::<T, V, 8>(job.matrix, r, weights, grad),
+    }
+}
+
+/// Rows and columns of the weights, those of 0 that the tiles reach into included.
+fn padded(r: usize) -> usize {
+    r.next_multiple_of(8)
+}
+
+/// Gram matrix of the rows, in tiles of 4 by 2.
+#[inline(always)]
+fn gram_of_rows<T: Real, V: Vector<T>>(matrix: &[T], r: usize, gram: &mut [f64]) {
+    let n = matrix.len() / r;
+    let vectors = n / V::LANES;
+    // A row past the last is the last once more: computed for nothing, never written.
+    let row = |i: usize| &matrix[i.min(r - 1) * n..][..n];
+    for i0 in (0..r).step_by(4) {
+        for j0 in (0..r.min(i0 + 4)).step_by(2) {
+            let x = [row(i0), row(i0 + 1), row(i0 + 2), row(i0 + 3)];
+            let y = [row(j0), row(j0 + 1)];
+            let mut wide = [[0.0; 2]; 4];
+            for block in (0..vectors).step_by(BLOCK) {
+                let mut sums = [[V::splat(T::default()); 2]; 4];
+                for at in block..vectors.min(block + BLOCK) {
+                    // SAFETY: `at` is one of the vectors that a row of n elements holds.
+                    let piece = |row: &[T]| unsafe { V::load(row.as_ptr().add(at * V::LANES)) };
+                    let (x, y) = (x.map(piece), y.map(piece));
+                    for i in 0..4 {
+                        for j in 0..2 {
+                            sums[i][j] = x[i].times_plus(y[j], sums[i][j]);
+                        }
+                    }
+                }
+                for i in 0..4 {
+                    for j in 0..2 {
+                        wide[i][j] += total::<T, V>(sums[i][j]);
+                    }
+                }
+            }
+            for i in i0..r.min(i0 + 4) {
+                for j in j0..r.min(j0 + 2) {
+                    let rest = vectors * V::LANES..;
+                    let pairs = row(i)[rest.clone()].iter().zip(&row(j)[rest]);
+                    let value =
+                        wide[i - i0][j - j0] + pairs.map(|(x, y)| x.wide() * y.wide()).sum::<f64>();
+                    gram[i * r + j] = value;
+                    gram[j * r + i] = value;
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn total<T: Real, V: Vector<T>>(vector: V) -> f64 {
+    let mut lanes = [T::default(); 8];
+    assert!(V::LANES <= lanes.len());
+    // SAFETY: there is room for the lanes.
+    unsafe { vector.store(lanes.as_mut_ptr()) };
+    ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])).wide()
+        + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7])).wide()
+}
+
+/// `grad += weights * matrix`, 4 rows of it and 2 vectors at once.
+#[inline(always)]
+fn add_to_rows<T: Real, V: Vector<T>>(matrix: &[T], r: usize, weights: &[T], grad: &mut [T]) {
+    let n = matrix.len() / r;
+    let width = 2 * V::LANES;
+    for i0 in (0..r).step_by(4) {
+        let weight = |i: usize, j: usize| weights[(i0 + i) * padded(r) + j];
+        let count = 4.min(r - i0);
+        for at in 0..n / width {
+            let mut sums = [[V::splat(T::default()); 2]; 4];
+            for j in 0..r {
+                let from = &matrix[j * n + at * width..][..width];
+                // SAFETY: there are two vectors.
+                let x = unsafe { [V::load(from.as_ptr()), V::load(from.as_ptr().add(V::LANES))] };
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    let weight = V::splat(weight(i, j));
+                    for l in 0..2 {
+                        sums[l] = weight.times_plus(x[l], sums[l]);
+                    }
+                }
+            }
+            for (i, sums) in sums.iter().enumerate().take(count) {
+                let to = &mut grad[(i0 + i) * n + at * width..][..width];
+                for (l, sum) in sums.iter().enumerate() {
+                    // SAFETY: there are two vectors.
+                    unsafe {
+                        let to = to.as_mut_ptr().add(l * V::LANES);
+                        V::load(to).plus(*sum).store(to);
+                    }
+                }
+            }
+        }
+        for at in n / width * width..n {
+            for i in 0..count {
+                for j in 0..r {
+                    grad[(i0 + i) * n + at] += weight(i, j) * matrix[j * n + at];
+                }
+            }
+        }
+    }
+}
+
+/// The matrix's last rows, from `first` on, and zeros: a tile of columns may reach past a row, and
+/// past the last row there is nothing to read.
+fn tail<T: Real>(matrix: &[T], from: usize) -> Vec<T> {
+    let mut rows = matrix[from..].to_vec();
+    rows.resize(rows.len() + 2 * 8, T::default());
+    rows
+}
+
+/// Rows of `r` elements, of `count`, from which every tile of columns can be read whole.
+fn whole_rows(r: usize, count: usize) -> usize {
+    let reach = padded(r).div_ceil(r);
+    (count + 1).saturating_sub(reach)
+}
+
+/// Gram matrix of the columns, in tiles of `J` by a vector. Where a tile reaches past its row, what
+/// belongs to the next one is computed for nothing.
+#[inline(always)]
+fn gram_of_columns<T: Real, V: Vector<T>, const J: usize>(
+    matrix: &[T],
+    r: usize,
+    gram: &mut [f64],
+) {
+    let whole = whole_rows(r, matrix.len() / r);
+    let end = tail(matrix, whole * r);
+    for j0 in (0..r).step_by(J) {
+        // Below the diagonal is what is above it.
+        for k0 in (0..r).step_by(V::LANES).filter(|k0| k0 + V::LANES > j0) {
+            let mut wide = [[0.0; 8]; J];
+            for block in (0..whole).step_by(BLOCK) {
+                let rows = &matrix[block * r..];
+                // SAFETY: see `whole_rows`.
+                let sums = unsafe {
+                    column_products::<T, V, J>(rows, r, BLOCK.min(whole - block), j0, k0)
+                };
+                widen(&mut wide, sums);
+            }
+            // SAFETY: see `tail`.
+            let sums =
+                unsafe { column_products::<T, V, J>(&end, r, matrix.len() / r - whole, j0, k0) };
+            widen(&mut wide, sums);
+            for j in j0..r.min(j0 + J) {
+                for k in j.max(k0)..r.min(k0 + V::LANES) {
+                    let value = wide[j - j0][k - k0];
+                    gram[j * r + k] = value;
+                    gram[k * r + j] = value;
+                }
+            }
+        }
+    }
+}
+
+/// Sums over `count` rows of each of the elements `j0..j0 + J` times the vector at `k0`.
+///
+/// # Safety
+/// In `rows` there are `J` elements and a vector to read at those places of each row.
+#[inline(always)]
+unsafe fn column_products<T: Real, V: Vector<T>, const J: usize>(
+    rows: &[T],
+    r: usize,
+    count: usize,
+    j0: usize,
+    k0: usize,
+) -> [V; J] {
+    let mut sums = [V::splat(T::default()); J];
+    for i in 0..count {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let row = rows.as_ptr().add(i * r);
+            let y = V::load(row.add(k0));
+            for j in 0..J {
+                sums[j] = V::splat(*row.add(j0 + j)).times_plus(y, sums[j]);
+            }
+        }
+    }
+    sums
+}
+
+#[inline(always)]
+fn widen<T: Real, V: Vector<T>, const J: usize>(wide: &mut [[f64; 8]; J], sums: [V; J]) {
+    for j in 0..J {
+        let mut lanes = [T::default(); 8];
+        // SAFETY: no vector has more than 8 lanes.
+        unsafe { sums[j].store(lanes.as_mut_ptr()) };
+        for l in 0..8 {
+            wide[j][l] += lanes[l].wide();
+        }
+    }
+}
+
+/// `grad += matrix * weights`, in tiles of `J` by a vector. Weights are 0 where a tile reaches past
+/// its row.
+#[inline(always)]
+fn add_to_columns<T: Real, V: Vector<T>, const J: usize>(
+    matrix: &[T],
+    r: usize,
+    weights: &[T],
+    grad: &mut [T],
+) {
+    let count = matrix.len() / r;
+    let whole = whole_rows(r, count);
+    let (end, mut grad_end) = (tail(matrix, whole * r), tail(grad, whole * r));
+    for k0 in (0..r).step_by(V::LANES) {
+        for j0 in (0..r).step_by(J) {
+            let tile: [V; J] = std::array::from_fn(|j| {
+                let weights = &weights[(j0 + j) * padded(r) + k0..][..V::LANES];
+                // SAFETY: there is a vector of them.
+                unsafe { V::load(weights.as_ptr()) }
+            });
+            // SAFETY: see `whole_rows` and `tail`.
+            unsafe {
+                add_columns(matrix, grad, r, whole, j0, k0, &tile);
+                add_columns(&end, &mut grad_end, r, count - whole, j0, k0, &tile);
+            }
+        }
+    }
+    let rest = grad.len() - whole * r;
+    grad[whole * r..].copy_from_slice(&grad_end[..rest]);
+}
+
+/// Adds to the vector at `k0` of each of `count` rows the elements `j0..j0 + J` times the tile.
+///
+/// # Safety
+/// In `rows` and `grad` there are `J` elements and a vector at those places of each row.
+#[inline(always)]
+unsafe fn add_columns<T: Real, V: Vector<T>, const J: usize>(
+    rows: &[T],
+    grad: &mut [T],
+    r: usize,
+    count: usize,
+    j0: usize,
+    k0: usize,
+    tile: &[V; J],
+) {
+    // Vectors that overlap are far apart in time: a load that meets a part of a recent store waits.
+    let apart = V::LANES.div_ceil(r);
+    for phase in 0..apart {
+        for i in (phase..count).step_by(apart) {
+            // SAFETY: as the caller promises.
+            unsafe {
+                let row = rows.as_ptr().add(i * r + j0);
+                let to = grad.as_mut_ptr().add(i * r + k0);
+                let mut sum = V::load(to);
+                for j in 0..J {
+                    sum = V::splat(*row.add(j)).times_plus(tile[j], sum);
+                }
+                sum.store(to);
+            }
+        }
+    }
+}

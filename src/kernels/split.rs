@@ -1,0 +1,49 @@
+//! Work on many independent items, over as many threads as torch uses.
+
+/// Work below which another thread costs more than it saves, in the unit of `split`'s `cost`.
+const WORTH_A_THREAD: usize = 1 << 20;
+
+/// Runs `work` on parts of `items` that cost about the same; `cost` counts an item's elementary
+/// operations.
+pub fn split<J: Send>(items: &mut [J], cost: impl Fn(&J) -> usize, work: impl Fn(&mut [J]) + Sync) {
+    let costs: Vec<usize> = items.iter().map(cost).collect();
+    let total: usize = costs.iter().sum();
+    let threads = usize::try_from(tch::get_num_threads()).unwrap_or(1);
+    let parts = threads.min(total / WORTH_A_THREAD).max(1);
+    if parts == 1 {
+        return work(items);
+    }
+    std::thread::scope(|scope| {
+        let (mut rest, mut first, work) = (items, 0, &work);
+        for _ in 1..parts {
+            let mut done = 0;
+            let count = costs[first..]
+                .iter()
+                .take_while(|&&cost| {
+                    done += cost;
+                    done <= total / parts
+                })
+                .count();
+            first += count;
+            let (now, later) = std::mem::take(&mut rest).split_at_mut(count);
+            rest = later;
+            scope.spawn(move || work(now));
+        }
+        work(rest);
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_item_is_worked_on_once() {
+        for (count, cost) in [(0, 1), (1, usize::MAX >> 20), (3, 1), (7, 1 << 22), (1000, 1 << 13)]
+        {
+            let mut items = vec![0; count];
+            split(&mut items, |_| cost, |part| part.iter_mut().for_each(|item| *item += 1));
+            assert!(items.iter().all(|&item| item == 1));
+        }
+    }
+}

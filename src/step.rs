@@ -1,0 +1,102 @@
+//! What happens between the backward pass and the optimizer's update, for all modules in one call:
+//! the smoothing of the importances and the gradient of the regulariser.
+
+use tch::{Kind, Tensor};
+
+use crate::errors::Result;
+use crate::{checks, importance, orthogonality};
+
+/// The vectors of the smoothing, float64, a slot a module; see [`importance::smooth_`].
+pub struct Smoothing {
+    /// What the backward passes of the step have added up.
+    pub importance: Tensor,
+    /// What each module's importance is multiplied by.
+    pub norm: Tensor,
+    /// The smoothed importances.
+    pub mean: Tensor,
+    /// Their uncertainties.
+    pub uncertainty: Tensor,
+    /// Decay of `mean`.
+    pub beta1: f64,
+    /// Decay of `uncertainty`.
+    pub beta2: f64,
+}
+
+/// What a loss scaler has to say about a step.
+pub struct Scale {
+    /// The scale of the loss, where the optimizer does not know it.
+    pub loss: Option<f64>,
+    /// The scale of loss and gradients, where the optimizer divides the gradients by it itself.
+    pub gradients: Option<Tensor>,
+    /// Above 0 where gradients overflowed, and the optimizer is to do nothing.
+    pub overflow: Option<Tensor>,
+}
+
+/// The parameters and vectors of all modules, for every step.
+pub struct Plan {
+    a: Vec<Tensor>,
+    b: Vec<Tensor>,
+    smoothing: Smoothing,
+}
+
+impl Plan {
+    /// `a` and `b` hold leaves, (rows, in) and (out, rows), one of each a module; they may change
+    /// their size in place.
+    pub fn new(a: Vec<Tensor>, b: Vec<Tensor>, smoothing: Smoothing) -> Result<Self> {
+        let modules = checks::vector("importance", &smoothing.importance)?;
+        checks::one_each("a", &a, modules as usize)?;
+        checks::one_each("b", &b, modules as usize)?;
+        orthogonality::check("a", &a)?;
+        orthogonality::check("b", &b)?;
+        let Smoothing { importance, norm, mean, uncertainty, beta1, beta2 } = &smoothing;
+        importance::check(importance, norm, mean, uncertainty, *beta1, *beta2)?;
+        Ok(Self { a, b, smoothing })
+    }
+
+    /// With `smooth`, takes the step's importances into the smoothing and sets them to 0; with a
+    /// `weight` other than 0, adds `weight` times the regulariser's gradient to the leaves' own.
+    pub fn take_gradients_(&mut self, smooth: bool, weight: f64, scale: &Scale) -> Result<()> {
+        checks::finite("weight", weight)?;
+        for (name, tensor) in [("grad_scale", &scale.gradients), ("found_inf", &scale.overflow)] {
+            if let Some(tensor) = tensor {
+                checks::one_number(name, tensor)?;
+            }
+        }
+        if smooth {
+            self.smooth(scale)?;
+        }
+        if weight == 0.0 {
+            return Ok(());
+        }
+        let mut factor = Tensor::from(weight);
+        if let Some(scale) = &scale.gradients {
+            factor = scale.f_reshape([0_i64; 0])?.f_to_kind(Kind::Double)?.f_mul_scalar(weight)?;
+        }
+        orthogonality::add_to_leaves_(&self.a, &self.b, &factor)
+    }
+
+    fn smooth(&mut self, scale: &Scale) -> Result<()> {
+        let Smoothing { importance, norm, mean, uncertainty, beta1, beta2 } = &mut self.smoothing;
+        let like = |tensor: &Tensor| -> Result<Tensor> {
+            Ok(tensor.f_reshape([0_i64; 0])?.f_to_kind(Kind::Double)?.f_to_device(norm.device())?)
+        };
+        let mut factor = norm.shallow_clone();
+        if let Some(scale) = &scale.gradients {
+            factor = factor.f_div(&like(scale)?)?;
+        } else if let Some(scale) = scale.loss {
+            factor = factor.f_div_scalar(scale)?;
+        }
+        if let Some(overflow) = &scale.overflow {
+            // The smoothing leaves out a step that is not finite.
+            factor = factor.f_masked_fill(&like(overflow)?.f_gt(0.0)?, f64::NAN)?;
+        }
+        importance::smooth_(importance, &factor, mean, uncertainty, *beta1, *beta2)?;
+        let _ = importance.f_zero_()?;
+        Ok(())
+    }
+
+    /// The value of the regulariser, a float64 scalar tensor.
+    pub fn orthogonality(&self) -> Result<Tensor> {
+        orthogonality::value(&self.a, &self.b)
+    }
+}
