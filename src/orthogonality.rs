@@ -59,8 +59,6 @@ pub fn add_to_leaves_(a: &[Tensor], b: &[Tensor], factor: &Tensor) -> Result<()>
     for (a, b) in a.iter().zip(b) {
         let pair = (a.f_grad()?, b.f_grad()?);
         if pair.0.defined() && pair.1.defined() {
-            check_gradient("the gradient of A", &pair.0, a)?;
-            check_gradient("the gradient of B", &pair.1, b)?;
             grads.push((a, b, pair));
         }
     }
@@ -111,12 +109,12 @@ struct PlainItem<'a> {
 
 impl Item<'_> {
     fn plain(&self) -> Option<PlainItem<'_>> {
-        let components = self.matrix.size()[usize::from(!self.rows)] as usize;
         let matrix = Plain::of(self.matrix)?;
         let grad = match &self.grad {
-            Some(grad) => Some(Plain::of(grad).filter(|grad| grad.kind == matrix.kind)?),
+            Some(grad) => Some(Plain::of(grad).filter(|grad| grad.is_like(&matrix))?),
             None => None,
         };
+        let components = if self.rows { matrix.rows } else { matrix.columns };
         let few = components <= orthonormal::MOST_COMPONENTS;
         few.then_some(PlainItem { matrix, grad, components, rows: self.rows })
     }
@@ -157,11 +155,8 @@ fn run(items: Vec<Item<'_>>, factor: Option<&Tensor>) -> Result<Norms> {
 }
 
 fn disjoint(items: &[Option<PlainItem<'_>>]) -> bool {
-    let tensors = items.iter().flatten().flat_map(|item| {
-        let grad = item.grad.map(|grad| (grad, true));
-        std::iter::once((item.matrix, false)).chain(grad)
-    });
-    plain::disjoint(tensors.collect())
+    let items = || items.iter().flatten();
+    plain::disjoint(items().map(|item| item.matrix), items().filter_map(|item| item.grad))
 }
 
 fn on_slices<'a, T: Real>(items: impl Iterator<Item = &'a PlainItem<'a>>, factor: f64) -> f64 {
@@ -188,6 +183,7 @@ fn with_torch(item: Item<'_>, factor: Option<&Tensor>) -> Result<Tensor> {
     let residual = gram.f_sub(&identity)?;
     let norm = residual.f_square()?.f_sum(wide)?.f_sqrt()?;
     if let (Some(grad), Some(factor)) = (item.grad, factor) {
+        check_gradient("a gradient", grad, item.matrix)?;
         let weight = factor.f_to_device(norm.device())?.f_mul_scalar(2.0)?.f_div(&norm)?;
         let weight = weight.f_nan_to_num(0.0, 0.0, 0.0)?.f_to_kind(wide)?;
         let residual = residual.f_mul(&weight)?;

@@ -112,12 +112,11 @@ impl Newborn {
 
     fn slices(&self) -> Option<Slices<'_>> {
         let (parameter, old) = (Plain::of(&self.parameter)?, Plain::of(&self.old)?);
-        let (rows, columns) = self.parameter.size2().ok()?;
-        let (rows, columns) = (rows as usize, columns as usize);
-        let by_row = self.dim == 0;
-        let (length, across) = if by_row { (rows, columns) } else { (columns, rows) };
-        let first = length.checked_sub(self.births.len())?;
-        let fits = parameter.kind == old.kind && old.count == self.births.len() * across;
+        let Plain { rows, columns, .. } = parameter;
+        let (by_row, count) = (self.dim == 0, self.births.len());
+        let first = if by_row { rows } else { columns }.checked_sub(count)?;
+        let size = if by_row { (count, columns) } else { (rows, count) };
+        let fits = parameter.kind == old.kind && (old.rows, old.columns) == size;
         let tail = Tail { columns, first, rows: by_row };
         fits.then_some(Slices { tail, parameter, old, births: &self.births })
     }
@@ -175,8 +174,8 @@ pub fn correct(newborns: &[Newborn], step: &Step) -> Result<()> {
         return Ok(());
     }
     let mut slices: Vec<_> = newborns.iter().map(Newborn::slices).collect();
-    let written = slices.iter().flatten().map(|slices| (slices.parameter, true));
-    if !plain::disjoint(written.collect()) {
+    let written = slices.iter().flatten().map(|slices| slices.parameter);
+    if !plain::disjoint(std::iter::empty(), written) {
         slices.fill(None);
     }
     correct_slices::<f32>(&slices, &factors);

@@ -39,7 +39,7 @@ pub struct Mix<'a, T> {
 /// Copies every tail to its place, over torch's threads.
 pub fn keep<T: Real>(jobs: &mut [Keep<'_, T>]) {
     // A column takes every row's line of the cache along.
-    split(jobs, |job| job.matrix.len(), |part| part.iter_mut().for_each(keep_one));
+    split(jobs, |job| job.matrix.len() / 8, |part| part.iter_mut().for_each(keep_one));
 }
 
 fn keep_one<T: Real>(job: &mut Keep<'_, T>) {
@@ -57,7 +57,7 @@ fn keep_one<T: Real>(job: &mut Keep<'_, T>) {
 
 /// Every row, or column, of the tails becomes `f * itself + g * old`, over torch's threads.
 pub fn mix<T: Real>(jobs: &mut [Mix<'_, T>]) {
-    split(jobs, |job| 2 * job.matrix.len(), |part| part.iter_mut().for_each(mix_one));
+    split(jobs, |job| job.matrix.len() / 4, |part| part.iter_mut().for_each(mix_one));
 }
 
 fn mix_one<T: Real>(job: &mut Mix<'_, T>) {

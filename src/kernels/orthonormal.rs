@@ -26,27 +26,37 @@ pub struct Job<'a, T> {
 /// Fills in the norms and adds `factor * d norm / d matrix` to the gradients; nothing where the norm
 /// is 0. Matrices are split over torch's threads.
 pub fn run<T: Real>(jobs: &mut [Job<'_, T>], factor: f64) {
-    split(jobs, |job| 4 * job.matrix.len() * job.components.max(4), |part| all(part, factor));
+    split(jobs, |job| job.matrix.len() * job.components.max(4) / 16, |part| all(part, factor));
 }
 
 dispatch! {
     fn all<T, V>(jobs: &mut [Job<'_, T>], factor: f64) => {
-        let mut scratch = Scratch { gram: Vec::new(), weights: Vec::new() };
+        let mut scratch = Scratch::default();
         for job in jobs {
             one::<T, V<T>>(job, factor, &mut scratch);
         }
     }
 }
 
+#[derive(Default)]
 struct Scratch<T> {
     gram: Vec<f64>,
     weights: Vec<T>,
+    /// The last rows of matrix and gradient, and zeros: a tile of columns may reach past a row, and
+    /// past the last row there is nothing to read.
+    end: [Vec<T>; 2],
+}
+
+fn copy_end<T: Real>(end: &mut Vec<T>, rows: &[T]) {
+    end.clear();
+    end.extend_from_slice(rows);
+    end.resize(rows.len() + 2 * 8, T::default());
 }
 
 #[inline(always)]
 fn one<T: Real, V: Vector<T>>(job: &mut Job<'_, T>, factor: f64, scratch: &mut Scratch<T>) {
     let r = job.components;
-    let Scratch { gram, weights } = scratch;
+    let Scratch { gram, weights, end } = scratch;
     gram.clear();
     gram.resize(r * r, 0.0);
     // A matrix of one column is one row as well.
@@ -54,9 +64,9 @@ fn one<T: Real, V: Vector<T>>(job: &mut Job<'_, T>, factor: f64, scratch: &mut S
     match r {
         0 => {}
         _ if rows => gram_of_rows::<T, V>(job.matrix, r, gram),
-        2 => gram_of_columns::<T, V, 2>(job.matrix, r, gram),
-        3 | 4 => gram_of_columns::<T, V, 4>(job.matrix, r, gram),
-        _ => gram_of_columns::<T, V, 8>(job.matrix, r, gram),
+        2 => gram_of_columns::<T, V, 2>(job.matrix, r, &mut end[0], gram),
+        3 | 4 => gram_of_columns::<T, V, 4>(job.matrix, r, &mut end[0], gram),
+        _ => gram_of_columns::<T, V, 8>(job.matrix, r, &mut end[0], gram),
     }
     for i in 0..r {
         gram[i * r + i] -= 1.0;
@@ -76,9 +86,9 @@ fn one<T: Real, V: Vector<T>>(job: &mut Job<'_, T>, factor: f64, scratch: &mut S
     match r {
         0 => {}
         _ if rows => add_to_rows::<T, V>(job.matrix, r, weights, grad),
-        2 => add_to_columns::<T, V, 2>(job.matrix, r, weights, grad),
-        3 | 4 => add_to_columns::<T, V, 4>(job.matrix, r, weights, grad),
-        _ => add_to_columns::<T, V, 8>(job.matrix, r, weights, grad),
+        2 => add_to_columns::<T, V, 2>(job.matrix, r, weights, end, grad),
+        3 | 4 => add_to_columns::<T, V, 4>(job.matrix, r, weights, end, grad),
+        _ => add_to_columns::<T, V, 8>(job.matrix, r, weights, end, grad),
     }
 }
 
@@ -183,14 +193,6 @@ fn add_to_rows<T: Real, V: Vector<T>>(matrix: &[T], r: usize, weights: &[T], gra
     }
 }
 
-/// The matrix's last rows, from `first` on, and zeros: a tile of columns may reach past a row, and
-/// past the last row there is nothing to read.
-fn tail<T: Real>(matrix: &[T], from: usize) -> Vec<T> {
-    let mut rows = matrix[from..].to_vec();
-    rows.resize(rows.len() + 2 * 8, T::default());
-    rows
-}
-
 /// Rows of `r` elements, of `count`, from which every tile of columns can be read whole.
 fn whole_rows(r: usize, count: usize) -> usize {
     let reach = padded(r).div_ceil(r);
@@ -203,10 +205,11 @@ fn whole_rows(r: usize, count: usize) -> usize {
 fn gram_of_columns<T: Real, V: Vector<T>, const J: usize>(
     matrix: &[T],
     r: usize,
+    end: &mut Vec<T>,
     gram: &mut [f64],
 ) {
     let whole = whole_rows(r, matrix.len() / r);
-    let end = tail(matrix, whole * r);
+    copy_end(end, &matrix[whole * r..]);
     for j0 in (0..r).step_by(J) {
         // Below the diagonal is what is above it.
         for k0 in (0..r).step_by(V::LANES).filter(|k0| k0 + V::LANES > j0) {
@@ -219,9 +222,9 @@ fn gram_of_columns<T: Real, V: Vector<T>, const J: usize>(
                 };
                 widen(&mut wide, sums);
             }
-            // SAFETY: see `tail`.
+            // SAFETY: see `copy_end`.
             let sums =
-                unsafe { column_products::<T, V, J>(&end, r, matrix.len() / r - whole, j0, k0) };
+                unsafe { column_products::<T, V, J>(end, r, matrix.len() / r - whole, j0, k0) };
             widen(&mut wide, sums);
             for j in j0..r.min(j0 + J) {
                 for k in j.max(k0)..r.min(k0 + V::LANES) {
@@ -279,11 +282,13 @@ fn add_to_columns<T: Real, V: Vector<T>, const J: usize>(
     matrix: &[T],
     r: usize,
     weights: &[T],
+    [end, grad_end]: &mut [Vec<T>; 2],
     grad: &mut [T],
 ) {
     let count = matrix.len() / r;
     let whole = whole_rows(r, count);
-    let (end, mut grad_end) = (tail(matrix, whole * r), tail(grad, whole * r));
+    copy_end(end, &matrix[whole * r..]);
+    copy_end(grad_end, &grad[whole * r..]);
     for k0 in (0..r).step_by(V::LANES) {
         for j0 in (0..r).step_by(J) {
             let tile: [V; J] = std::array::from_fn(|j| {
@@ -291,10 +296,10 @@ fn add_to_columns<T: Real, V: Vector<T>, const J: usize>(
                 // SAFETY: there is a vector of them.
                 unsafe { V::load(weights.as_ptr()) }
             });
-            // SAFETY: see `whole_rows` and `tail`.
+            // SAFETY: see `whole_rows` and `copy_end`.
             unsafe {
                 add_columns(matrix, grad, r, whole, j0, k0, &tile);
-                add_columns(&end, &mut grad_end, r, count - whole, j0, k0, &tile);
+                add_columns(end, grad_end, r, count - whole, j0, k0, &tile);
             }
         }
     }

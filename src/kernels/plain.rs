@@ -1,4 +1,4 @@
-//! Tensors as slices, where they are plain: on the CPU, contiguous, float32 or float64.
+//! Matrices as slices, where they are plain: on the CPU, contiguous, float32 or float64.
 
 use std::ffi::c_void;
 use std::marker::PhantomData;
@@ -7,13 +7,15 @@ use tch::{Device, Kind, Tensor};
 
 pub use super::real::Real;
 
-/// The memory of a plain tensor.
+/// A plain matrix.
 #[derive(Clone, Copy)]
 pub struct Plain<'a> {
     /// float32 or float64.
     pub kind: Kind,
-    /// Number of elements.
-    pub count: usize,
+    /// Number of rows.
+    pub rows: usize,
+    /// Number of columns.
+    pub columns: usize,
     data: *mut c_void,
     tensor: PhantomData<&'a Tensor>,
 }
@@ -22,44 +24,66 @@ impl<'a> Plain<'a> {
     /// Of `tensor`, if the loops of this folder can work on it.
     pub fn of(tensor: &'a Tensor) -> Option<Self> {
         let kind = tensor.f_kind().ok()?;
-        let plain = matches!(kind, Kind::Float | Kind::Double)
-            && tensor.device() == Device::Cpu
-            && tensor.is_contiguous();
-        let (data, count) = (tensor.data_ptr(), tensor.numel());
-        plain.then_some(Self { kind, data, count, tensor: PhantomData })
+        if !matches!(kind, Kind::Float | Kind::Double)
+            || tensor.device() != Device::Cpu
+            || !tensor.is_contiguous()
+        {
+            return None;
+        }
+        let [rows, columns] = tensor.size()[..] else { return None };
+        let (rows, columns) = (rows as usize, columns as usize);
+        Some(Self { kind, rows, columns, data: tensor.data_ptr(), tensor: PhantomData })
+    }
+
+    /// Has it the type and the shape of `other`?
+    pub fn is_like(&self, other: &Plain<'_>) -> bool {
+        (self.kind, self.rows, self.columns) == (other.kind, other.rows, other.columns)
+    }
+
+    fn count<T: Real>(&self) -> usize {
+        if self.kind == T::KIND {
+            self.rows * self.columns
+        } else {
+            0
+        }
     }
 
     /// The elements, row by row; none if they are no `T`.
     pub fn elements<T: Real>(&self) -> &'a [T] {
-        if self.kind != T::KIND || self.count == 0 {
+        let count = self.count::<T>();
+        if count == 0 {
             return &[];
         }
         // SAFETY: the tensor is a contiguous CPU tensor of so many elements of type T, borrowed as
         // long as the slice is.
-        unsafe { std::slice::from_raw_parts(self.data.cast(), self.count) }
+        unsafe { std::slice::from_raw_parts(self.data.cast(), count) }
     }
 
     /// The elements to write; the caller has found the tensor [`disjoint`] from the others in use.
     pub fn elements_mut<T: Real>(&self) -> &'a mut [T] {
-        if self.kind != T::KIND || self.count == 0 {
+        let count = self.count::<T>();
+        if count == 0 {
             return &mut [];
         }
         // SAFETY: as above; nobody else has a slice of the memory.
-        unsafe { std::slice::from_raw_parts_mut(self.data.cast(), self.count) }
+        unsafe { std::slice::from_raw_parts_mut(self.data.cast(), count) }
     }
 
     fn span(&self) -> (usize, usize) {
         let first = self.data as usize;
-        (first, first + self.count * self.kind.elt_size_in_bytes())
+        (first, first + self.rows * self.columns * self.kind.elt_size_in_bytes())
     }
 }
 
-/// Does none that is written to (the flag) share memory with another?
-pub fn disjoint(tensors: Vec<(Plain<'_>, bool)>) -> bool {
-    let mut spans: Vec<_> =
-        tensors.into_iter().map(|(plain, written)| (plain.span(), written)).collect();
+/// Does none of `written` share memory with another of them or with one of `read`?
+pub fn disjoint<'a>(
+    read: impl Iterator<Item = Plain<'a>>,
+    written: impl Iterator<Item = Plain<'a>>,
+) -> bool {
+    let read = read.map(|plain| (plain.span(), false));
+    let mut spans: Vec<_> = read.chain(written.map(|plain| (plain.span(), true))).collect();
     spans.retain(|((first, end), _)| first < end);
-    spans.sort_unstable();
+    spans.sort_unstable_by_key(|((first, _), _)| *first);
     let (mut last, mut last_written) = (0, 0);
     spans.iter().all(|&((first, end), written)| {
         let free = first >= if written { last } else { last_written };
@@ -78,6 +102,7 @@ mod tests {
     #[test]
     fn plain_tensors_are_contiguous_on_the_cpu_and_float32_or_float64() {
         let plain = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0]).reshape([2, 2]);
+        assert!(Plain::of(&plain.reshape([4])).is_none());
         assert_eq!(Plain::of(&plain).unwrap().elements::<f32>(), [1.0, 2.0, 3.0, 4.0]);
         assert!(Plain::of(&plain).unwrap().elements::<f64>().is_empty());
         assert!(Plain::of(&plain.tr()).is_none());
@@ -93,13 +118,16 @@ mod tests {
 
     #[test]
     fn what_is_read_may_be_shared_but_not_what_is_written() {
-        let whole = Tensor::from_slice(&[0.0f32; 8]);
-        let (left, right) = (whole.narrow(0, 0, 4), whole.narrow(0, 4, 4));
+        let whole = Tensor::from_slice(&[0.0f32; 8]).reshape([4, 2]);
+        let (left, right) = (whole.narrow(0, 0, 2), whole.narrow(0, 2, 2));
         let [whole, left, right] = [&whole, &left, &right].map(|t| Plain::of(t).unwrap());
-        assert!(disjoint(vec![(right, true), (left, true)]));
-        assert!(disjoint(vec![(whole, false), (whole, false), (left, false)]));
-        assert!(!disjoint(vec![(whole, false), (right, true)]));
-        assert!(!disjoint(vec![(left, true), (whole, false)]));
-        assert!(!disjoint(vec![(right, true), (right, true)]));
+        let free = |read: &[Plain<'_>], written: &[Plain<'_>]| {
+            disjoint(read.iter().copied(), written.iter().copied())
+        };
+        assert!(free(&[], &[right, left]));
+        assert!(free(&[whole, whole, left], &[]));
+        assert!(!free(&[whole], &[right]));
+        assert!(!free(&[whole], &[left]));
+        assert!(!free(&[], &[right, right]));
     }
 }

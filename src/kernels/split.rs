@@ -1,10 +1,10 @@
 //! Work on many independent items, over as many threads as torch uses.
 
-/// Work below which another thread costs more than it saves, in the unit of `split`'s `cost`.
-const WORTH_A_THREAD: usize = 1 << 20;
+/// Work below which another thread costs more than it saves.
+const WORTH_A_THREAD: usize = 200_000;
 
-/// Runs `work` on parts of `items` that cost about the same; `cost` counts an item's elementary
-/// operations.
+/// Runs `work` on parts of `items` that cost about the same; `cost` of an item is about its
+/// nanoseconds.
 pub fn split<J: Send>(items: &mut [J], cost: impl Fn(&J) -> usize, work: impl Fn(&mut [J]) + Sync) {
     let costs: Vec<usize> = items.iter().map(cost).collect();
     let total: usize = costs.iter().sum();
