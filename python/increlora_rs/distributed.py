@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from typing import Any
 
 import torch
@@ -10,6 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+# What was found by a look at all objects, which takes longer than all else at a growth.
+_found: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DistributedDataParallel]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def several_processes() -> bool:
@@ -37,11 +43,15 @@ def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
     """The DistributedDataParallel around ``model``: a Trainer does not hand it to its callbacks."""
     if not several_processes():
         return None
+    known = _found[model]() if model in _found else None
+    if known is not None:
+        return known
     for candidate in gc.get_objects():
         # By type: asking some of torch's own objects for their class warns.
         if issubclass(type(candidate), DistributedDataParallel) and any(
             module is model for module in candidate.modules()
         ):
+            _found[model] = weakref.ref(candidate)
             return candidate
     return None
 

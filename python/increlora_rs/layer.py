@@ -172,8 +172,9 @@ class Linear(nn.Module, LoraLayer):
             a, b, _ = self._draw(adapter_name, missing, generator)
             self.add_reserve(adapter_name, a, b)
         elif missing < 0:
-            _resize(self.lora_A[adapter_name], self.lora_A[adapter_name][:rows])
-            _resize(self.lora_B[adapter_name], self.lora_B[adapter_name][:, :rows])
+            a, b = self.lora_A[adapter_name], self.lora_B[adapter_name]
+            _resize(a, a.detach()[:rows].clone(memory_format=torch.contiguous_format))
+            _resize(b, b.detach()[:, :rows].clone(memory_format=torch.contiguous_format))
 
     def add_reserve(self, adapter_name: str, a: Tensor, b: Tensor) -> None:
         """Puts given components in reserve: A (n, in), B (out, n)."""
@@ -342,9 +343,10 @@ def _append(parameter: nn.Parameter, rows: Tensor, dim: int) -> None:
 
 
 def _resize(parameter: nn.Parameter, value: Tensor) -> None:
+    """Gives ``parameter`` the memory of ``value``, which nobody else may use."""
     # `set_` also drops autograd's accumulator for the old shape; assigning `.data` would keep it.
     with torch.no_grad():
         # torch's stub has no overload for a tensor.
-        parameter.set_(value.detach().clone(memory_format=torch.contiguous_format))  # type: ignore[call-overload]
+        parameter.set_(value)  # type: ignore[call-overload]
     parameter.grad = None
     watch(parameter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
+from collections import Counter
 from typing import Any
 
 import torch
@@ -109,13 +110,14 @@ class IncreLoraModel(LoraModel):
         selected: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
+        ranks = {}
         for name, layer in adapted_layers(model, adapter_name).items():
-            rank = layer.r[adapter_name]
+            rank = ranks[short(name)] = layer.r[adapter_name]
             a, b = f"{name}.lora_A.{adapter_name}", f"{name}.lora_B.{adapter_name}"
             if a in selected:
                 selected[a] = selected[a][:rank].contiguous()
                 selected[b] = selected[b][:, :rank].contiguous()
-        config.rank_pattern = rank_pattern(model, adapter_name)
+        config.rank_pattern = rank_pattern(ranks)
         return selected
 
     @classmethod
@@ -171,29 +173,37 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, Linear]:
     }
 
 
-def rank_pattern(model: nn.Module, adapter_name: str) -> dict[str, int]:
-    """LoraConfig's ``rank_pattern`` of the ranks as they are; anchored, so that no name matches the
-    end of another."""
-    layers = adapted_layers(model, adapter_name)
-    keys = anchored(tuple(short(name) for name in layers))
-    return {key: layer.r[adapter_name] for key, layer in zip(keys, layers.values(), strict=True)}
+def rank_pattern(ranks: dict[str, int]) -> dict[str, int]:
+    """LoraConfig's ``rank_pattern`` of ranks by module name; anchored, so that no name matches the end
+    of another."""
+    return dict(zip(anchored(tuple(ranks)), ranks.values(), strict=True))
 
 
 @functools.lru_cache(maxsize=64)
 def anchored(names: tuple[str, ...]) -> tuple[str, ...]:
     """Keys of ``rank_pattern``, regular expressions of which each matches its own name only: the
     anchored name, escaped where a dot in it would match another name."""
+    # How many names of each length are matched by a name whose dots stand in certain places.
+    matched: dict[tuple[int, tuple[int, ...]], Counter[str]] = {}
     by_length: dict[int, list[str]] = {}
     for name in names:
         by_length.setdefault(len(name), []).append(name)
 
     def key(name: str) -> str:
-        plain = re.fullmatch(r"[\w.]+", name) and not any(
-            re.fullmatch(name, other) for other in by_length[len(name)] if other != name
-        )
+        dots = tuple(i for i, letter in enumerate(name) if letter == ".")
+        if (len(name), dots) not in matched:
+            matched[len(name), dots] = Counter(_dotted(other, dots) for other in by_length[len(name)])
+        plain = re.fullmatch(r"[\w.]+", name) and matched[len(name), dots][name] == 1
         return f"^{name if plain else re.escape(name)}"
 
     return tuple(map(key, names))
+
+
+def _dotted(name: str, dots: tuple[int, ...]) -> str:
+    letters = list(name)
+    for i in dots:
+        letters[i] = "."
+    return "".join(letters)
 
 
 def check_factors(name: str, a: Tensor, b: Tensor, e: Tensor, in_features: int, out_features: int) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-# Parameters that ever changed their size in place, for the net below.
+# Parameters that ever changed their size in place and how often any did, for the net below; and for
+# each optimizer that number at its last look, with the state that it looked at.
 _resized_parameters = WeakIdKeyDictionary()
+_resizes = 0
+_seen: WeakKeyDictionary[torch.optim.Optimizer, tuple[int, Any]] = WeakKeyDictionary()
 _net: Any = None
 
 
@@ -49,13 +53,20 @@ def watch(parameter: nn.Parameter) -> None:
     Before any optimizer's step, state of such a parameter that has another shape is dropped with a
     warning: fused AdamW would write past the end of it.
     """
-    global _net
+    global _net, _resizes
+    _resizes += 1
     if _net is None:
         _net = register_optimizer_step_pre_hook(_drop_misshapen)
     _resized_parameters[parameter] = True
 
 
 def _drop_misshapen(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    # Without a new size, and without another state (loading makes a new dictionary), nothing can have
+    # come to differ, and a look at every parameter in every step would cost more than the step.
+    resizes, state = _seen.get(optimizer, (-1, None))
+    if resizes == _resizes and state is optimizer.state:
+        return
+    _seen[optimizer] = _resizes, optimizer.state
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter not in _resized_parameters:
@@ -92,9 +103,9 @@ def _fits(key: str, value: Tensor, parameter: nn.Parameter, dim: int, sizes: set
 
 
 def _resized(value: Tensor, size: int, dim: int) -> Tensor:
-    keep = min(size, value.shape[dim])
-    shape = list(value.shape)
-    shape[dim] = size
-    new = value.new_zeros(shape)
-    new.narrow(dim, 0, keep).copy_(value.narrow(dim, 0, keep))
-    return new
+    missing = size - value.shape[dim]
+    if not missing:
+        return value
+    # A negative number cuts off; dimensions count from the last.
+    padding = [0, 0] * (value.dim() - 1 - dim) + [0, missing]
+    return torch.constant_pad_nd(value, padding)

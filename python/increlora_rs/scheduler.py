@@ -225,6 +225,8 @@ class RankScheduler:
         self._restart.adam_lead = int(steps)
         self._update_may_grow()
         self._fill_reserves(range(len(self._modules)))
+        for module in self._modules:
+            module.follow(self._optimizer, self.step)
         self._rebuild_buckets()
 
     # One step.
@@ -302,14 +304,15 @@ class RankScheduler:
         for k, components in chosen:
             module = self._modules[k]
             module.grow(components, self._generator(k, "grow"))
-            module.follow(self._optimizer, self.step)
             self._history.append((self.step, k, module.rank, float(scores[k])))
         self._update_may_grow()
         if self._may_grow:
             self._fill_reserves(k for k, _ in chosen)
         else:
             self._drop_reserves()
-        self._config.rank_pattern = rank_pattern(self._model, self._adapter)
+        for k, _ in chosen:
+            self._modules[k].follow(self._optimizer, self.step)
+        self._config.rank_pattern = rank_pattern(self.ranks)
         self._restart.find_young(self._modules)
         self._rebuild_buckets()
         total = self.total_rank
@@ -338,7 +341,6 @@ class RankScheduler:
             module = self._modules[k]
             room = int(caps[k]) - module.rank
             module.set_reserve(min(self.schedule.add_r, room), self._generator(k, "reserve"))
-            module.follow(self._optimizer, self.step)
 
     def _drop_reserves(self) -> None:
         for module in self._modules:
