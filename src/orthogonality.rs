@@ -224,4 +224,50 @@ mod tests {
     fn no_matrices_are_refused() {
         assert!(value(&[], &[]).unwrap_err().to_string().starts_with("a is empty"));
     }
+
+    /// `tensor` with gaps between its elements: left to torch, for it is not contiguous.
+    fn spread(tensor: &Tensor) -> Tensor {
+        let [rows, columns] = tensor.size()[..] else { panic!("a matrix") };
+        let mut view = Tensor::zeros([rows, 2 * columns], (tensor.kind(), tensor.device()));
+        view = view.slice(1, 0, None, 2);
+        view.copy_(tensor);
+        view
+    }
+
+    #[test]
+    fn loops_on_slices_do_what_torch_does() {
+        let factor = Tensor::from(0.3);
+        for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::Double, 1e-12)] {
+            for rank in [1, 2, 7, 8, 33, 64, 65] {
+                for (input, out) in [(1, 3), (16, 24), (100, 33), (768, 64)] {
+                    let random = |size| Tensor::randn(size, (kind, Device::Cpu));
+                    let (a, b) = (random([rank, input]), random([out, rank]));
+                    let (grad_a, grad_b) = (random([rank, input]), random([out, rank]));
+                    let (mut plain_a, mut plain_b) = ([grad_a.copy()], [grad_b.copy()]);
+                    let (mut torch_a, mut torch_b) = ([spread(&grad_a)], [spread(&grad_b)]);
+                    let (a, b) = ([a], [b]);
+                    let value = add_gradient_(&a, &b, &mut plain_a, &mut plain_b, &factor).unwrap();
+                    let wanted =
+                        add_gradient_(&a, &b, &mut torch_a, &mut torch_b, &factor).unwrap();
+                    let close = |x: &Tensor, y: &Tensor| x.allclose(y, tolerance, tolerance, false);
+                    assert!(close(&value, &wanted), "{kind:?} {rank} {input} {out}");
+                    assert!(close(&plain_a[0], &torch_a[0]), "A, {kind:?} {rank} {input}");
+                    assert!(close(&plain_b[0], &torch_b[0]), "B, {kind:?} {rank} {out}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn one_gradient_given_twice_takes_both() {
+        let (a, b) = matrices();
+        let a = [a[0].shallow_clone(), a[0].shallow_clone()];
+        let b = [b[0].shallow_clone(), b[0].shallow_clone()];
+        let grad = a[0].zeros_like();
+        let mut grad_a = [grad.shallow_clone(), grad.shallow_clone()];
+        let mut grad_b = [b[0].zeros_like(), b[0].zeros_like()];
+        let _ = add_gradient_(&a, &b, &mut grad_a, &mut grad_b, &Tensor::from(1.0)).unwrap();
+        // 2 * (2 * 3 * A / (4 * 3))
+        assert_eq!(grad, Tensor::from_slice(&[2.0, 0.0]).reshape([1, 2]));
+    }
 }

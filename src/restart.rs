@@ -147,8 +147,8 @@ pub fn keep(newborns: &mut [Newborn]) -> Result<()> {
     keep_slices::<f32>(&slices);
     keep_slices::<f64>(&slices);
     let done: Vec<bool> = slices.iter().map(Option::is_some).collect();
-    let others = newborns.iter_mut().zip(done).filter(|(_, done)| !done);
-    others.map(|(newborn, _)| newborn.keep_with_torch()).collect()
+    let mut others = newborns.iter_mut().zip(done).filter(|(_, done)| !done);
+    others.try_for_each(|(newborn, _)| newborn.keep_with_torch())
 }
 
 fn keep_slices<T: Real>(slices: &[Option<Slices<'_>>]) {
@@ -180,8 +180,8 @@ pub fn correct(newborns: &[Newborn], step: &Step) -> Result<()> {
     }
     correct_slices::<f32>(&slices, &factors);
     correct_slices::<f64>(&slices, &factors);
-    let others = newborns.iter().zip(&slices).filter(|(_, slices)| slices.is_none());
-    others.map(|(newborn, _)| newborn.correct_with_torch(&factors)).collect()
+    let mut others = newborns.iter().zip(&slices).filter(|(_, slices)| slices.is_none());
+    others.try_for_each(|(newborn, _)| newborn.correct_with_torch(&factors))
 }
 
 fn correct_slices<T: Real>(slices: &[Option<Slices<'_>>], factors: &Factors) {

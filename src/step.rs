@@ -100,3 +100,69 @@ impl Plan {
         orthogonality::value(&self.a, &self.b)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Device;
+
+    const NOTHING: Scale = Scale { loss: None, gradients: None, overflow: None };
+
+    fn plan(a: &[Tensor], b: &[Tensor]) -> Plan {
+        let vector =
+            |value: f64| Tensor::full([a.len() as i64], value, (Kind::Double, Device::Cpu));
+        let smoothing = Smoothing {
+            importance: vector(8.0),
+            norm: vector(0.5),
+            mean: vector(2.0),
+            uncertainty: vector(1.0),
+            beta1: 0.5,
+            beta2: 0.75,
+        };
+        let clones = |tensors: &[Tensor]| tensors.iter().map(Tensor::shallow_clone).collect();
+        Plan::new(clones(a), clones(b), smoothing).unwrap()
+    }
+
+    fn leaf(values: &[f64], size: [i64; 2], grad: f64) -> Tensor {
+        let leaf = Tensor::from_slice(values).reshape(size).set_requires_grad(true);
+        (&leaf * grad).sum(Kind::Double).backward();
+        leaf
+    }
+
+    fn modules() -> ([Tensor; 1], [Tensor; 1]) {
+        ([leaf(&[2.0, 0.0], [1, 2], 1.0)], [leaf(&[1.0, 0.0], [2, 1], 1.0)])
+    }
+
+    #[test]
+    fn importances_are_taken_in_and_reset() {
+        let (a, b) = modules();
+        let mut plan = plan(&a, &b);
+        let scale = Scale { loss: Some(2.0), ..NOTHING };
+        plan.take_gradients_(true, 0.0, &scale).unwrap();
+        // 0.5 * 2 + 0.5 * (8 * 0.5 / 2), then 0.75 * 1 + 0.25 * 0.
+        assert_eq!(plan.smoothing.mean, Tensor::from_slice(&[2.0]));
+        assert_eq!(plan.smoothing.uncertainty, Tensor::from_slice(&[0.75]));
+        assert_eq!(plan.smoothing.importance, Tensor::from_slice(&[0.0]));
+        assert_eq!(a[0].grad(), Tensor::from_slice(&[1.0, 1.0]).reshape([1, 2]));
+    }
+
+    #[test]
+    fn an_overflowed_step_is_left_out() {
+        let (a, b) = modules();
+        let mut plan = plan(&a, &b);
+        let scale = Scale { overflow: Some(Tensor::from_slice(&[1.0f32])), ..NOTHING };
+        plan.take_gradients_(true, 0.0, &scale).unwrap();
+        assert_eq!(plan.smoothing.mean, Tensor::from_slice(&[2.0]));
+        assert_eq!(plan.smoothing.importance, Tensor::from_slice(&[0.0]));
+    }
+
+    #[test]
+    fn the_leaves_own_gradients_grow_by_the_scaled_regulariser() {
+        let (a, b) = modules();
+        let scale = Scale { gradients: Some(Tensor::from_slice(&[4.0f32])), ..NOTHING };
+        plan(&a, &b).take_gradients_(false, 0.125, &scale).unwrap();
+        // 0.125 * 4 * 2 * 3 * A / (2 * 3)
+        assert_eq!(a[0].grad(), Tensor::from_slice(&[2.0, 1.0]).reshape([1, 2]));
+        assert_eq!(b[0].grad(), Tensor::from_slice(&[1.0, 1.0]).reshape([2, 1]));
+    }
+}

@@ -1,5 +1,6 @@
 """Several processes choose alike, stay identical bit for bit, and equal one process with the mean loss."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from increlora_rs import distributed
 
 WORKERS = Path(__file__).parent / "workers"
 sys.path.insert(0, str(WORKERS))
@@ -87,3 +89,36 @@ def test_trainer_in_two_processes_resumes_bit_for_bit(trainers, form):
 def test_a_sharded_model_is_refused_before_the_first_step(trainers):
     assert "FSDP" in trainers[0]["sharded"]
     assert "Use DDP" in trainers[0]["sharded"]
+
+
+@pytest.fixture
+def one_of_several(tmp_path, monkeypatch):
+    """A process group of this process alone that the library takes for one of several."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    monkeypatch.setattr(distributed, "several_processes", lambda: True)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_model_that_is_wrapped_after_the_first_look_is_found(one_of_several):
+    model = torch.nn.Linear(2, 2)
+    assert distributed.find_ddp(model) is None
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    assert distributed.find_ddp(model) is ddp
+
+
+def test_what_was_found_is_not_looked_for_again(one_of_several, monkeypatch):
+    model = torch.nn.Linear(2, 2)
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    assert distributed.find_ddp(model) is ddp
+    monkeypatch.setattr(distributed.gc, "get_objects", None)
+    assert distributed.find_ddp(model) is ddp
+
+
+def test_a_wrapper_that_is_gone_is_not_found(one_of_several):
+    model = torch.nn.Linear(2, 2)
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    assert distributed.find_ddp(model) is ddp
+    del ddp
+    gc.collect()
+    assert distributed.find_ddp(model) is None

@@ -2,12 +2,15 @@
 
 import json
 import re
+import timeit
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from increlora_rs import IncreLoraConfig
 from increlora_rs.layer import Linear
-from increlora_rs.model import adapted_layers, short
+from increlora_rs.model import adapted_layers, anchored, short
 from peft import (
     AutoPeftModelForSequenceClassification,
     PeftModel,
@@ -249,6 +252,33 @@ def test_saved_ranks_are_anchored_full_names(saved):
     pattern = json.loads((saved / "adapter_config.json").read_text())["rank_pattern"]
     wanted = {f"^{name}": rank for name, rank in RANKS.items()}
     assert {key.replace("\\", ""): rank for key, rank in pattern.items()} == wanted
+
+
+@given(st.lists(st.text("ab.\\n+", min_size=1, max_size=5), unique=True, max_size=8))
+def test_an_anchored_name_matches_no_other(names):
+    keys = anchored(tuple(names))
+    matches = {
+        name: [other for other in names if re.match(f"{key}$", other)]
+        for name, key in zip(names, keys, strict=True)
+    }
+    assert matches == {name: [name] for name in names}
+
+
+def test_a_name_without_a_rival_is_not_escaped():
+    names = ("a.b", "a.c", "a.bb", "x-y")
+    assert anchored(names) == ("^a.b", "^a.c", "^a.bb", r"^x\-y")
+
+
+def test_a_name_that_matches_another_is_escaped():
+    assert anchored(("a.b", "acb", "a.c.d", "a.cxd")) == (r"^a\.b", "^acb", r"^a\.c\.d", "^a.cxd")
+
+
+def test_many_names_are_anchored_in_time_that_grows_as_they_do():
+    def seconds(count):
+        names = tuple(f"model.layers.{i}.self_attn.{part}_proj" for i in range(count // 4) for part in "qkvo")
+        return min(timeit.repeat(lambda: anchored.__wrapped__(names), number=1, repeat=5))
+
+    assert seconds(4000) < 30 * seconds(400)
 
 
 def nested():

@@ -1,10 +1,14 @@
 """An optimizer's state after a parameter grew or shrank in place: kept where it can be, else dropped."""
 
+import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
-from increlora_rs.optimizer_state import resize_state
+from increlora_rs import optimizer_state
+from increlora_rs.optimizer_state import resize_state, watch
 from torch import nn
 from transformers import Adafactor as TransformersAdafactor
 
@@ -215,3 +219,50 @@ def test_optimizer_of_unknown_state_goes_on():
     parameter.grad = numbers((5, WIDE), 20)
     optimizer.step()
     assert parameter.ne(before).all()
+
+
+# The net under optimizers that no scheduler looks after.
+
+
+def test_loaded_state_of_another_size_is_noticed_after_a_look_that_found_nothing():
+    parameter, optimizer = stepped(ELEMENTWISE["AdamW fused"], (RANK, WIDE))
+    checkpoint = copy.deepcopy(optimizer.state_dict())
+    set_size(parameter, (5, WIDE), 0)
+    watch(parameter)
+    quietly_resize(optimizer, parameter, 0)
+    for step in range(2):
+        parameter.grad = numbers((5, WIDE), step)
+        optimizer.step()
+    optimizer.load_state_dict(checkpoint)
+    with pytest.warns(UserWarning, match="changed its rank without the optimizer"):
+        optimizer.step()
+
+
+def test_a_second_optimizer_is_looked_at_too():
+    parameter, first = stepped(ELEMENTWISE["AdamW"], (RANK, WIDE))
+    second = torch.optim.AdamW([parameter], lr=0.1)
+    second.load_state_dict(first.state_dict())
+    set_size(parameter, (5, WIDE), 0)
+    watch(parameter)
+    parameter.grad = numbers((5, WIDE), 20)
+    for optimizer in (first, second):
+        with pytest.warns(UserWarning, match="changed its rank without the optimizer"):
+            optimizer.step()
+
+
+def test_parameters_are_not_looked_at_in_every_step(monkeypatch):
+    parameter, optimizer = stepped(ELEMENTWISE["AdamW"], (RANK, WIDE))
+    watch(parameter)
+    optimizer.step()
+    monkeypatch.setattr(optimizer_state, "_resized_parameters", None)
+    optimizer.step()
+
+
+def test_what_was_looked_at_keeps_no_optimizer_alive():
+    parameter, optimizer = stepped(ELEMENTWISE["AdamW"], (RANK, WIDE))
+    watch(parameter)
+    optimizer.step()
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None

@@ -32,8 +32,10 @@ pub fn run<T: Real>(jobs: &mut [Job<'_, T>], factor: f64) {
 dispatch! {
     fn all<T, V>(jobs: &mut [Job<'_, T>], factor: f64) => {
         let mut scratch = Scratch::default();
-        for job in jobs {
-            one::<T, V<T>>(job, factor, &mut scratch);
+        for i in 0..jobs.len() {
+            let (now, later) = jobs[i..].split_at_mut(1);
+            let next = later.first().map_or(&[][..], |job| job.matrix);
+            one::<T, V<T>>(&mut now[0], next, factor, &mut scratch);
         }
     }
 }
@@ -54,19 +56,25 @@ fn copy_end<T: Real>(end: &mut Vec<T>, rows: &[T]) {
 }
 
 #[inline(always)]
-fn one<T: Real, V: Vector<T>>(job: &mut Job<'_, T>, factor: f64, scratch: &mut Scratch<T>) {
+fn one<T: Real, V: Vector<T>>(
+    job: &mut Job<'_, T>,
+    next: &[T],
+    factor: f64,
+    scratch: &mut Scratch<T>,
+) {
     let r = job.components;
     let Scratch { gram, weights, end } = scratch;
+    let mut ahead = Ahead(job.grad.as_deref().unwrap_or(next));
     gram.clear();
     gram.resize(r * r, 0.0);
     // A matrix of one column is one row as well.
     let rows = job.rows || r == 1;
     match r {
         0 => {}
-        _ if rows => gram_of_rows::<T, V>(job.matrix, r, gram),
-        2 => gram_of_columns::<T, V, 2>(job.matrix, r, &mut end[0], gram),
-        3 | 4 => gram_of_columns::<T, V, 4>(job.matrix, r, &mut end[0], gram),
-        _ => gram_of_columns::<T, V, 8>(job.matrix, r, &mut end[0], gram),
+        _ if rows => gram_of_rows::<T, V>(job.matrix, r, &mut ahead, gram),
+        2 => gram_of_columns::<T, V, 2>(job.matrix, r, &mut end[0], &mut ahead, gram),
+        3 | 4 => gram_of_columns::<T, V, 4>(job.matrix, r, &mut end[0], &mut ahead, gram),
+        _ => gram_of_columns::<T, V, 8>(job.matrix, r, &mut end[0], &mut ahead, gram),
     }
     for i in 0..r {
         gram[i * r + i] -= 1.0;
@@ -76,6 +84,7 @@ fn one<T: Real, V: Vector<T>>(job: &mut Job<'_, T>, factor: f64, scratch: &mut S
     assert_eq!(grad.len(), job.matrix.len());
     let scale = factor * 2.0 / job.norm;
     let scale = if scale.is_finite() { scale } else { 0.0 };
+    let mut ahead = Ahead(next);
     weights.clear();
     weights.resize(padded(r) * padded(r), T::default());
     for i in 0..r {
@@ -85,10 +94,26 @@ fn one<T: Real, V: Vector<T>>(job: &mut Job<'_, T>, factor: f64, scratch: &mut S
     }
     match r {
         0 => {}
-        _ if rows => add_to_rows::<T, V>(job.matrix, r, weights, grad),
-        2 => add_to_columns::<T, V, 2>(job.matrix, r, weights, end, grad),
-        3 | 4 => add_to_columns::<T, V, 4>(job.matrix, r, weights, end, grad),
-        _ => add_to_columns::<T, V, 8>(job.matrix, r, weights, end, grad),
+        _ if rows => add_to_rows::<T, V>(job.matrix, r, weights, &mut ahead, grad),
+        2 => add_to_columns::<T, V, 2>(job.matrix, r, weights, end, &mut ahead, grad),
+        3 | 4 => add_to_columns::<T, V, 4>(job.matrix, r, weights, end, &mut ahead, grad),
+        _ => add_to_columns::<T, V, 8>(job.matrix, r, weights, end, &mut ahead, grad),
+    }
+}
+
+/// Memory that is needed next, asked for line by line while there is something to compute.
+struct Ahead<'a, T>(&'a [T]);
+
+impl<T: Real> Ahead<'_, T> {
+    #[inline(always)]
+    fn line(&mut self) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+            // SAFETY: a hint, at the address of a slice.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(self.0.as_ptr().cast()) };
+            self.0 = self.0.get(64 / size_of::<T>()..).unwrap_or_default();
+        }
     }
 }
 
@@ -99,7 +124,12 @@ fn padded(r: usize) -> usize {
 
 /// Gram matrix of the rows, in tiles of 4 by 2.
 #[inline(always)]
-fn gram_of_rows<T: Real, V: Vector<T>>(matrix: &[T], r: usize, gram: &mut [f64]) {
+fn gram_of_rows<T: Real, V: Vector<T>>(
+    matrix: &[T],
+    r: usize,
+    ahead: &mut Ahead<'_, T>,
+    gram: &mut [f64],
+) {
     let n = matrix.len() / r;
     let vectors = n / V::LANES;
     // A row past the last is the last once more: computed for nothing, never written.
@@ -112,6 +142,7 @@ fn gram_of_rows<T: Real, V: Vector<T>>(matrix: &[T], r: usize, gram: &mut [f64])
             for block in (0..vectors).step_by(BLOCK) {
                 let mut sums = [[V::splat(T::default()); 2]; 4];
                 for at in block..vectors.min(block + BLOCK) {
+                    ahead.line();
                     // SAFETY: `at` is one of the vectors that a row of n elements holds.
                     let piece = |row: &[T]| unsafe { V::load(row.as_ptr().add(at * V::LANES)) };
                     let (x, y) = (x.map(piece), y.map(piece));
@@ -153,7 +184,13 @@ fn total<T: Real, V: Vector<T>>(vector: V) -> f64 {
 
 /// `grad += weights * matrix`, 4 rows of it and 2 vectors at once.
 #[inline(always)]
-fn add_to_rows<T: Real, V: Vector<T>>(matrix: &[T], r: usize, weights: &[T], grad: &mut [T]) {
+fn add_to_rows<T: Real, V: Vector<T>>(
+    matrix: &[T],
+    r: usize,
+    weights: &[T],
+    ahead: &mut Ahead<'_, T>,
+    grad: &mut [T],
+) {
     let n = matrix.len() / r;
     let width = 2 * V::LANES;
     for i0 in (0..r).step_by(4) {
@@ -162,6 +199,7 @@ fn add_to_rows<T: Real, V: Vector<T>>(matrix: &[T], r: usize, weights: &[T], gra
         for at in 0..n / width {
             let mut sums = [[V::splat(T::default()); 2]; 4];
             for j in 0..r {
+                ahead.line();
                 let from = &matrix[j * n + at * width..][..width];
                 // SAFETY: there are two vectors.
                 let x = unsafe { [V::load(from.as_ptr()), V::load(from.as_ptr().add(V::LANES))] };
@@ -193,6 +231,17 @@ fn add_to_rows<T: Real, V: Vector<T>>(matrix: &[T], r: usize, weights: &[T], gra
     }
 }
 
+/// Where a tile of columns stands in each of some rows.
+#[derive(Clone, Copy)]
+struct Tile {
+    /// Elements of a row.
+    r: usize,
+    /// The first of `J` elements.
+    j0: usize,
+    /// The first element of a vector.
+    k0: usize,
+}
+
 /// Rows of `r` elements, of `count`, from which every tile of columns can be read whole.
 fn whole_rows(r: usize, count: usize) -> usize {
     let reach = padded(r).div_ceil(r);
@@ -206,6 +255,7 @@ fn gram_of_columns<T: Real, V: Vector<T>, const J: usize>(
     matrix: &[T],
     r: usize,
     end: &mut Vec<T>,
+    ahead: &mut Ahead<'_, T>,
     gram: &mut [f64],
 ) {
     let whole = whole_rows(r, matrix.len() / r);
@@ -213,18 +263,19 @@ fn gram_of_columns<T: Real, V: Vector<T>, const J: usize>(
     for j0 in (0..r).step_by(J) {
         // Below the diagonal is what is above it.
         for k0 in (0..r).step_by(V::LANES).filter(|k0| k0 + V::LANES > j0) {
+            let tile = Tile { r, j0, k0 };
             let mut wide = [[0.0; 8]; J];
             for block in (0..whole).step_by(BLOCK) {
                 let rows = &matrix[block * r..];
                 // SAFETY: see `whole_rows`.
                 let sums = unsafe {
-                    column_products::<T, V, J>(rows, r, BLOCK.min(whole - block), j0, k0)
+                    column_products::<T, V, J>(rows, BLOCK.min(whole - block), tile, ahead)
                 };
                 widen(&mut wide, sums);
             }
             // SAFETY: see `copy_end`.
             let sums =
-                unsafe { column_products::<T, V, J>(end, r, matrix.len() / r - whole, j0, k0) };
+                unsafe { column_products::<T, V, J>(end, matrix.len() / r - whole, tile, ahead) };
             widen(&mut wide, sums);
             for j in j0..r.min(j0 + J) {
                 for k in j.max(k0)..r.min(k0 + V::LANES) {
@@ -244,19 +295,19 @@ fn gram_of_columns<T: Real, V: Vector<T>, const J: usize>(
 #[inline(always)]
 unsafe fn column_products<T: Real, V: Vector<T>, const J: usize>(
     rows: &[T],
-    r: usize,
     count: usize,
-    j0: usize,
-    k0: usize,
+    Tile { r, j0, k0 }: Tile,
+    ahead: &mut Ahead<'_, T>,
 ) -> [V; J] {
     let mut sums = [V::splat(T::default()); J];
     for i in 0..count {
+        ahead.line();
         // SAFETY: as the caller promises.
         unsafe {
             let row = rows.as_ptr().add(i * r);
             let y = V::load(row.add(k0));
-            for j in 0..J {
-                sums[j] = V::splat(*row.add(j0 + j)).times_plus(y, sums[j]);
+            for (j, sum) in sums.iter_mut().enumerate() {
+                *sum = V::splat(*row.add(j0 + j)).times_plus(y, *sum);
             }
         }
     }
@@ -283,6 +334,7 @@ fn add_to_columns<T: Real, V: Vector<T>, const J: usize>(
     r: usize,
     weights: &[T],
     [end, grad_end]: &mut [Vec<T>; 2],
+    ahead: &mut Ahead<'_, T>,
     grad: &mut [T],
 ) {
     let count = matrix.len() / r;
@@ -291,15 +343,16 @@ fn add_to_columns<T: Real, V: Vector<T>, const J: usize>(
     copy_end(grad_end, &grad[whole * r..]);
     for k0 in (0..r).step_by(V::LANES) {
         for j0 in (0..r).step_by(J) {
-            let tile: [V; J] = std::array::from_fn(|j| {
+            let tile = Tile { r, j0, k0 };
+            let tile_weights: [V; J] = std::array::from_fn(|j| {
                 let weights = &weights[(j0 + j) * padded(r) + k0..][..V::LANES];
                 // SAFETY: there is a vector of them.
                 unsafe { V::load(weights.as_ptr()) }
             });
             // SAFETY: see `whole_rows` and `copy_end`.
             unsafe {
-                add_columns(matrix, grad, r, whole, j0, k0, &tile);
-                add_columns(end, grad_end, r, count - whole, j0, k0, &tile);
+                add_columns(matrix, grad, whole, tile, &tile_weights, ahead);
+                add_columns(end, grad_end, count - whole, tile, &tile_weights, ahead);
             }
         }
     }
@@ -307,7 +360,7 @@ fn add_to_columns<T: Real, V: Vector<T>, const J: usize>(
     grad[whole * r..].copy_from_slice(&grad_end[..rest]);
 }
 
-/// Adds to the vector at `k0` of each of `count` rows the elements `j0..j0 + J` times the tile.
+/// Adds to the vector at `k0` of each of `count` rows the elements `j0..j0 + J` times the weights.
 ///
 /// # Safety
 /// In `rows` and `grad` there are `J` elements and a vector at those places of each row.
@@ -315,26 +368,140 @@ fn add_to_columns<T: Real, V: Vector<T>, const J: usize>(
 unsafe fn add_columns<T: Real, V: Vector<T>, const J: usize>(
     rows: &[T],
     grad: &mut [T],
-    r: usize,
     count: usize,
-    j0: usize,
-    k0: usize,
-    tile: &[V; J],
+    Tile { r, j0, k0 }: Tile,
+    weights: &[V; J],
+    ahead: &mut Ahead<'_, T>,
 ) {
     // Vectors that overlap are far apart in time: a load that meets a part of a recent store waits.
     let apart = V::LANES.div_ceil(r);
     for phase in 0..apart {
         for i in (phase..count).step_by(apart) {
+            ahead.line();
             // SAFETY: as the caller promises.
             unsafe {
                 let row = rows.as_ptr().add(i * r + j0);
                 let to = grad.as_mut_ptr().add(i * r + k0);
                 let mut sum = V::load(to);
-                for j in 0..J {
-                    sum = V::splat(*row.add(j)).times_plus(tile[j], sum);
+                for (j, weight) in weights.iter().enumerate() {
+                    sum = V::splat(*row.add(j)).times_plus(*weight, sum);
                 }
                 sum.store(to);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const FACTOR: f64 = 0.5;
+
+    /// Numbers that look random, the same for the same seed.
+    fn numbers(count: usize, seed: usize) -> Vec<f64> {
+        (0..count).map(|i| ((i * 7919 + seed * 104_729) % 2003) as f64 / 1001.0 - 1.0).collect()
+    }
+
+    /// Norm and `grad + FACTOR * gradient` by the formulas.
+    fn formulas(matrix: &[f64], r: usize, rows: bool, grad: &[f64]) -> (f64, Vec<f64>) {
+        let n = matrix.len() / r;
+        let at =
+            |component: usize, i: usize| if rows { component * n + i } else { i * r + component };
+        let mut residual = vec![0.0; r * r];
+        for j in 0..r {
+            for k in 0..r {
+                let gram: f64 = (0..n).map(|i| matrix[at(j, i)] * matrix[at(k, i)]).sum();
+                residual[j * r + k] = gram - f64::from(u8::from(j == k));
+            }
+        }
+        let norm = residual.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let mut grad = grad.to_vec();
+        for j in 0..r {
+            for i in 0..n {
+                let sum: f64 = (0..r).map(|k| residual[j * r + k] * matrix[at(k, i)]).sum();
+                grad[at(j, i)] += FACTOR * 2.0 / norm * sum;
+            }
+        }
+        (norm, grad)
+    }
+
+    /// The largest error of norm and gradient after `work`, over the largest gradient.
+    fn error<T: Real>(r: usize, n: usize, rows: bool, work: fn(&mut Job<'_, T>)) -> f64 {
+        let (matrix, start) = (numbers(r * n, 1), numbers(r * n, 2));
+        let (norm, wanted) = formulas(&matrix, r, rows, &start);
+        let narrow = |values: &[f64]| values.iter().map(|&x| T::nearest(x)).collect::<Vec<T>>();
+        let (matrix, mut grad) = (narrow(&matrix), narrow(&start));
+        let grad_slice = Some(&mut grad[..]);
+        let mut job = Job { matrix: &matrix, grad: grad_slice, components: r, rows, norm: 0.0 };
+        work(&mut job);
+        let norm_error = (job.norm / norm - 1.0).abs();
+        let scale = wanted.iter().fold(0.0, |most: f64, x| most.max(x.abs()));
+        let errors = grad.iter().zip(&wanted).map(|(x, y)| (x.wide() - y).abs() / scale);
+        errors.fold(norm_error, f64::max)
+    }
+
+    fn portable<T: Real>(job: &mut Job<'_, T>) {
+        one::<T, T::Portable>(job, &[], FACTOR, &mut Scratch::default());
+    }
+
+    fn dispatched<T: Real>(job: &mut Job<'_, T>) {
+        run(std::slice::from_mut(job), FACTOR);
+    }
+
+    fn check(r: usize, n: usize, rows: bool) {
+        for work in [portable::<f32>, dispatched::<f32>] {
+            assert!(error(r, n, rows, work) < 3e-6, "float32, {r} by {n}, rows: {rows}");
+        }
+        for work in [portable::<f64>, dispatched::<f64>] {
+            assert!(error(r, n, rows, work) < 1e-13, "float64, {r} by {n}, rows: {rows}");
+        }
+    }
+
+    #[test]
+    fn every_tile_and_its_edges_follow_the_formulas() {
+        for r in (1..=17).chain([31, 32, 33, 63, 64]) {
+            for n in [1, 2, 3, 7, 8, 9, 15, 16, 17, 100, 768, 2500] {
+                for rows in [true, false] {
+                    check(r, n, rows);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_orthonormal_matrix_has_norm_zero_and_no_gradient() {
+        let mut matrix = [0.0f32; 3 * 40];
+        for i in 0..3 {
+            matrix[i * 40 + 7 * i] = 1.0;
+        }
+        let mut grad = [2.0f32; 3 * 40];
+        let mut jobs =
+            [Job { matrix: &matrix, grad: Some(&mut grad), components: 3, rows: true, norm: 1.0 }];
+        run(&mut jobs, 0.5);
+        assert_eq!(jobs[0].norm, 0.0);
+        assert_eq!(grad, [2.0; 3 * 40]);
+    }
+
+    #[test]
+    fn a_matrix_without_components_or_without_elements_does() {
+        for (components, norm) in [(0, 0.0), (2, f64::sqrt(2.0))] {
+            for rows in [true, false] {
+                let matrix: &[f32] = &[];
+                let mut grad = [];
+                let mut jobs = [Job { matrix, grad: Some(&mut grad), components, rows, norm: 9.0 }];
+                run(&mut jobs, 1.0);
+                assert_eq!(jobs[0].norm, norm);
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+        #[test]
+        fn any_size_follows_the_formulas(r in 1usize..=64, n in 1usize..200, rows: bool) {
+            check(r, n, rows);
         }
     }
 }

@@ -366,3 +366,97 @@ def test_a_refused_call_corrects_nothing():
     with pytest.raises(ValueError, match="births"):
         _core.restart_(entries, STEP, multiplier=0.5, lr_warmup=10)
     assert torch.equal(new, draw(2, 3)[0])
+
+
+# Parameters that are held over the steps.
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16, FP16])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("options", SETTINGS)
+def test_newborn_rows_are_kept_and_corrected_as_with_their_old_values(options, dim, dtype):
+    new, old = draw(len(BIRTHS), 7, dtype)
+    if dim == 1:
+        new, old = new.T.contiguous(), old.T.contiguous()
+    parameter, want = torch.nn.Parameter(old.clone()), new.clone()
+    newborns = _core.Newborns([(parameter, BIRTHS, dim)])
+    newborns.keep()
+    with torch.no_grad():
+        parameter.copy_(new)
+    newborns.correct(STEP, **options)
+    _core.restart_([(want, old, BIRTHS, dim)], STEP, **options)
+    assert torch.equal(parameter.detach(), want)
+
+
+def test_each_step_is_corrected_from_what_was_kept_last():
+    parameter = torch.zeros(2, 3)
+    newborns = _core.Newborns([(parameter, [0, 25], 0)])
+    for _ in range(3):
+        newborns.keep()
+        parameter += 1.0
+        newborns.correct(STEP, multiplier=0.5, lr_warmup=10)
+    assert parameter.tolist() == [[3.0] * 3, [1.5] * 3]
+
+
+def test_strided_parameters_are_kept_and_corrected():
+    storage = torch.zeros(3, 4)
+    view = storage.T[::2]
+    newborns = _core.Newborns([(view, [0, 25], 0)])
+    newborns.keep()
+    view += 1.0
+    newborns.correct(STEP, multiplier=0.5, lr_warmup=10)
+    assert storage.T.tolist() == [[1.0] * 3, [0.0] * 3, [0.5] * 3, [0.0] * 3]
+
+
+def test_parameters_without_newborn_rows_are_left_alone():
+    parameter = torch.zeros(2, 3)
+    newborns = _core.Newborns([(parameter, [0, 0], 0)])
+    newborns.keep()
+    parameter += 1.0
+    newborns.correct(STEP, multiplier=0.5, lr_warmup=10)
+    assert torch.equal(parameter, torch.ones(2, 3))
+
+
+def test_a_held_parameter_may_change_its_dtype():
+    parameter = torch.nn.Parameter(torch.zeros(2, 3))
+    newborns = _core.Newborns([(parameter, [0, 25], 0)])
+    parameter.data = parameter.data.double()
+    newborns.keep()
+    parameter.data += 1.0
+    newborns.correct(STEP, multiplier=0.5, lr_warmup=10)
+    assert parameter.tolist() == [[1.0] * 3, [0.5] * 3]
+
+
+def test_a_held_parameter_that_lost_its_newborn_rows_is_an_error():
+    parameter = torch.zeros(4, 3)
+    newborns = _core.Newborns([(parameter, [0, 25, 25, 25], 0)])
+    parameter.set_(torch.zeros(2, 3))
+    with pytest.raises((ValueError, RuntimeError)):
+        newborns.keep()
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "error"),
+    [
+        ("parameter", (torch.zeros(4), [0], 0), ValueError),
+        ("parameter", (MATRIX.long(), [0, 3], 0), TypeError),
+        ("births", (MATRIX, [0], 0), ValueError),
+        ("dim", (MATRIX, [0, 3], 2), ValueError),
+        ("parameters", (MATRIX, "ab", 0), TypeError),
+        ("parameters", (MATRIX, [0, 3]), (TypeError, ValueError)),
+        ("parameters", MATRIX, TypeError),
+    ],
+    ids=describe,
+)
+def test_a_bad_newborn_is_refused_by_name(name, entry, error):
+    with pytest.raises(error, match=rf"\b{name}\b"):
+        _core.Newborns([entry])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [("multiplier", math.nan, ValueError), ("betas", (0.9,), (TypeError, ValueError))],
+)
+def test_a_bad_correction_is_refused_by_name(name, value, error):
+    with pytest.raises(error, match=rf"\b{name}\b"):
+        _core.Newborns([(MATRIX, [0, 3], 0)]).correct(STEP, **{name: value})
