@@ -153,8 +153,8 @@ class Linear(nn.Module, LoraLayer):
         config = self.configs[adapter_name]
         before = config.scale(self.lora_alpha[adapter_name], self.r[adapter_name])
         after = config.scale(self.lora_alpha[adapter_name], rank)
-        with torch.no_grad():
-            if config.preserve_output:
+        if config.preserve_output and before != after:
+            with torch.no_grad():
                 self.lora_E[adapter_name].mul_(before / after)
         _append(self.lora_A[adapter_name], a, 0)
         _append(self.lora_B[adapter_name], b, 1)

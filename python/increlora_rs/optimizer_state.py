@@ -97,7 +97,8 @@ def _fits(key: str, value: Tensor, parameter: nn.Parameter, dim: int, sizes: set
     return (
         not _is_factor(key)
         and value.dim() == parameter.dim()
-        and all(value.shape[i] == parameter.shape[i] for i in range(value.dim()) if i != dim)
+        and value.shape[:dim] == parameter.shape[:dim]
+        and value.shape[dim + 1 :] == parameter.shape[dim + 1 :]
         and sizes <= {value.shape[dim]}
     )
 
