@@ -8,7 +8,9 @@ use tch::{Device, Kind, Tensor};
 
 use crate::checks;
 use crate::errors::{Error, Result};
-use crate::kernels::dropout;
+use crate::kernels::dropout::{self, Stream};
+
+mod fast;
 
 /// E of the components in reserve.
 pub const RESERVE_E: f64 = 1e-5;
@@ -25,11 +27,13 @@ pub struct Adapter {
     pub scale: f64,
 }
 
-/// A dropout mask: packed bits on the CPU, a byte an element elsewhere.
+/// The dropout of one call. On the CPU the mask is a function of `seed` and is drawn anew where it is
+/// needed; elsewhere it comes from torch's generator and is kept, a byte an element.
 pub struct Dropout {
-    /// The mask, uint8.
-    pub mask: Tensor,
-    /// Probability with which it keeps an element.
+    stream: Stream,
+    /// The mask: packed bits on the CPU. `None`: draw it.
+    pub mask: Option<Tensor>,
+    /// Probability with which an element is kept.
     pub keep: f64,
 }
 
@@ -89,52 +93,58 @@ impl Adapter {
 }
 
 impl Dropout {
-    /// Draws a mask for a tensor like `x`. On the CPU it is a function of `seed`; on another device it
-    /// comes from that device's torch generator.
-    pub fn draw(x: &Tensor, p: f64, seed: u64) -> Result<Self> {
-        if x.device() == Device::Cpu {
-            return Ok(Self::from_mask(dropout::draw(x.numel(), p, seed)?, p));
+    /// For a tensor like `x`, dropout probability `p`, and the mask that [`forward`] used, if it was
+    /// kept.
+    pub fn new(x: &Tensor, p: f64, seed: u64, mask: Option<Tensor>) -> Self {
+        let stream = Stream::new(p, seed, 0);
+        let keep = if x.device() == Device::Cpu { stream.keep_probability() } else { 1.0 - p };
+        Self { stream, mask, keep }
+    }
+
+    /// Draws what has to be kept until the backward pass.
+    fn prepare(&mut self, x: &Tensor) -> Result<()> {
+        if self.mask.is_none() && x.device() != Device::Cpu {
+            let mut mask = Tensor::f_empty(x.size(), (Kind::Uint8, x.device()))?;
+            let _ = mask.f_bernoulli_float_(self.keep)?;
+            self.mask = Some(mask);
         }
-        let mut mask = Tensor::f_empty(x.size(), (Kind::Uint8, x.device()))?;
-        let _ = mask.f_bernoulli_float_(1.0 - p)?;
-        Ok(Self::from_mask(mask, p))
+        Ok(())
     }
 
-    /// The mask that [`Dropout::draw`] made for probability `p`.
-    pub fn from_mask(mask: Tensor, p: f64) -> Self {
-        let keep =
-            if mask.device() == Device::Cpu { dropout::keep_probability(p) } else { 1.0 - p };
-        Self { mask, keep }
-    }
-
-    /// Checks that the mask is one for `x`.
-    fn check(&self, x: &Tensor) -> Result<()> {
-        checks::kind("mask", &self.mask, Kind::Uint8)?;
-        checks::same_device("mask", &self.mask, "x", x)?;
-        if !self.mask.is_contiguous() {
+    /// The mask for `x`, checked.
+    fn mask_for(&self, x: &Tensor) -> Result<Tensor> {
+        let on_cpu = x.device() == Device::Cpu;
+        let Some(mask) = &self.mask else {
+            if on_cpu {
+                return dropout::draw(x.numel(), &self.stream);
+            }
+            return Err(Error::Value("mask is None; give the one of the forward".into()));
+        };
+        checks::kind("mask", mask, Kind::Uint8)?;
+        checks::same_device("mask", mask, "x", x)?;
+        if !mask.is_contiguous() {
             return Err(Error::Value("mask is not contiguous; give the one of the forward".into()));
         }
-        if x.device() == Device::Cpu {
-            return checks::shape("mask", &self.mask, &[(x.numel() as i64 + 7) / 8]);
-        }
-        checks::shape("mask", &self.mask, &x.size())
+        let packed = [(x.numel() as i64 + 7) / 8];
+        checks::shape("mask", mask, if on_cpu { packed.to_vec() } else { x.size() }.as_slice())?;
+        Ok(mask.shallow_clone())
     }
 
     /// Zeroes what is dropped. The division by `keep` is left to the caller, who folds it into a
     /// smaller factor.
-    fn zero_(&self, values: &mut Tensor) -> Result<()> {
+    fn zero_(values: &mut Tensor, mask: &Tensor) -> Result<()> {
         if values.device() == Device::Cpu {
-            return dropout::zero_(values, &self.mask);
+            return dropout::zero_(values, mask);
         }
-        let _ = values.f_mul_(&self.mask)?;
+        let _ = values.f_mul_(mask)?;
         Ok(())
     }
 
     /// `x` with zeros where it is dropped, contiguous.
-    fn applied(&self, x: &Tensor) -> Result<Tensor> {
+    fn applied(x: &Tensor, mask: &Tensor) -> Result<Tensor> {
         let mut dropped = x.f_empty_like()?.f_contiguous()?;
         dropped.f_copy_(x)?;
-        self.zero_(&mut dropped)?;
+        Self::zero_(&mut dropped, mask)?;
         Ok(dropped)
     }
 
@@ -151,16 +161,23 @@ pub fn forward(
     adapter: &Adapter,
     x: &Tensor,
     y: &mut Tensor,
-    dropout: Option<&Dropout>,
+    mut dropout: Option<&mut Dropout>,
 ) -> Result<Tensor> {
     adapter.check(x)?;
     checks::shape("y", y, &[x.size()[0], adapter.b.size()[0]])?;
     checks::float("y", y)?;
     checks::same_device("y", y, "x", x)?;
+    if let Some(dropout) = dropout.as_deref_mut() {
+        dropout.prepare(x)?;
+    }
+    let dropout = dropout.as_deref();
+    if let Some(t) = fast::forward(adapter, x, y, fast::Start::Add, dropout)? {
+        return Ok(t);
+    }
     let a = adapter.a.f_mul_scalar(Dropout::gain(dropout))?.f_to_kind(x.kind())?;
     let p = adapter.scaled_b()?.f_to_kind(x.kind())?;
     let t = match dropout {
-        Some(dropout) => dropout.applied(x)?.f_mm(&a.f_tr()?)?,
+        Some(dropout) => Dropout::applied(x, &dropout.mask_for(x)?)?.f_mm(&a.f_tr()?)?,
         None => x.f_mm(&a.f_tr()?)?,
     };
     if y.kind() == x.kind() {
@@ -171,18 +188,65 @@ pub fn forward(
     Ok(t)
 }
 
+/// Forward of a whole linear layer: `y = x W^T + bias` and the update, into the contiguous `y`
+/// (tokens, out), whatever it holds; gives t.
+///
+/// `weight` is (out, in), `bias` (out), both of the dtype of `x`, as `y` is.
+pub fn linear(
+    adapter: &Adapter,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    y: &mut Tensor,
+    dropout: Option<&mut Dropout>,
+) -> Result<Tensor> {
+    adapter.check(x)?;
+    check_weight(adapter, x, weight)?;
+    let out = adapter.b.size()[0];
+    checks::kind("y", y, x.kind())?;
+    checks::shape("y", y, &[x.size()[0], out])?;
+    if let Some(bias) = bias {
+        checks::kind("bias", bias, x.kind())?;
+        checks::shape("bias", bias, &[out])?;
+        checks::same_device("bias", bias, "x", x)?;
+    }
+    // The update first, into memory that nothing has written yet; the large product is added to it.
+    let start = fast::Start::Bias(bias);
+    if let Some(t) = fast::forward(adapter, x, y, start, dropout.as_deref())? {
+        let _ = y.f_addmm_(x, &weight.f_tr()?)?;
+        return Ok(t);
+    }
+    match bias {
+        Some(bias) => bias.f_addmm_out(y, x, &weight.f_tr()?)?,
+        None => x.f_mm_out(y, &weight.f_tr()?)?,
+    };
+    forward(adapter, x, y, dropout)
+}
+
+fn check_weight(adapter: &Adapter, x: &Tensor, weight: &Tensor) -> Result<()> {
+    checks::kind("weight", weight, x.kind())?;
+    checks::same_device("weight", weight, "x", x)?;
+    checks::shape("weight", weight, &[adapter.b.size()[0], x.size()[1]])
+}
+
+/// Where the importance of a module goes: a vector and a slot of it.
+pub type Slot<'a> = (&'a mut Tensor, i64);
+
 /// Backward: the gradients for x, A, B, E from `gy`, the gradient of y (tokens, out).
 ///
-/// Needs `x` and the `t` that [`forward`] gave. Where `importance` is given, the module's importance
+/// Needs `x` and the `t` that [`forward`] gave. With the `weight` of the base layer the gradient of x
+/// is the whole layer's, not the update's alone. Where `importance` is given, the module's importance
 /// is added to that slot of that vector (see [`crate::importance`]).
+#[allow(clippy::too_many_arguments)]
 pub fn backward(
     adapter: &Adapter,
     x: &Tensor,
     t: &Tensor,
     gy: &Tensor,
     dropout: Option<&Dropout>,
+    weight: Option<&Tensor>,
     needs_x: bool,
-    importance: Option<(&mut Tensor, i64)>,
+    importance: Option<Slot<'_>>,
 ) -> Result<Gradients> {
     adapter.check(x)?;
     let (rows, _) = adapter.a.size2()?;
@@ -192,17 +256,33 @@ pub fn backward(
         checks::same_device(name, tensor, "x", x)?;
         checks::shape(name, tensor, &[x.size()[0], width])?;
     }
-    if let Some(dropout) = dropout {
-        dropout.check(x)?;
+    if let Some(weight) = weight {
+        check_weight(adapter, x, weight)?;
     }
-    let (gy, t) = (gy.f_to_kind(x.kind())?, t.f_to_kind(x.kind())?);
+    let gy = gy.f_to_kind(x.kind())?;
+    if let Some(mut gradients) = fast::backward(adapter, x, t, &gy, dropout, needs_x)? {
+        if let Some(slot) = importance {
+            let mask = dropout.map(|dropout| dropout.mask_for(x)).transpose()?;
+            let dropped = mask.map(|mask| Dropout::applied(x, &mask)).transpose()?;
+            let x = dropped.as_ref().unwrap_or(x);
+            let p = adapter.scaled_b()?;
+            let gain = Dropout::gain(dropout);
+            crate::importance::accumulate(slot.0, slot.1, &p, &adapter.a, &gy, x, gain)?;
+        }
+        if let (Some(grad_x), Some(weight)) = (&mut gradients.x, weight) {
+            let _ = grad_x.f_addmm_(&gy, weight)?;
+        }
+        return Ok(gradients);
+    }
+    let t = t.f_to_kind(x.kind())?;
     let gain = Dropout::gain(dropout);
     let kind = adapter.a.kind();
 
     let scaled_e = adapter.scaled_e()?;
     let p = adapter.b.f_mul(&scaled_e)?;
     let u = gy.f_mm(&p.f_to_kind(x.kind())?)?;
-    let dropped = dropout.map(|dropout| dropout.applied(x)).transpose()?;
+    let mask = dropout.map(|dropout| dropout.mask_for(x)).transpose()?;
+    let dropped = mask.as_ref().map(|mask| Dropout::applied(x, mask)).transpose()?;
     let dropped = dropped.as_ref().unwrap_or(x);
 
     let grad_a = u.f_tr()?.f_mm(dropped)?.f_to_kind(kind)?.f_mul_scalar(gain)?;
@@ -222,8 +302,11 @@ pub fn backward(
     let grad_x = if needs_x {
         let a = adapter.a.f_mul_scalar(gain)?.f_to_kind(x.kind())?;
         let mut grad_x = u.f_mm(&a)?;
-        if let Some(dropout) = dropout {
-            dropout.zero_(&mut grad_x)?;
+        if let Some(mask) = &mask {
+            Dropout::zero_(&mut grad_x, mask)?;
+        }
+        if let Some(weight) = weight {
+            let _ = grad_x.f_addmm_(&gy, weight)?;
         }
         Some(grad_x)
     } else {
@@ -259,7 +342,7 @@ mod tests {
     #[test]
     fn backward_gives_the_gradients() {
         let (x, t, gy) = (matrix(1, &[1.0, 2.0]), matrix(1, &[11.0]), matrix(1, &[1.0, 2.0]));
-        let got = backward(&adapter(), &x, &t, &gy, None, true, None).unwrap();
+        let got = backward(&adapter(), &x, &t, &gy, None, None, true, None).unwrap();
         assert_eq!(got.x, Some(matrix(1, &[-3.0, -4.0])));
         assert_eq!(got.a, matrix(1, &[-1.0, -2.0]));
         assert_eq!(got.b, matrix(2, &[11.0, 22.0]));
@@ -271,7 +354,7 @@ mod tests {
         let (x, t, gy) = (matrix(1, &[1.0, 2.0]), matrix(1, &[11.0]), matrix(1, &[1.0, 2.0]));
         let mut importance = Tensor::from_slice(&[5.0, 7.0]);
         let slot = Some((&mut importance, 1));
-        backward(&adapter(), &x, &t, &gy, None, false, slot).unwrap();
+        backward(&adapter(), &x, &t, &gy, None, None, false, slot).unwrap();
         // |[[3, 4], [-3, -4]] * [[1, 2], [2, 4]]|
         assert_eq!(importance, Tensor::from_slice(&[5.0, 7.0 + 33.0]));
     }
@@ -285,7 +368,7 @@ mod tests {
 
     #[test]
     fn a_mask_that_keeps_nothing_divides_by_nothing() {
-        let dropout = Dropout { mask: Tensor::zeros([1], (Kind::Uint8, Device::Cpu)), keep: 0.0 };
+        let dropout = Dropout::new(&matrix(1, &[1.0]), 1.0, 0, None);
         assert_eq!(Dropout::gain(Some(&dropout)), 1.0);
     }
 }

@@ -24,7 +24,7 @@ pub struct Schedule {
 impl Schedule {
     /// Is `step` (the first is 1) a step at which ranks grow?
     pub fn is_event(&self, step: u64) -> bool {
-        step > self.warmup && step % self.interval == 0
+        step > self.warmup && step.is_multiple_of(self.interval)
     }
 
     /// The first event at or after `step`.

@@ -10,6 +10,7 @@ use tch::Tensor;
 use crate::adapter::{self, Adapter, Dropout};
 use crate::allocation::{self, Schedule, Wish};
 use crate::errors::{detached, Error};
+use crate::kernels::dropout::{self, Stream};
 use crate::{importance, orthogonality};
 
 mod step;
@@ -33,7 +34,7 @@ fn probability(p: f64) -> Result<(), Error> {
     Err(Error::Value(format!("p is {p}; a dropout probability lies between 0 and 1")))
 }
 
-/// Adds `s B (E * (A drop(x)))` to y in place; gives t and the mask.
+/// Adds `s B (E * (A drop(x)))` to y in place; gives t and the mask, where it has to be kept.
 #[pyfunction]
 #[pyo3(signature = (y, x, a, b, e, scale, p=0.0, seed=0))]
 #[allow(clippy::too_many_arguments)]
@@ -52,15 +53,51 @@ fn adapter_forward(
     let (mut y, x) = (y.0, x.0);
     detached(py, move || {
         probability(p)?;
-        let dropout = if p > 0.0 { Some(Dropout::draw(&x, p, seed)?) } else { None };
-        let t = adapter::forward(&adapter, &x, &mut y, dropout.as_ref())?;
-        Ok((PyTensor(t), dropout.map(|dropout| PyTensor(dropout.mask))))
+        let mut dropout = (p > 0.0).then(|| Dropout::new(&x, p, seed, None));
+        let t = adapter::forward(&adapter, &x, &mut y, dropout.as_mut())?;
+        Ok((PyTensor(t), dropout.and_then(|dropout| dropout.mask).map(PyTensor)))
+    })
+}
+
+/// A whole linear layer with its update, x (..., in); gives y (..., out), t and the mask, where it has
+/// to be kept.
+#[pyfunction]
+#[pyo3(signature = (x, weight, bias, a, b, e, scale, p=0.0, seed=0))]
+#[allow(clippy::too_many_arguments)]
+fn linear_forward(
+    py: Python<'_>,
+    x: PyTensor,
+    weight: PyTensor,
+    bias: Option<PyTensor>,
+    a: PyTensor,
+    b: PyTensor,
+    e: PyTensor,
+    scale: f64,
+    p: f64,
+    seed: u64,
+) -> PyResult<(PyTensor, PyTensor, Option<PyTensor>)> {
+    let adapter = Adapter { a: a.0, b: b.0, e: e.0, scale };
+    let (x, weight, bias) = (x.0, weight.0, bias.map(|bias| bias.0));
+    detached(py, move || {
+        probability(p)?;
+        let mut shape = x.size();
+        let features = shape.pop().unwrap_or_default();
+        shape.push(adapter.b.size().first().copied().unwrap_or_default());
+        let y = Tensor::f_empty(&shape, (x.f_kind()?, x.device()))?;
+        // Views of what is returned: autograd forbids to change a view made inside a function.
+        let flat = x.f_reshape([-1, features.max(1)])?;
+        let mut flat_y = y.f_view([flat.size()[0], shape[shape.len() - 1]])?;
+        let mut dropout = (p > 0.0).then(|| Dropout::new(&flat, p, seed, None));
+        let bias = bias.as_ref();
+        let t = adapter::linear(&adapter, &flat, &weight, bias, &mut flat_y, dropout.as_mut())?;
+        let mask = dropout.and_then(|dropout| dropout.mask);
+        Ok((PyTensor(y), PyTensor(t), mask.map(PyTensor)))
     })
 }
 
 /// Gradients for x (if asked for), A, B, E; adds the importance to its slot if one is given.
 #[pyfunction]
-#[pyo3(signature = (gy, x, t, a, b, e, scale, mask=None, p=0.0, needs_x=true, importance=None, slot=0))]
+#[pyo3(signature = (gy, x, t, a, b, e, scale, mask=None, p=0.0, needs_x=true, importance=None, slot=0, seed=0, weight=None))]
 #[allow(clippy::too_many_arguments)]
 fn adapter_backward(
     py: Python<'_>,
@@ -76,19 +113,37 @@ fn adapter_backward(
     needs_x: bool,
     importance: Option<PyTensor>,
     slot: i64,
+    seed: u64,
+    weight: Option<PyTensor>,
 ) -> PyResult<Gradients> {
     let adapter = Adapter { a: a.0, b: b.0, e: e.0, scale };
     let (gy, x, t) = (gy.0, x.0, t.0);
-    let mask = mask.map(|mask| mask.0);
+    let (mask, weight) = (mask.map(|mask| mask.0), weight.map(|weight| weight.0));
     let mut vector = importance.map(|vector| vector.0);
     detached(py, move || {
         probability(p)?;
-        let dropout = mask.map(|mask| Dropout::from_mask(mask, p));
+        let dropout = (p > 0.0).then(|| Dropout::new(&x, p, seed, mask));
         let target = vector.as_mut().map(|vector| (vector, slot));
-        let gradients =
-            adapter::backward(&adapter, &x, &t, &gy, dropout.as_ref(), needs_x, target)?;
+        let (dropout, weight) = (dropout.as_ref(), weight.as_ref());
+        let gradients = adapter::backward(&adapter, &x, &t, &gy, dropout, weight, needs_x, target)?;
         let adapter::Gradients { x, a, b, e } = gradients;
         Ok((x.map(PyTensor), PyTensor(a), PyTensor(b), PyTensor(e)))
+    })
+}
+
+/// Packed dropout mask of a tensor of so many elements, as the CPU draws it.
+#[pyfunction]
+#[pyo3(signature = (elements, p, seed, offset=0))]
+fn dropout_mask(
+    py: Python<'_>,
+    elements: usize,
+    p: f64,
+    seed: u64,
+    offset: u64,
+) -> PyResult<PyTensor> {
+    detached(py, || {
+        probability(p)?;
+        dropout::draw(elements, &Stream::new(p, seed, offset)).map(PyTensor)
     })
 }
 
@@ -280,6 +335,8 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PySchedule>()?;
     module.add_function(wrap_pyfunction!(adapter_forward, module)?)?;
     module.add_function(wrap_pyfunction!(adapter_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(linear_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(dropout_mask, module)?)?;
     module.add_function(wrap_pyfunction!(module_importance, module)?)?;
     module.add_function(wrap_pyfunction!(smooth_, module)?)?;
     module.add_function(wrap_pyfunction!(orthogonality_value, module)?)?;

@@ -38,9 +38,33 @@ def adapter_forward(
             else, elsewhere torch's generator draws it.
 
     Returns:
-        ``A drop(x)``, (tokens, rows), and the mask (uint8) where ``p`` is above 0: both for
-        :func:`adapter_backward`.
+        ``A drop(x)``, (tokens, rows), in the dtype of x or float32, and the mask (uint8) where it has
+        to be kept, that is, on another device than the CPU: both for :func:`adapter_backward`.
     """
+
+def linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    e: Tensor,
+    scale: float,
+    p: float = 0.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``x W^T + bias`` and the update of :func:`adapter_forward`, in one call.
+
+    Args:
+        weight: (out, in), bias: (out), both of the dtype of x (..., in).
+
+    Returns:
+        y (..., out), and the two of :func:`adapter_forward`.
+    """
+
+def dropout_mask(elements: int, p: float, seed: int, offset: int = 0) -> Tensor:
+    """The CPU's dropout mask of a tensor of so many elements: uint8 of ceil(elements / 8), bit i set
+    where element i is kept. ``offset`` is the first counter of the Philox4x32-10 generator."""
 
 def adapter_backward(
     gy: Tensor,
@@ -55,8 +79,13 @@ def adapter_backward(
     needs_x: bool = True,
     importance: Tensor | None = None,
     slot: int = 0,
+    seed: int = 0,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Gradients for x (None unless ``needs_x``), A, B, E from ``gy`` (tokens, out).
+
+    On the CPU the mask is drawn again from ``seed`` unless it is given. With ``weight`` (out, in) the
+    gradient for x is the whole linear layer's.
 
     ``importance`` is a float64 vector; ``sum |dW * G|`` of this call is added to its slot ``slot``.
     """

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ._core import RESERVE_E
 from .config import IncreLoraConfig
-from .ops import Probe, adapter
+from .ops import Probe, adapter, fits_linear, linear
 from .optimizer_state import watch
 
 _PAPER_STD = 0.02
@@ -263,44 +263,46 @@ class Linear(nn.Module, LoraLayer):
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result: Tensor = self.base_layer(x, *args, **kwargs)
+        base = self.base_layer
         if self.disable_adapters or self.merged:
-            return result
+            return base(x, *args, **kwargs)
         if adapter_names is not None:
-            return self._mixed_batch(result, x, adapter_names)
-        inplace = _owns_output(self.base_layer)
-        for name in self.active_adapters:
-            if name in self.lora_A:
-                result = self._update(result, x, name, inplace)
-                inplace = True
+            return self._mixed_batch(base(x, *args, **kwargs), x, adapter_names)
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        plain = _owns_output(base)
+        if names and plain and not args and not kwargs and fits_linear(x, base.weight, base.bias):
+            result = linear(x, base.weight, base.bias, **self._arguments(names[0]))
+            names = names[1:]
+        else:
+            result = base(x, *args, **kwargs)
+        for index, name in enumerate(names):
+            result = adapter(result, x, inplace=plain or index > 0, **self._arguments(name))
         return result
 
-    def _update(self, y: Tensor, x: Tensor, name: str, inplace: bool) -> Tensor:
+    def _arguments(self, name: str) -> dict[str, Any]:
+        """What the operations take of an adapter."""
         if self.training:
             a, b, e = self.lora_A[name], self.lora_B[name], self.lora_E[name]
         else:
             a, b, e = self.active_factors(name)
         dropout = self.lora_dropout[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return adapter(
-            y,
-            x,
-            a,
-            b,
-            e,
-            scale=self.scaling[name],
-            dropout=p,
-            inplace=inplace,
-            probe=self.probes[name],
-            slot=self.slots[name],
-        )
+        return {
+            "a": a,
+            "b": b,
+            "e": e,
+            "scale": self.scaling[name],
+            "dropout": p,
+            "probe": self.probes[name],
+            "slot": self.slots[name],
+        }
 
     def _mixed_batch(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         result = result.clone()
         for name in dict.fromkeys(adapter_names):
             if name in self.lora_A:
                 rows = [i for i, other in enumerate(adapter_names) if other == name]
-                result[rows] = self._update(result[rows], x[rows], name, True)
+                result[rows] = adapter(result[rows], x[rows], inplace=True, **self._arguments(name))
         return result
 
     def set_scale(self, adapter: str, scale: float) -> None:

@@ -125,6 +125,54 @@ def adapter(
     return result
 
 
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    e: Tensor,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    probe: Probe | None = None,
+    slot: int = 0,
+) -> Tensor:
+    """A frozen linear layer and its update in one operation: ``x W^T + bias + scale * B (E * (A drop(x)))``.
+
+    As :func:`adapter` after ``torch.nn.functional.linear``, with fewer passes over the large matrices:
+    the update is written first and the product added to it, forward and backward alike. Only for
+    :func:`fits_linear`.
+
+    Args:
+        x: Input, (..., in).
+        weight: (out, in), without a gradient. bias: (out) or None, without a gradient.
+        a, b, e, scale, dropout, probe, slot: As in :func:`adapter`.
+
+    Returns:
+        Tensor (..., out) of the dtype of x.
+
+    Raises:
+        ValueError: shapes or devices do not fit, or a number is out of range.
+        TypeError: a dtype does not fit.
+    """
+    result: Tensor = _Linear.apply(x, weight, bias, a, b, e, scale, dropout, probe, slot)
+    return result
+
+
+def fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Can :func:`linear` stand for the base layer: frozen, of one dtype with x, outside autocast?"""
+    return (
+        x.dim() > 0
+        and x.shape[-1] == weight.shape[1]
+        and x.dtype == weight.dtype
+        and not weight.requires_grad
+        and (bias is None or (bias.dtype == x.dtype and not bias.requires_grad))
+        and x.device == weight.device
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Context in which Rust's matrix products keep the dtype that they are given."""
     if torch.is_autocast_enabled(device_type):
@@ -137,6 +185,11 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     return x.dtype
+
+
+def _new_seed(dropout: float) -> int:
+    # From torch's generator, so that manual_seed and a checkpoint's replay hold.
+    return int(torch.randint(2**63 - 1, ())) if dropout > 0.0 else 0
 
 
 class _Adapter(torch.autograd.Function):
@@ -161,38 +214,73 @@ class _Adapter(torch.autograd.Function):
             result = y
         else:
             result = y.clone(memory_format=torch.contiguous_format)
-        # The seed comes from torch's generator, so that manual_seed and a checkpoint's replay hold.
-        seed = int(torch.randint(2**63 - 1, ())) if dropout > 0.0 else 0
+        ctx.seed = _new_seed(dropout)
         with _without_autocast(x.device.type):
-            t, mask = _core.adapter_forward(result.view(-1, y.shape[-1]), flat, a, b, e, scale, dropout, seed)
-        ctx.save_for_backward(x, t, mask, a, b, e)
+            t, mask = _core.adapter_forward(
+                result.view(-1, y.shape[-1]), flat, a, b, e, scale, dropout, ctx.seed
+            )
+        ctx.save_for_backward(x, t, mask, a, b, e, None)
         ctx.scale, ctx.dropout, ctx.probe, ctx.slot = scale, dropout, probe, slot
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, t, mask, a, b, e = ctx.saved_tensors
-        importance = None
-        if ctx.probe is not None:
-            ctx.probe.count_backward(ctx.slot)
-            importance = ctx.probe.importance
-        needs_x = ctx.needs_input_grad[1]
-        with _without_autocast(x.device.type):
-            gx, ga, gb, ge = _core.adapter_backward(
-                gy.reshape(-1, gy.shape[-1]),
-                x.reshape(-1, x.shape[-1]).to(ctx.dtype),
-                t,
-                a,
-                b,
-                e,
-                ctx.scale,
-                mask,
-                ctx.dropout,
-                needs_x,
-                importance,
-                ctx.slot,
-            )
-        if gx is not None:
-            gx = gx.view(x.shape).to(x.dtype)
-        return gy, gx, ga, gb, ge, None, None, None, None, None
+        return gy, *_backward(ctx, gy, ctx.needs_input_grad[1]), None, None, None, None, None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        e: Tensor,
+        scale: float,
+        dropout: float,
+        probe: Probe | None,
+        slot: int,
+    ) -> Tensor:
+        ctx.dtype = x.dtype
+        ctx.seed = _new_seed(dropout)
+        y, t, mask = _core.linear_forward(x, weight, bias, a, b, e, scale, dropout, ctx.seed)
+        ctx.save_for_backward(x, t, mask, a, b, e, weight)
+        ctx.scale, ctx.dropout, ctx.probe, ctx.slot = scale, dropout, probe, slot
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        gx, ga, gb, ge = _backward(ctx, gy, ctx.needs_input_grad[0])
+        return gx, None, None, ga, gb, ge, None, None, None, None
+
+
+def _backward(ctx: Any, gy: Tensor, needs_x: bool) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    x, t, mask, a, b, e, weight = ctx.saved_tensors
+    importance = None
+    if ctx.probe is not None:
+        ctx.probe.count_backward(ctx.slot)
+        importance = ctx.probe.importance
+    with _without_autocast(x.device.type):
+        gx, ga, gb, ge = _core.adapter_backward(
+            gy.reshape(-1, gy.shape[-1]),
+            x.reshape(-1, x.shape[-1]).to(ctx.dtype),
+            t,
+            a,
+            b,
+            e,
+            ctx.scale,
+            mask,
+            ctx.dropout,
+            needs_x,
+            importance,
+            ctx.slot,
+            ctx.seed,
+            weight,
+        )
+    if gx is not None:
+        gx = gx.view(x.shape).to(x.dtype)
+    return gx, ga, gb, ge

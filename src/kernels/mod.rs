@@ -3,6 +3,10 @@
 pub mod blend;
 pub mod dropout;
 pub mod orthonormal;
+pub mod philox;
 pub mod plain;
+pub mod pool;
 mod real;
+pub mod simd;
 mod split;
+pub mod tokens;

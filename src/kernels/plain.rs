@@ -6,6 +6,7 @@ use std::marker::PhantomData;
 use tch::{Device, Kind, Tensor};
 
 pub use super::real::Real;
+use super::simd::Element;
 
 /// A plain matrix.
 #[derive(Clone, Copy)]
@@ -93,6 +94,41 @@ pub fn disjoint<'a>(
         }
         free
     })
+}
+
+/// The elements of a contiguous CPU tensor of dtype `E`; none for any other tensor.
+pub fn as_slice<E: Element>(tensor: &Tensor) -> &[E] {
+    let count = plain_count::<E>(tensor);
+    if count == 0 {
+        return &[];
+    }
+    // SAFETY: so many elements of type E lie there, borrowed as long as the slice is.
+    unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), count) }
+}
+
+/// [`as_slice`] to write.
+///
+/// # Safety
+/// Nobody else reads or writes the tensor's memory while the slice lives.
+#[allow(clippy::mut_from_ref)]
+pub unsafe fn as_slice_mut<E: Element>(tensor: &Tensor) -> &mut [E] {
+    let count = plain_count::<E>(tensor);
+    if count == 0 {
+        return &mut [];
+    }
+    // SAFETY: so many elements of type E lie there, and nobody else uses them.
+    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), count) }
+}
+
+fn plain_count<E: Element>(tensor: &Tensor) -> usize {
+    let plain = tensor.device() == Device::Cpu
+        && tensor.f_kind().is_ok_and(|kind| kind == E::KIND)
+        && tensor.is_contiguous();
+    if plain {
+        tensor.numel()
+    } else {
+        0
+    }
 }
 
 #[cfg(test)]

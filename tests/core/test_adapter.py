@@ -96,9 +96,13 @@ def by_core(case: Case, p: float = 0.0, seed: int = 0) -> tuple[dict[str, Tensor
     """What the two functions of `_core` give, and the mask."""
     y = case.y.clone()
     parameters = (case.a, case.b, case.e, case.scale)
-    t, mask = _core.adapter_forward(y, case.x, *parameters, p, seed)
+    t, kept = _core.adapter_forward(y, case.x, *parameters, p, seed)
+    assert kept is None
+    mask = _core.dropout_mask(case.x.numel(), p, seed) if p > 0 else None
     importance = torch.zeros(1, dtype=F64)
-    gx, ga, gb, ge = _core.adapter_backward(case.gy, case.x, t, *parameters, mask, p, importance=importance)
+    gx, ga, gb, ge = _core.adapter_backward(
+        case.gy, case.x, t, *parameters, None, p, importance=importance, seed=seed
+    )
     update = y.to(F64) - case.y.to(F64)
     found = {"out": y, "update": update, "importance": importance[0]}
     return found | {"grad_x": gx, "grad_a": ga, "grad_b": gb, "grad_e": ge}, mask
@@ -416,10 +420,8 @@ def test_dropout_serves_every_dtype(dtype, tolerance):
     assert_all_close(got, want, tolerance, ("out", "importance", *GRADIENTS))
 
 
-def draw_mask(tokens: int, features: int, p: float, seed: int) -> Tensor:
-    x, a = torch.ones(tokens, features), torch.ones(1, features)
-    y, b, e = torch.zeros(tokens, 1), torch.ones(1, 1), torch.ones(1, 1)
-    return _core.adapter_forward(y, x, a, b, e, 1.0, p, seed)[1]
+def draw_mask(tokens: int, features: int, p: float, seed: int, offset: int = 0) -> Tensor:
+    return _core.dropout_mask(tokens * features, p, seed, offset)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.95])
@@ -455,8 +457,73 @@ def test_a_mask_takes_a_bit_an_element():
     assert draw_mask(3, 7, 0.5, seed=1).shape == (3,)
 
 
-def test_dropout_of_zero_draws_no_mask():
-    assert draw_mask(3, 7, 0.0, seed=1) is None
+def test_an_offset_starts_later_in_the_stream():
+    # 16 counters decide 128 elements.
+    whole, later = draw_mask(1, 512, 0.3, seed=8), draw_mask(1, 384, 0.3, seed=8, offset=16)
+    assert torch.equal(whole[16:], later)
+
+
+def test_the_mask_is_the_same_at_any_number_of_threads():
+    threads = torch.get_num_threads()
+    masks = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        masks.append(draw_mask(1001, 333, 0.1, seed=4))
+    torch.set_num_threads(threads)
+    assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2])
+
+
+LINEAR_CASES = [
+    (17, 33, 65, 3, 2),
+    (128, 768, 320, 8, 1),
+    (64, 96, 200, 64, 3),
+    (0, 8, 8, 1, 0),
+    (5, 7, 9, 2, 0),
+]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [*TOLERANCES, *HALF_TOLERANCES])
+@pytest.mark.parametrize("shape", LINEAR_CASES, ids=str)
+def test_a_whole_layer_is_its_base_and_its_update(shape, dtype, tolerance, bias, p):
+    case = make_case(shape, dtype)
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(shape[2], shape[1], generator=generator, dtype=F64).div(shape[1] ** 0.5).to(dtype)
+    offset = torch.randn(shape[2], generator=generator, dtype=F64).to(dtype) if bias else None
+    parameters = (case.a, case.b, case.e, case.scale)
+    y, t, kept = _core.linear_forward(case.x, weight, offset, *parameters, p, 21)
+    assert kept is None
+    importance = torch.zeros(1, dtype=F64)
+    gx, ga, gb, ge = _core.adapter_backward(
+        case.gy, case.x, t, *parameters, None, p, importance=importance, seed=21, weight=weight
+    )
+    base = torch.nn.functional.linear(
+        case.x.to(F64), weight.to(F64), None if offset is None else offset.to(F64)
+    )
+    mask = kept_by(_core.dropout_mask(case.x.numel(), p, 21), case.x) if p else None
+    want = reference(case, mask, keep_probability(p)) if p else reference(case)
+    got = {"y": y, "x": gx, "a": ga, "b": gb, "e": ge}
+    right = {"y": base + want["update"], "x": want["grad_x"] + case.gy.to(F64) @ weight.to(F64)}
+    right |= {name: want[f"grad_{name}"] for name in "abe"}
+    for name, value in got.items():
+        assert value.shape == right[name].shape
+        scale = float(right[name].abs().max()) if right[name].numel() else 1.0
+        assert (
+            float((value.to(F64) - right[name]).abs().max() if value.numel() else 0.0) <= tolerance * scale
+        ), name
+    assert abs(float(importance[0] - want["importance"])) <= tolerance * max(float(want["importance"]), 1e-9)
+
+
+def test_a_weight_that_does_not_fit_is_named():
+    case = make_case((5, 7, 9, 2, 0))
+    parameters = (case.a, case.b, case.e, case.scale)
+    with pytest.raises(ValueError, match="weight"):
+        _core.linear_forward(case.x, torch.zeros(9, 8, dtype=F64), None, *parameters)
+    with pytest.raises(ValueError, match="bias"):
+        _core.linear_forward(case.x, torch.zeros(9, 7, dtype=F64), torch.zeros(8, dtype=F64), *parameters)
+    with pytest.raises(TypeError, match="weight"):
+        _core.linear_forward(case.x, torch.zeros(9, 7), None, *parameters)
 
 
 def test_dropout_too_small_for_16_bits_keeps_everything():

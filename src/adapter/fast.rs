@@ -1,0 +1,192 @@
+//! The adapter by the loops of [`crate::kernels::tokens`], where they can: float32 and bfloat16 on the
+//! CPU, small ranks. Every function gives `None` for a case that is not theirs.
+
+use tch::{Device, Kind, Tensor};
+
+use super::{Adapter, Dropout, Gradients};
+use crate::errors::Result;
+use crate::kernels::plain::{as_slice, as_slice_mut};
+use crate::kernels::simd::{Bf16, Element};
+use crate::kernels::tokens::{self, Factor};
+
+/// Most rows that the loops take: above it libtorch's matrix products are faster.
+const MOST_ROWS: i64 = 32;
+
+/// What y holds before the update.
+pub enum Start<'a> {
+    /// Nothing yet: it becomes the bias (out), or zeros, plus the update.
+    Bias(Option<&'a Tensor>),
+    /// Values that the update is added to.
+    Add,
+}
+
+/// Can the loops work on `adapter` and `x`?
+fn takes(adapter: &Adapter, x: &Tensor) -> bool {
+    let rows = adapter.a.size()[0];
+    x.device() == Device::Cpu
+        && matches!(x.kind(), Kind::Float | Kind::BFloat16)
+        && adapter.a.kind() != Kind::Double
+        && (1..=MOST_ROWS).contains(&rows)
+        && x.numel() > 0
+        && adapter.b.numel() > 0
+}
+
+/// The small factors as the loops want them, float32.
+struct Factors {
+    /// A times the dropout's gain, (rows, in).
+    a: Vec<f32>,
+    /// `s E`, a value a row.
+    scaled_e: Vec<f32>,
+    /// B, (out, rows).
+    b: Tensor,
+    /// `(s B diag(E))^T`, (rows, out).
+    p: Vec<f32>,
+    rows: usize,
+}
+
+impl Factors {
+    fn of(adapter: &Adapter, gain: f64) -> Result<Self> {
+        let float = |tensor: &Tensor| -> Result<Tensor> {
+            Ok(tensor.f_to_kind(Kind::Float)?.f_contiguous()?)
+        };
+        let (a, b, e) = (float(&adapter.a)?, float(&adapter.b)?, float(&adapter.e)?);
+        let rows = a.size()[0] as usize;
+        let reserve = std::iter::repeat_n(super::RESERVE_E as f32, rows - e.numel());
+        let scale = adapter.scale as f32;
+        let scaled_e: Vec<f32> =
+            as_slice::<f32>(&e).iter().copied().chain(reserve).map(|e| scale * e).collect();
+        let gain = gain as f32;
+        let a = as_slice::<f32>(&a).iter().map(|a| gain * a).collect();
+        let values = as_slice::<f32>(&b);
+        let out = values.len() / rows;
+        let mut p = vec![0.0; values.len()];
+        for (o, row) in values.chunks_exact(rows).enumerate() {
+            for (r, (value, e)) in row.iter().zip(&scaled_e).enumerate() {
+                p[r * out + o] = value * e;
+            }
+        }
+        Ok(Self { a, scaled_e, b, p, rows })
+    }
+
+    fn a(&self) -> Factor<'_> {
+        Factor::new(&self.a, self.rows)
+    }
+
+    fn p(&self) -> Factor<'_> {
+        Factor::new(&self.p, self.rows)
+    }
+}
+
+/// As [`super::forward`], into `y`, which holds what `start` says.
+pub fn forward(
+    adapter: &Adapter,
+    x: &Tensor,
+    y: &mut Tensor,
+    start: Start<'_>,
+    dropout: Option<&Dropout>,
+) -> Result<Option<Tensor>> {
+    let given = dropout.is_some_and(|dropout| dropout.mask.is_some());
+    if !takes(adapter, x) || given || y.kind() != x.kind() || !y.is_contiguous() {
+        return Ok(None);
+    }
+    let x = x.f_contiguous()?;
+    let factors = Factors::of(adapter, Dropout::gain(dropout))?;
+    let bias = match start {
+        Start::Bias(Some(bias)) => Some(bias.f_to_kind(Kind::Float)?.f_contiguous()?),
+        _ => None,
+    };
+    let first = match start {
+        Start::Bias(_) => tokens::Start::Bias(bias.as_ref().map(as_slice::<f32>)),
+        Start::Add => tokens::Start::Add,
+    };
+    let t = Tensor::f_empty([x.size()[0], factors.rows as i64], (Kind::Float, Device::Cpu))?;
+    if x.kind() == Kind::Float {
+        run_forward::<f32>(&x, &factors, first, dropout, &t, y);
+    } else {
+        run_forward::<Bf16>(&x, &factors, first, dropout, &t, y);
+    }
+    Ok(Some(t))
+}
+
+fn run_forward<E: Element>(
+    x: &Tensor,
+    factors: &Factors,
+    start: tokens::Start<'_>,
+    dropout: Option<&Dropout>,
+    t: &Tensor,
+    y: &Tensor,
+) {
+    let stream = dropout.map(|dropout| &dropout.stream);
+    // SAFETY: t was made by the caller, y is the output; nobody else has a slice of either.
+    let (t, y) = unsafe { (as_slice_mut::<f32>(t), as_slice_mut::<E>(y)) };
+    tokens::forward(as_slice::<E>(x), factors.a(), factors.p(), start, stream, t, y);
+}
+
+/// As [`super::backward`], with the update's gradient of x alone.
+pub fn backward(
+    adapter: &Adapter,
+    x: &Tensor,
+    t: &Tensor,
+    gy: &Tensor,
+    dropout: Option<&Dropout>,
+    needs_x: bool,
+) -> Result<Option<Gradients>> {
+    let given = dropout.is_some_and(|dropout| dropout.mask.is_some());
+    if !takes(adapter, x) || given {
+        return Ok(None);
+    }
+    let gain = Dropout::gain(dropout);
+    let factors = Factors::of(adapter, gain)?;
+    let (x, gy) = (x.f_contiguous()?, gy.f_contiguous()?);
+    let t = t.f_to_kind(Kind::Float)?.f_contiguous()?;
+    let grad_x = needs_x.then(|| Tensor::f_empty(x.size(), (x.kind(), Device::Cpu))).transpose()?;
+    let sums = if x.kind() == Kind::Float {
+        run_backward::<f32>(&x, &t, &gy, &factors, dropout, grad_x.as_ref())
+    } else {
+        run_backward::<Bf16>(&x, &t, &gy, &factors, dropout, grad_x.as_ref())
+    };
+    let (kind, rows) = (adapter.a.kind(), factors.rows);
+    let out = factors.p.len() / rows;
+    let mut grad_b = vec![0.0f32; factors.p.len()];
+    let mut grad_e = vec![0.0f32; adapter.e.numel()];
+    let b = as_slice::<f32>(&factors.b);
+    for (r, q) in sums.q.chunks_exact(out).enumerate() {
+        let scaled_e = factors.scaled_e[r];
+        let mut sum = 0.0f64;
+        for (o, &q) in q.iter().enumerate() {
+            grad_b[o * rows + r] = q * scaled_e;
+            sum += f64::from(q) * f64::from(b[o * rows + r]);
+        }
+        if let Some(grad_e) = grad_e.get_mut(r) {
+            *grad_e = (sum * adapter.scale) as f32;
+        }
+    }
+    let mut grad_a = sums.a;
+    if gain != 1.0 {
+        grad_a.iter_mut().for_each(|value| *value *= gain as f32);
+    }
+    let tensor = |values: &[f32], like: &Tensor| -> Result<Tensor> {
+        Ok(Tensor::f_from_slice(values)?.f_view(like.size().as_slice())?.f_to_kind(kind)?)
+    };
+    Ok(Some(Gradients {
+        x: grad_x,
+        a: tensor(&grad_a, &adapter.a)?,
+        b: tensor(&grad_b, &adapter.b)?,
+        e: tensor(&grad_e, &adapter.e)?,
+    }))
+}
+
+fn run_backward<E: Element>(
+    x: &Tensor,
+    t: &Tensor,
+    gy: &Tensor,
+    factors: &Factors,
+    dropout: Option<&Dropout>,
+    grad_x: Option<&Tensor>,
+) -> tokens::Sums {
+    // SAFETY: the caller has just made it; nobody else has a slice of it.
+    let grad_x = grad_x.map(|grad_x| unsafe { as_slice_mut::<E>(grad_x) });
+    let stream = dropout.map(|dropout| &dropout.stream);
+    let pair = (factors.a(), factors.p());
+    tokens::backward(as_slice::<E>(x), as_slice::<E>(gy), as_slice::<f32>(t), pair, stream, grad_x)
+}

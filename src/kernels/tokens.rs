@@ -1,0 +1,561 @@
+//! The adapter's loops over tokens on the CPU, float32 and bfloat16: every large matrix is read or
+//! written once, the dropout mask is drawn on the way, and the sums are float32.
+//!
+//! A factor is a small matrix (rows, columns) of float32: A with the dropout's gain, or P^T.
+
+use super::dropout::{Stream, GROUP};
+use super::pool;
+use super::simd::{on_best, Element, Kernel, Simd};
+
+/// Tokens worked on at once.
+const TILE: usize = 16;
+/// Columns of a factor that stay in the first cache.
+const PANEL: usize = 1024;
+/// Multiplications below which a second thread costs more than it saves.
+const SERIAL: usize = 1 << 20;
+
+/// A small matrix (rows, columns), contiguous.
+#[derive(Clone, Copy)]
+pub struct Factor<'a> {
+    /// Its values.
+    pub values: &'a [f32],
+    /// Number of rows.
+    pub rows: usize,
+    /// Number of columns.
+    pub columns: usize,
+}
+
+impl<'a> Factor<'a> {
+    /// `values` as a matrix of `rows` rows.
+    pub fn new(values: &'a [f32], rows: usize) -> Self {
+        Self { values, rows, columns: values.len() / rows.max(1) }
+    }
+}
+
+/// Memory that threads write to at disjoint places.
+#[derive(Clone, Copy)]
+struct Out<T>(*mut T);
+// SAFETY: each thread writes the rows of its own tokens, or its own partial sums.
+unsafe impl<T> Send for Out<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for Out<T> {}
+
+impl<T> Out<T> {
+    /// The memory `count` elements further on. A method, so that closures capture the whole struct.
+    ///
+    /// # Safety
+    /// It lies in the same allocation.
+    unsafe fn add(self, count: usize) -> Self {
+        // SAFETY: as the caller promises.
+        Self(unsafe { self.0.add(count) })
+    }
+
+    fn pointer(self) -> *mut T {
+        self.0
+    }
+}
+
+/// The packed mask of one tile of tokens.
+struct Mask {
+    bytes: Vec<u8>,
+    /// Element of the first bit, of the whole matrix.
+    start: usize,
+}
+
+impl Mask {
+    #[inline(always)]
+    fn draw(&mut self, stream: Option<&Stream>, elements: std::ops::Range<usize>) {
+        let Some(stream) = stream else { return };
+        let groups = elements.start / GROUP..elements.end.div_ceil(GROUP);
+        // Four bytes more than there are bits: `at` reads a word.
+        self.bytes.resize(groups.len() * GROUP / 8 + 4, 0);
+        self.start = groups.start * GROUP;
+        let length = groups.len() * GROUP / 8;
+        stream.fill(&mut self.bytes[..length], groups.start);
+    }
+
+    /// The bits of the 16 elements from `element` on.
+    #[inline(always)]
+    unsafe fn at(&self, element: usize) -> u32 {
+        let bit = element - self.start;
+        // SAFETY: `element` lies in the tile that was drawn, and four bytes follow it.
+        let word = unsafe { self.bytes.as_ptr().add(bit / 8).cast::<u32>().read_unaligned() };
+        u32::from_le(word) >> (bit % 8)
+    }
+}
+
+/// A tile of rows of a large matrix (tokens, columns), and its place in the whole.
+#[derive(Clone, Copy)]
+struct Tile<E> {
+    data: *mut E,
+    tokens: usize,
+    columns: usize,
+    /// Element of its first value in the whole matrix.
+    start: usize,
+}
+
+impl<E: Element> Tile<E> {
+    #[inline(always)]
+    unsafe fn load<V: Simd, const MASKED: bool>(
+        &self,
+        token: usize,
+        column: usize,
+        count: usize,
+        mask: &Mask,
+    ) -> V {
+        let place = token * self.columns + column;
+        // SAFETY: the callers stay inside the tile.
+        unsafe {
+            let from = self.data.add(place).cast_const();
+            let value: V =
+                if count == V::LANES { E::load(from) } else { E::load_some(from, count) };
+            if MASKED {
+                value.keep(mask.at(self.start + place))
+            } else {
+                value
+            }
+        }
+    }
+}
+
+/// `out[token][row] += tile[token] . factor[row]` for `T` tokens and `R` rows.
+// Indexed loops over registers, tokens inside rows.
+#[allow(clippy::needless_range_loop)]
+#[inline(always)]
+unsafe fn dot_block<V: Simd, E: Element, const MASKED: bool, const T: usize, const R: usize>(
+    tile: &Tile<E>,
+    (token, row): (usize, usize),
+    panel: std::ops::Range<usize>,
+    factor: Factor<'_>,
+    mask: &Mask,
+    out: *mut f32,
+) {
+    // SAFETY: tokens, rows and columns lie inside the matrices, as `dots` counts them.
+    unsafe {
+        let mut sums = [[V::splat(0.0); R]; T];
+        let mut column = panel.start;
+        while column < panel.end {
+            let count = V::LANES.min(panel.end - column);
+            let mut x = [V::splat(0.0); T];
+            for (t, x) in x.iter_mut().enumerate() {
+                *x = tile.load::<V, MASKED>(token + t, column, count, mask);
+            }
+            for r in 0..R {
+                let from = factor.values.as_ptr().add((row + r) * factor.columns + column);
+                let f: V =
+                    if count == V::LANES { V::load(from) } else { f32::load_some(from, count) };
+                for t in 0..T {
+                    sums[t][r] = x[t].fma(f, sums[t][r]);
+                }
+            }
+            column += V::LANES;
+        }
+        for (t, sums) in sums.iter().enumerate() {
+            for (r, sum) in sums.iter().enumerate() {
+                *out.add((token + t) * factor.rows + row + r) += sum.sum();
+            }
+        }
+    }
+}
+
+/// `out = tile factor^T`, (tokens, rows).
+#[inline(always)]
+unsafe fn dots<V: Simd, E: Element, const MASKED: bool>(
+    tile: &Tile<E>,
+    factor: Factor<'_>,
+    mask: &Mask,
+    out: *mut f32,
+) {
+    macro_rules! rows {
+        ($row:ident, $panel:ident, $t:literal, $r:literal) => {{
+            let mut token = 0;
+            while token + $t <= tile.tokens {
+                let at = (token, $row);
+                unsafe {
+                    dot_block::<V, E, MASKED, $t, $r>(tile, at, $panel.clone(), factor, mask, out)
+                };
+                token += $t;
+            }
+            while token < tile.tokens {
+                let at = (token, $row);
+                unsafe {
+                    dot_block::<V, E, MASKED, 1, $r>(tile, at, $panel.clone(), factor, mask, out)
+                };
+                token += 1;
+            }
+            $row += $r;
+        }};
+    }
+    // SAFETY: `out` has tokens * rows places.
+    unsafe { std::slice::from_raw_parts_mut(out, tile.tokens * factor.rows) }.fill(0.0);
+    let mut start = 0;
+    while start < factor.columns {
+        let panel = start..(start + PANEL).min(factor.columns);
+        let mut row = 0;
+        while row < factor.rows {
+            match factor.rows - row {
+                8.. if V::ROWS == 8 => rows!(row, panel, 2, 8),
+                4.. if V::ROWS == 8 => rows!(row, panel, 4, 4),
+                4.. => rows!(row, panel, 2, 4),
+                2.. => rows!(row, panel, 4, 2),
+                _ => rows!(row, panel, 4, 1),
+            }
+        }
+        start = panel.end;
+    }
+}
+
+/// `tile = drop(bias + small factor)`, or that added to the tile.
+#[inline(always)]
+unsafe fn expand<V: Simd, E: Element, const MASKED: bool, const ADD: bool>(
+    small: *const f32,
+    factor: Factor<'_>,
+    bias: Option<&[f32]>,
+    mask: &Mask,
+    tile: &Tile<E>,
+) {
+    const T: usize = 8;
+    let mut column = 0;
+    while column < tile.columns {
+        let count = V::LANES.min(tile.columns - column);
+        // SAFETY: columns and tokens lie inside the matrices.
+        unsafe {
+            let load = |from: *const f32| -> V {
+                if count == V::LANES {
+                    V::load(from)
+                } else {
+                    f32::load_some(from, count)
+                }
+            };
+            let first = bias.map_or(V::splat(0.0), |bias| load(bias.as_ptr().add(column)));
+            let put = |token: usize, value: V| {
+                let place = token * tile.columns + column;
+                let value = if MASKED { value.keep(mask.at(tile.start + place)) } else { value };
+                let value = if ADD {
+                    tile.load::<V, false>(token, column, count, mask).fma(V::splat(1.0), value)
+                } else {
+                    value
+                };
+                let to = tile.data.add(place);
+                if count == V::LANES {
+                    E::store(value, to);
+                } else {
+                    E::store_some(value, to, count);
+                }
+            };
+            let mut token = 0;
+            while token + T <= tile.tokens {
+                let mut sums = [first; T];
+                for row in 0..factor.rows {
+                    let f = load(factor.values.as_ptr().add(row * factor.columns + column));
+                    for (t, sum) in sums.iter_mut().enumerate() {
+                        *sum = f.fma(V::splat(*small.add((token + t) * factor.rows + row)), *sum);
+                    }
+                }
+                for (t, sum) in sums.iter().enumerate() {
+                    put(token + t, *sum);
+                }
+                token += T;
+            }
+            while token < tile.tokens {
+                let mut sum = first;
+                for row in 0..factor.rows {
+                    let f = load(factor.values.as_ptr().add(row * factor.columns + column));
+                    sum = f.fma(V::splat(*small.add(token * factor.rows + row)), sum);
+                }
+                put(token, sum);
+                token += 1;
+            }
+        }
+        column += V::LANES;
+    }
+}
+
+/// `sums += small^T tile`, (rows, columns), `R` of the rows.
+#[inline(always)]
+unsafe fn outer_block<V: Simd, E: Element, const MASKED: bool, const R: usize>(
+    small: *const f32,
+    tile: &Tile<E>,
+    mask: &Mask,
+    (row, rows): (usize, usize),
+    sums: *mut f32,
+) {
+    let mut column = 0;
+    while column < tile.columns {
+        let count = V::LANES.min(tile.columns - column);
+        // SAFETY: columns, rows and tokens lie inside the matrices.
+        unsafe {
+            let place = |r: usize| sums.add((row + r) * tile.columns + column);
+            let mut block = [V::splat(0.0); R];
+            for (r, sum) in block.iter_mut().enumerate() {
+                *sum = if count == V::LANES {
+                    V::load(place(r))
+                } else {
+                    f32::load_some(place(r), count)
+                };
+            }
+            for token in 0..tile.tokens {
+                let x: V = tile.load::<V, MASKED>(token, column, count, mask);
+                for (r, sum) in block.iter_mut().enumerate() {
+                    *sum = x.fma(V::splat(*small.add(token * rows + row + r)), *sum);
+                }
+            }
+            for (r, sum) in block.iter().enumerate() {
+                if count == V::LANES {
+                    sum.store(place(r));
+                } else {
+                    f32::store_some(*sum, place(r), count);
+                }
+            }
+        }
+        column += V::LANES;
+    }
+}
+
+#[inline(always)]
+unsafe fn outer<V: Simd, E: Element, const MASKED: bool>(
+    small: *const f32,
+    rows: usize,
+    tile: &Tile<E>,
+    mask: &Mask,
+    sums: *mut f32,
+) {
+    let mut row = 0;
+    while row < rows {
+        // SAFETY: as the caller promises.
+        unsafe {
+            match rows - row {
+                8.. => {
+                    outer_block::<V, E, MASKED, 8>(small, tile, mask, (row, rows), sums);
+                    row += 8;
+                }
+                4.. => {
+                    outer_block::<V, E, MASKED, 4>(small, tile, mask, (row, rows), sums);
+                    row += 4;
+                }
+                2.. => {
+                    outer_block::<V, E, MASKED, 2>(small, tile, mask, (row, rows), sums);
+                    row += 2;
+                }
+                _ => {
+                    outer_block::<V, E, MASKED, 1>(small, tile, mask, (row, rows), sums);
+                    row += 1;
+                }
+            }
+        }
+    }
+}
+
+/// What [`forward`] does with y.
+#[derive(Clone, Copy)]
+pub enum Start<'a> {
+    /// Overwrites it with the bias, zeros without one, plus the update.
+    Bias(Option<&'a [f32]>),
+    /// Adds the update to it.
+    Add,
+}
+
+struct Forward<'a, E> {
+    x: *mut E,
+    a: Factor<'a>,
+    p: Factor<'a>,
+    start: Start<'a>,
+    dropout: Option<&'a Stream>,
+    t: Out<f32>,
+    y: Out<E>,
+    tokens: std::ops::Range<usize>,
+}
+
+fn tiles(tokens: std::ops::Range<usize>) -> impl Iterator<Item = std::ops::Range<usize>> {
+    let end = tokens.end;
+    tokens.step_by(TILE).map(move |first| first..(first + TILE).min(end))
+}
+
+impl<E: Element> Forward<'_, E> {
+    #[inline(always)]
+    unsafe fn all<V: Simd, const MASKED: bool>(&self) {
+        let mut mask = Mask { bytes: Vec::new(), start: 0 };
+        let (columns, out) = (self.a.columns, self.p.columns);
+        for rows in tiles(self.tokens.clone()) {
+            let (first, tokens) = (rows.start, rows.len());
+            // SAFETY: the matrices have `tokens` rows of their factors' columns, checked by `forward`.
+            unsafe {
+                let start = first * columns;
+                mask.draw(self.dropout, start..rows.end * columns);
+                let x = Tile { data: self.x.add(start), tokens, columns, start };
+                let t = self.t.0.add(first * self.a.rows);
+                dots::<V, E, MASKED>(&x, self.a, &mask, t);
+                let y = Tile { data: self.y.0.add(first * out), tokens, columns: out, start: 0 };
+                match self.start {
+                    Start::Bias(bias) => expand::<V, E, false, false>(t, self.p, bias, &mask, &y),
+                    Start::Add => expand::<V, E, false, true>(t, self.p, None, &mask, &y),
+                }
+            }
+        }
+    }
+}
+
+impl<E: Element> Kernel for Forward<'_, E> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<V: Simd>(&self) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            if self.dropout.is_some() {
+                self.all::<V, true>();
+            } else {
+                self.all::<V, false>();
+            }
+        }
+    }
+}
+
+fn workers(tokens: usize, a: Factor<'_>, p: Factor<'_>) -> usize {
+    if tokens * a.rows * (a.columns + p.columns) < SERIAL {
+        1
+    } else {
+        pool::threads().min(tokens.div_ceil(TILE))
+    }
+}
+
+/// `t = drop(x) A^T` (tokens, rows) and the update `t P` put into, or added to, `y` (tokens, out).
+///
+/// `a` is A times the dropout's gain, `p` is P^T (rows, out).
+///
+/// # Panics
+/// Where the lengths do not fit together.
+pub fn forward<E: Element>(
+    x: &[E],
+    a: Factor<'_>,
+    p: Factor<'_>,
+    start: Start<'_>,
+    dropout: Option<&Stream>,
+    t: &mut [f32],
+    y: &mut [E],
+) {
+    let tokens = t.len() / a.rows.max(1);
+    assert!(a.rows == p.rows && a.rows > 0 && t.len() == tokens * a.rows);
+    assert!(x.len() == tokens * a.columns && y.len() == tokens * p.columns);
+    assert!(a.values.len() == a.rows * a.columns && p.values.len() == p.rows * p.columns);
+    if let Start::Bias(Some(bias)) = start {
+        assert!(bias.len() == p.columns);
+    }
+    // Only read through: a tile is of either kind.
+    let x = Out(x.as_ptr().cast_mut());
+    let (t, y) = (Out(t.as_mut_ptr()), Out(y.as_mut_ptr()));
+    pool::run(workers(tokens, a, p), |thread, threads| {
+        let tokens = pool::part(tokens, TILE, thread, threads);
+        on_best(&Forward { x: x.pointer(), a, p, start, dropout, t, y, tokens });
+    });
+}
+
+/// What [`backward`] gives: sums over the tokens, float32.
+pub struct Sums {
+    /// `t^T gy`, (rows, out).
+    pub q: Vec<f32>,
+    /// `(gy P)^T drop(x)`, (rows, in), without the dropout's gain.
+    pub a: Vec<f32>,
+}
+
+struct Backward<'a, E> {
+    x: *mut E,
+    gy: *mut E,
+    t: *const f32,
+    a: Factor<'a>,
+    p: Factor<'a>,
+    dropout: Option<&'a Stream>,
+    gx: Option<Out<E>>,
+    q: Out<f32>,
+    sum_a: Out<f32>,
+    tokens: std::ops::Range<usize>,
+}
+
+impl<E: Element> Backward<'_, E> {
+    #[inline(always)]
+    unsafe fn all<V: Simd, const MASKED: bool>(&self) {
+        let mut mask = Mask { bytes: Vec::new(), start: 0 };
+        let rows = self.a.rows;
+        let mut u = vec![0.0f32; TILE * rows];
+        let (columns, out) = (self.a.columns, self.p.columns);
+        for part in tiles(self.tokens.clone()) {
+            let (first, tokens) = (part.start, part.len());
+            // SAFETY: the matrices have `tokens` rows of their factors' columns, checked by `backward`.
+            unsafe {
+                let gy = Tile { data: self.gy.add(first * out), tokens, columns: out, start: 0 };
+                dots::<V, E, false>(&gy, self.p, &mask, u.as_mut_ptr());
+                outer::<V, E, false>(self.t.add(first * rows), rows, &gy, &mask, self.q.0);
+                let start = first * columns;
+                mask.draw(self.dropout, start..part.end * columns);
+                if let Some(gx) = self.gx {
+                    let gx = Tile { data: gx.0.add(start), tokens, columns, start };
+                    expand::<V, E, MASKED, false>(u.as_ptr(), self.a, None, &mask, &gx);
+                }
+                let x = Tile { data: self.x.add(start), tokens, columns, start };
+                outer::<V, E, MASKED>(u.as_ptr(), rows, &x, &mask, self.sum_a.0);
+            }
+        }
+    }
+}
+
+impl<E: Element> Kernel for Backward<'_, E> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<V: Simd>(&self) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            if self.dropout.is_some() {
+                self.all::<V, true>();
+            } else {
+                self.all::<V, false>();
+            }
+        }
+    }
+}
+
+/// One pass over `gy` (tokens, out) and `x` (tokens, in): the sums for the parameters' gradients, and
+/// the update's share of the gradient of x, which overwrites `gx` (tokens, in).
+///
+/// `a` is A times the dropout's gain, `p` is P^T (rows, out), `t` what [`forward`] gave.
+///
+/// # Panics
+/// Where the lengths do not fit together.
+pub fn backward<E: Element>(
+    x: &[E],
+    gy: &[E],
+    t: &[f32],
+    (a, p): (Factor<'_>, Factor<'_>),
+    dropout: Option<&Stream>,
+    gx: Option<&mut [E]>,
+) -> Sums {
+    let tokens = t.len() / a.rows.max(1);
+    assert!(a.rows == p.rows && a.rows > 0 && t.len() == tokens * a.rows);
+    assert!(x.len() == tokens * a.columns && gy.len() == tokens * p.columns);
+    assert!(a.values.len() == a.rows * a.columns && p.values.len() == p.rows * p.columns);
+    assert!(gx.as_ref().is_none_or(|gx| gx.len() == x.len()));
+    let wanted = workers(tokens, a, p);
+    let (length_q, length_a) = (p.values.len(), a.values.len());
+    let mut q = vec![0.0f32; wanted * length_q];
+    let mut sum_a = vec![0.0f32; wanted * length_a];
+    let (x, gy, t) =
+        (Out(x.as_ptr().cast_mut()), Out(gy.as_ptr().cast_mut()), Out(t.as_ptr().cast_mut()));
+    let gx = gx.map(|gx| Out(gx.as_mut_ptr()));
+    let (out_q, out_a) = (Out(q.as_mut_ptr()), Out(sum_a.as_mut_ptr()));
+    pool::run(wanted, |thread, threads| {
+        let tokens = pool::part(tokens, TILE, thread, threads);
+        // SAFETY: there are `wanted` partial sums and never more threads.
+        let (q, sum_a) = unsafe { (out_q.add(thread * length_q), out_a.add(thread * length_a)) };
+        let (x, gy, t) = (x.pointer(), gy.pointer(), t.pointer());
+        on_best(&Backward { x, gy, t, a, p, dropout, gx, q, sum_a, tokens });
+    });
+    for (sums, length) in [(&mut q, length_q), (&mut sum_a, length_a)] {
+        let (first, rest) = sums.split_at_mut(length);
+        for part in rest.chunks_exact(length) {
+            first.iter_mut().zip(part).for_each(|(sum, value)| *sum += value);
+        }
+        sums.truncate(length);
+    }
+    Sums { q, a: sum_a }
+}
+
+#[cfg(test)]
+mod tests;
