@@ -216,7 +216,7 @@ pub fn linear(
         let _ = y.f_addmm_(x, &weight.f_tr()?)?;
         return Ok(t);
     }
-    match bias {
+    let _ = match bias {
         Some(bias) => bias.f_addmm_out(y, x, &weight.f_tr()?)?,
         None => x.f_mm_out(y, &weight.f_tr()?)?,
     };

@@ -119,7 +119,7 @@ mod tests {
             for thread in 0..threads {
                 let part = part(items, grain, thread, threads);
                 assert_eq!(part.start, next);
-                assert!(part.start % grain == 0 || part.is_empty());
+                assert!(part.start.is_multiple_of(grain) || part.is_empty());
                 next = part.end;
             }
             assert_eq!(next, items);
