@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from . import floor
 from .floor import ELEMENT, Rates
@@ -17,6 +18,8 @@ from .sizes import NAMED
 from .timing import median, overhead
 
 _COLOURS = {FROZEN: "0.45", LORA: "#3b75af", ADALORA: "#8c6bb1", LITERAL: "#c44e52", OURS: "#e08214"}
+# Less, or by chance less than nothing, is drawn here: the axis is logarithmic.
+_LEAST_MS = 0.01
 _STATE_COLOURS = dict(zip(STATES, ("0.45", "#3b75af", "#5aae61", "#8c6bb1", "#e08214"), strict=True))
 
 
@@ -48,9 +51,19 @@ def _panels(count: int, height: float = 3.6) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def _save(figure: Figure, axes: list[Axes], path: Path) -> Path:
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
     figure.savefig(path)
     return path
+
+
+def _plain_ticks(panel: Axes) -> None:
+    """Numbers instead of powers of ten on the logarithmic axis of values, and no more than fit."""
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _overhead(figures: Mapping[str, Any], path: Path) -> Path:
@@ -80,8 +93,7 @@ def _overhead(figures: Mapping[str, Any], path: Path) -> Path:
         panel.set_title(f"{precision} (frozen: {frozen:.0f} ms)", fontsize=10)
         panel.set_xticks(range(len(mine)), [f"dropout {record['dropout']:g}" for record in mine])
     axes[0].set_ylabel("ms over the frozen model")
-    axes[0].legend(fontsize=8, frameon=False)
-    return _save(figure, path)
+    return _save(figure, axes, path)
 
 
 def _tokens(figures: Mapping[str, Any], path: Path) -> Path:
@@ -106,14 +118,13 @@ def _tokens(figures: Mapping[str, Any], path: Path) -> Path:
             panel.plot(tokens, values, "o-", color=_COLOURS[method], label=method, markersize=4)
         tokens = [record["tokens"] for record in mine]
         panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
+        _plain_ticks(panel)
         panel.set_xticks(tokens, [str(count) for count in tokens])
         panel.set_xlabel("tokens")
         panel.set_title(precision, fontsize=10)
     axes[0].set_ylabel("ms, forward and backward")
-    axes[0].legend(fontsize=8, frameon=False)
     figure.suptitle(f"layer {shape[0]} to {shape[1]}, rank {rank}, dropout {dropout:g}", fontsize=11)
-    return _save(figure, path)
+    return _save(figure, axes, path)
 
 
 def _scheduler(figures: Mapping[str, Any], path: Path) -> Path:
@@ -124,15 +135,13 @@ def _scheduler(figures: Mapping[str, Any], path: Path) -> Path:
         plain = [median([v for values in record["plain"].values() for v in values]) for record in mine]
         panel.plot(modules, plain, "k--", linewidth=1, label="optimizer.step() itself")
         for state in STATES:
-            values = [added_by_scheduler(record, state) for record in mine]
+            values = [max(added_by_scheduler(record, state), _LEAST_MS) for record in mine]
             panel.plot(modules, values, "o-", color=_STATE_COLOURS[state], label=state, markersize=4)
         panel.set_xscale("log")
-        # Linear below a microsecond-sized difference, which may be negative by chance.
-        panel.set_yscale("symlog", linthresh=0.1)
+        _plain_ticks(panel)
         panel.set_xticks(modules, [str(count) for count in modules])
         panel.minorticks_off()
         panel.set_xlabel("adapted modules")
         panel.set_title(f"{form} form", fontsize=10)
-    axes[0].set_ylabel("ms added to optimizer.step()")
-    axes[0].legend(fontsize=8, frameon=False)
-    return _save(figure, path)
+    axes[0].set_ylabel(f"ms added to optimizer.step(), at least {_LEAST_MS:g}")
+    return _save(figure, axes, path)

@@ -129,6 +129,13 @@ def adapted_layers(
     return list(host.train().projections)
 
 
+@dataclass
+class Output(ModelOutput):
+    """The loss where AdaLoRA looks for it, to add its regulariser."""
+
+    loss: Tensor | None = None
+
+
 class Regression(nn.Module):
     """A BERT encoder from a configuration, random weights, whose loss is the mean square of its last
     hidden state's distance from a target."""
@@ -148,10 +155,10 @@ class Regression(nn.Module):
         )
         self.bert = BertModel(config, add_pooling_layer=False)
 
-    def forward(self, embeddings: Tensor, target: Tensor) -> ModelOutput:
-        """The loss where AdaLoRA looks for it, to add its regulariser."""
+    def forward(self, embeddings: Tensor, target: Tensor) -> Output:
+        """The loss of a batch."""
         hidden = self.bert(inputs_embeds=embeddings).last_hidden_state
-        return ModelOutput(loss=(hidden.float() - target).pow(2).mean())
+        return Output(loss=(hidden.float() - target).pow(2).mean())
 
 
 def training_model(

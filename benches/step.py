@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from increlora_rs import RankScheduler, attach
-from peft import PeftModel
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -89,6 +88,8 @@ class Training:
         self.model = training_model(
             method, size, precision=PRECISIONS[precision], dropout=dropout, growing=growing
         )
+        # AdaLoRA's model adds its regulariser; PeftModel without a task type calls past it.
+        self.forward: Any = self.model.base_model if method == ADALORA else self.model
         self.optimizer = adamw(self.model)
         self.data = batch(size, PRECISIONS[precision])
         self.small = batch(size, PRECISIONS[precision], count=1, tokens=1)
@@ -121,7 +122,7 @@ class Training:
         embeddings, target = data
         embeddings.grad = None
         self.optimizer.zero_grad()
-        loss = self.model(embeddings, target).loss
+        loss = self.forward(embeddings, target).loss
         if self.literal is not None:
             loss = loss + _LITERAL_ORTHOGONALITY * literal.orthogonality(self.literal.layers)
         loss.backward()
@@ -135,8 +136,7 @@ class Training:
         if self.literal is not None:
             self.literal.after_step()
         if self.method == ADALORA:
-            assert isinstance(self.model, PeftModel)
-            self.model.base_model.update_and_allocate(self.steps)
+            self.forward.update_and_allocate(self.steps)
 
 
 def _steps(size: Size, precision: str, dropout: float) -> dict[str, Any]:
