@@ -18,7 +18,7 @@ from .timing import interleave, joined, ratio
 NOT_SLOWER = 1.03
 _DOUBTFUL = 0.06
 # The literal method's cost is known well enough from the smaller cases.
-_MOST_TOKENS_OF_LITERAL = 2048
+_MOST_TOKENS_OF_LITERAL = 1024
 
 
 def measure(size: Size) -> list[dict[str, Any]]:

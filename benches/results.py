@@ -86,7 +86,8 @@ def _bars(figures: Figures) -> Table:
 
 
 def _with_spread(values: list[float]) -> str:
-    return f"{number(median(values))} ±{spread(values):.0%}"
+    middle = number(median(values))
+    return f"{middle} ±{spread(values):.0%}" if len(values) > 1 else middle
 
 
 def _passes(figures: Figures) -> Table:

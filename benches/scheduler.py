@@ -73,6 +73,7 @@ def _case(size: Size, count: int, form: str) -> dict[str, Any]:
         for step in range(1, size.intervals * _INTERVAL + 1):
             optimizer.zero_grad()
             model(x).square().sum().backward()
+            _give_gradients(model, plain)
             state = _state(step)
             # Taking turns at being first.
             if step % 2:
@@ -105,9 +106,16 @@ def _check_growth(scheduler: RankScheduler, step: int) -> None:
 
 def _plain(model: nn.Module) -> torch.optim.AdamW:
     """The same optimizer on tensors of the same shapes, with nobody attached, its state made."""
-    copies = nn.ParameterList(nn.Parameter(torch.randn_like(parameter)) for parameter in trainable(model))
+    copies = nn.ParameterList(nn.Parameter(parameter.detach().clone()) for parameter in trainable(model))
     for parameter in copies:
-        parameter.grad = torch.randn_like(parameter)
+        parameter.grad = torch.zeros_like(parameter)
     optimizer = adamw(copies)
     optimizer.step()
     return optimizer
+
+
+def _give_gradients(model: nn.Module, plain: torch.optim.Optimizer) -> None:
+    """Fresh gradients in fresh memory, as the attached optimizer's are."""
+    for parameter, copy in zip(trainable(model), plain.param_groups[0]["params"], strict=True):
+        assert parameter.grad is not None
+        copy.grad = parameter.grad.clone()

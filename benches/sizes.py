@@ -51,7 +51,7 @@ class Size:
     rank: int = 8
     modules: tuple[int, ...] = (10, 100, 500, 1000)
     module_width: int = 768
-    intervals: int = 4
+    intervals: int = 3
     large_bytes: int = 1 << 28
     dropouts: tuple[float, ...] = (0.0, 0.1)
     peaks: tuple[str, ...] = ("float32", "bfloat16")
@@ -73,6 +73,7 @@ QUICK = Size(
     seconds=0.8,
     rounds=(3, 9),
     step_seconds=5.0,
+    layers=1,
     step_warmup=1,
     events=1,
     modules=(10, 100),
