@@ -7,13 +7,16 @@ INSTALLED := $(VENV)/.installed
 # What pyproject.toml needs for a build, installed once instead of in an isolated environment.
 BUILD_REQUIRES := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | sed 's/", "/" "/g')
 
+# Binaries of cargo's find libtorch so.
+WITH_TORCH = LD_LIBRARY_PATH="$$(python -c 'import os, torch; print(os.path.join(torch.__path__[0], "lib"))')"
+
 export VIRTUAL_ENV := $(VENV)
 export PATH := $(VENV)/bin:$(PATH)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-rust test-python lint format clean
+.PHONY: help build demo bench test test-rust test-python lint format clean
 
 help: ## list the targets
 	@sed -n -E 's/^([a-z-]+):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -30,11 +33,14 @@ build: $(INSTALLED) ## make .venv and build the extension into it
 demo: build ## fine-tune MiniLM on BBC news with growing ranks, beside plain LoRA
 	increlora-rs demo --out demo
 
+bench: build ## measure everything (some 25 minutes, on a quiet machine); BENCH=--quick for 3
+	python -m benches $(BENCH)
+	$(WITH_TORCH) cargo bench --quiet
+
 test: lint test-rust test-python ## everything that CI runs
 
 test-rust: $(INSTALLED)
-	LD_LIBRARY_PATH="$$(python -c 'import os, torch; print(os.path.join(torch.__path__[0], "lib"))')" \
-		cargo test --release --quiet
+	$(WITH_TORCH) cargo test --release --quiet
 
 test-python: build
 	pytest

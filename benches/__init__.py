@@ -1,0 +1,1 @@
+"""Benchmarks: the adapted layer, the training step, memory and the scheduler; ``python -m benches``."""

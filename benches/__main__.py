@@ -1,0 +1,100 @@
+"""``python -m benches``: measures, prints the tables, writes raw figures, ``RESULTS.md`` and charts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from . import floor, layer, machine, memory, results, scheduler, step
+from .sizes import NAMED, Size
+from .timing import QUIET, prepare, watch_others
+
+_WIDTH = 200
+_HERE = Path(__file__).parent
+_SECTIONS: dict[str, Callable[[Size], Any]] = {
+    "step": step.measure,
+    "layer": layer.measure,
+    "memory": memory.measure,
+    "scheduler": scheduler.measure,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    console = Console()
+    # Narrower, the tables would be columns of single letters.
+    console.width = max(console.width, _WIDTH)
+    if options.render is not None:
+        figures = json.loads(options.render.read_text(encoding="utf-8"))
+    else:
+        figures = measure(options.size, options.only)
+    final = figures["size"] == "full" and set(_SECTIONS) <= set(figures)
+    # What is less than the whole does not overwrite the published results.
+    out = options.out or (_HERE if final else _HERE.parent / "target" / "benches")
+    out.mkdir(parents=True, exist_ok=True)
+    if options.render is None:
+        raw = options.json or out / "results.json"
+        raw.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+    for table in results.tables(figures):
+        console.print(table)
+    for line in results.conditions(figures):
+        console.print(line, markup=False)
+    for path in results.write(figures, out):
+        console.print(str(path), markup=False)
+    return 0
+
+
+def measure(size: str, only: Sequence[str] = ()) -> dict[str, Any]:
+    """The raw figures of a run: machine, rates, and the sections ``only`` (empty: all)."""
+    prepare()
+    figures: dict[str, Any] = {"size": size, "machine": machine.describe(), "others": {}}
+    figures["floor"] = floor.measure(NAMED[size]).to_json()
+    with warnings.catch_warnings():
+        # Layers timed by themselves have no scheduler, nor can they need one.
+        warnings.filterwarnings("ignore", message=".*backward passes through an IncreLoRA adapter.*")
+        for name, section in _SECTIONS.items():
+            if only and name not in only:
+                continue
+            with watch_others() as busy:
+                figures[name] = section(NAMED[size])
+            figures["others"][name] = busy.others
+            if busy.others is not None and busy.others > QUIET:
+                print(f"{name}: others took {busy.others:.0%} of the machine's time", file=sys.stderr)
+    return figures
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benches", description=__doc__)
+    size = parser.add_mutually_exclusive_group()
+    parser.set_defaults(size="full")
+    size.add_argument("--quick", dest="size", action="store_const", const="quick", help="some 3 minutes")
+    size.add_argument("--smoke", dest="size", action="store_const", const="smoke", help="seconds; no figures")
+    parser.add_argument(
+        "--only", type=_sections, default=(), metavar="SECTION,...", help=", ".join(_SECTIONS)
+    )
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="where raw figures go")
+    parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="where RESULTS.md goes")
+    parser.add_argument(
+        "--render", type=Path, default=None, metavar="FILE", help="measure nothing, show FILE"
+    )
+    return parser
+
+
+def _sections(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in _SECTIONS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(_SECTIONS)}")
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""The bars that the project has set itself, computed from the figures of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .layer import NOT_SLOWER
+from .memory import adapters_bytes
+from .methods import ADALORA, LITERAL, LORA, OURS
+from .step import ARMED, UNARMED
+from .timing import Samples, median, overhead, ratio
+
+DROPOUT = 0.1
+# Overhead over the frozen step, ours over PEFT LoRA's, by kind of precision and dropout.
+_OVERHEAD = {
+    ("float32", DROPOUT): 0.40,
+    ("bfloat16", DROPOUT): 0.35,
+    ("float32", 0.0): 0.85,
+    ("bfloat16", 0.0): 0.60,
+}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A promise in a number.
+
+    Args:
+        promise: What is compared.
+        value: What the run gave.
+        limit: What it must keep to.
+        at_most: Is the limit the largest value that will do, or the smallest?
+        note: Where the value comes from, if from one of several places.
+    """
+
+    promise: str
+    value: float
+    limit: float
+    at_most: bool = True
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Is the promise kept? A value that is not a number keeps none."""
+        return self.value <= self.limit if self.at_most else self.value >= self.limit
+
+
+def bars(figures: Mapping[str, Any]) -> list[Bar]:
+    """All bars for which the figures have a section."""
+    found: list[Bar] = []
+    if "step" in figures:
+        found += _overheads(figures["step"]["passes"])
+        found += _steps(figures["step"]["steps"])
+    if "memory" in figures:
+        found += _saved(figures["memory"]["model"])
+    if "layer" in figures:
+        found.append(_never_slower(figures["layer"]))
+    return found
+
+
+def _overheads(passes: list[dict[str, Any]]) -> Iterator[Bar]:
+    for record in passes:
+        kind, dropout = record["precision"], record["dropout"]
+        limit = _OVERHEAD.get((kind.split()[0], dropout))
+        if limit is not None:
+            value = overhead(record["ms"], OURS) / overhead(record["ms"], LORA)
+            yield Bar(f"overhead over PEFT LoRA's, {kind}, dropout {dropout:g}", value, limit)
+
+
+def whole_step(record: Mapping[str, Any]) -> Samples:
+    """The samples of a whole-step record with ours as the mean over an interval: steps before the
+    importance window, steps in it, and a growth."""
+    samples: Samples = dict(record["ms"])
+    share = record["armed_share"]
+    growth = median(record["event_ms"]) / record["interval"]
+    pairs = zip(samples[ARMED], samples[UNARMED], strict=True)
+    samples[OURS] = [share * armed + (1 - share) * unarmed + growth for armed, unarmed in pairs]
+    return samples
+
+
+def _steps(steps: list[dict[str, Any]]) -> Iterator[Bar]:
+    for record in steps:
+        samples, where = whole_step(record), f"{record['precision']}, dropout {record['dropout']:g}"
+        yield Bar(f"whole step over PEFT LoRA's, {where}", ratio(samples, OURS, LORA), 1.0)
+        yield Bar(f"whole step over PEFT AdaLoRA's, {where}", ratio(samples, OURS, ADALORA), 0.85)
+        yield Bar(f"literal step over ours, {where}", ratio(samples, LITERAL, OURS), 1.6, at_most=False)
+
+
+def _saved(model: list[dict[str, Any]]) -> Iterator[Bar]:
+    for record in model:
+        if record["dropout"] == DROPOUT:
+            saved = record["bytes"]
+            value = adapters_bytes(saved, OURS) / adapters_bytes(saved, LORA)
+            yield Bar(f"saved bytes over PEFT LoRA's, {record['precision']}, dropout {DROPOUT:g}", value, 0.4)
+
+
+def _never_slower(layers: list[dict[str, Any]]) -> Bar:
+    worst = max(layers, key=lambda record: ratio(record["ms"], OURS, LORA))
+    slower = sum(ratio(record["ms"], OURS, LORA) > NOT_SLOWER for record in layers)
+    where = f"{worst['shape'][0]} to {worst['shape'][1]}, {worst['tokens']} tokens, r {worst['rank']}, "
+    where += f"{worst['precision']}, dropout {worst['dropout']:g}; {slower} of {len(layers)} above"
+    value = ratio(worst["ms"], OURS, LORA)
+    return Bar("slowest layer over PEFT LoRA's", value, NOT_SLOWER, note=where)

@@ -1,0 +1,150 @@
+"""What the backward pass keeps, counted in bytes, and the peak of a process's memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from . import floor, methods
+from .methods import FROZEN, METHODS, PRECISIONS, batch, training_model
+from .sizes import NAMED, LayerCase, Size
+from .step import forward_backward
+
+_PASSES = 3
+_ROOT = Path(__file__).parent.parent
+
+
+def saved_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
+    """Bytes of the storages that autograd saves in ``forward``, each once, those of ``parameters`` left
+    out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    sizes: dict[int, int] = {}
+    # Storages are told apart by address, which a freed one would give to the next.
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    assert output.requires_grad
+    return sum(sizes.values())
+
+
+def measure(size: Size) -> dict[str, Any]:
+    """``layer``, ``shared`` (query, key and value on one input) and ``model``: saved bytes of every
+    method; ``peak``: bytes that training adds to a process that holds the model."""
+    shapes = [case.shape for case in size.layer_cases]
+    tokens, precisions = size.batch * size.tokens, size.precisions
+    cases = [(LayerCase(shape, tokens, size.rank), 1) for shape in dict.fromkeys(shapes)]
+    cases.append((LayerCase((size.width, size.width), tokens, size.rank), 3))
+    settings = [(p, d) for p in precisions for d in size.dropouts]
+    return {
+        "layer": [
+            _layers(case, count, precision, dropout)
+            for case, count in track(cases, description="memory: saved by layers")
+            for precision, dropout in settings
+        ],
+        "model": [_model(size, *s) for s in track(settings, description="memory: saved by the model")],
+        "peak": [
+            {"precision": precision, "dropout": size.dropouts[-1], "method": method}
+            | peak(size, method, precision, size.dropouts[-1])
+            for precision in size.peaks
+            for method in track(METHODS, description=f"memory: peak, {precision}")
+        ],
+    }
+
+
+def _layers(case: LayerCase, count: int, precision: str, dropout: float) -> dict[str, Any]:
+    kind = PRECISIONS[precision]
+    saved = {}
+    for method in METHODS:
+        layers = methods.adapted_layers(
+            method, case.shape, precision=kind, rank=case.rank, dropout=dropout, count=count
+        )
+        source = torch.randn(case.tokens, case.shape[0]).to(kind.base).requires_grad_()
+
+        def forward(layers: list[nn.Module] = layers, source: Tensor = source) -> Tensor:
+            # An activation, which frozen layers would not keep.
+            x = source * 1.0
+            outputs: Tensor = torch.stack([layer(x) for layer in layers])
+            return outputs
+
+        saved[method] = saved_bytes(forward, [p for layer in layers for p in layer.parameters()])
+    element = floor.ELEMENT[precision]
+    return {
+        "shape": list(case.shape),
+        "tokens": case.tokens,
+        "rank": case.rank,
+        "layers": count,
+        "precision": precision,
+        "dropout": dropout,
+        "bytes": saved,
+        "floor": floor.saved_bytes(case.shape, case.tokens, case.rank, dropout, element, layers=count),
+    }
+
+
+def _model(size: Size, precision: str, dropout: float) -> dict[str, Any]:
+    data = batch(size, PRECISIONS[precision])
+    saved = {}
+    for method in METHODS:
+        model = training_model(method, size, precision=PRECISIONS[precision], dropout=dropout)
+        parameters: list[Tensor] = [*model.parameters(), *data]
+        saved[method] = saved_bytes(lambda model=model: model(*data).loss, parameters)  # type: ignore[misc]
+    return {"precision": precision, "dropout": dropout, "bytes": saved}
+
+
+def adapters_bytes(saved: dict[str, int], method: str) -> int:
+    """What the adapters of ``method`` save: all but what the frozen model saves too."""
+    return saved[method] - saved[FROZEN]
+
+
+def peak(size: Size, method: str, precision: str, dropout: float) -> dict[str, int]:
+    """Resident bytes of a new process: with the model built, and at most in its training passes."""
+    name = next(name for name, known in NAMED.items() if known is size)
+    arguments = [name, method, precision, str(dropout)]
+    path = os.pathsep.join([str(_ROOT), *(entry for entry in sys.path if entry)])
+    answer = subprocess.run(
+        [sys.executable, "-m", "benches.memory", *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    result: dict[str, int] = json.loads(answer.stdout.splitlines()[-1])
+    return result
+
+
+def _resident(field: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+
+def _main(name: str, method: str, precision: str, dropout: str) -> None:
+    size = NAMED[name]
+    model = training_model(method, size, precision=PRECISIONS[precision], dropout=float(dropout))
+    data = batch(size, PRECISIONS[precision])
+    built = _resident("VmRSS")
+    for _ in range(_PASSES):
+        forward_backward(model, data)
+    print(json.dumps({"built": built, "peak": _resident("VmHWM")}))
+
+
+if __name__ == "__main__":
+    from .timing import prepare
+
+    prepare()
+    _main(*sys.argv[1:])

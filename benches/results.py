@@ -1,0 +1,240 @@
+"""From the raw figures to tables and charts: ``RESULTS.md`` and its pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import charts, floor
+from .bars import bars, whole_step
+from .floor import ELEMENT, Rates
+from .memory import adapters_bytes
+from .methods import ADALORA, FROZEN, LITERAL, LORA, METHODS, OURS
+from .scheduler import STATES
+from .sizes import NAMED
+from .step import ARMED, SPENT, UNARMED
+from .tables import Table, number
+from .timing import QUIET, median, overhead, ratio, spread
+
+Figures = Mapping[str, Any]
+_ADAPTED = tuple(method for method in METHODS if method != FROZEN)
+_ADDED = tuple(f"+ {method}" for method in _ADAPTED)
+_MB = 1e6
+
+
+def tables(figures: Figures) -> list[Table]:
+    """A table for each section that was measured, the bars first."""
+    found = [_bars(figures)]
+    if "step" in figures:
+        found += [_passes(figures), _steps(figures)]
+    if "memory" in figures:
+        found += [_saved(figures), _peak(figures)]
+    if "scheduler" in figures:
+        found.append(_scheduler(figures))
+    if "layer" in figures:
+        found.append(_layer(figures))
+    return [table for table in found if table.rows]
+
+
+def write(figures: Figures, folder: Path) -> list[Path]:
+    """Writes ``RESULTS.md`` and the charts; gives their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = charts.draw(figures, folder)
+    text = "\n".join(
+        ["# Benchmark results", "", *conditions(figures), ""]
+        + [f"![{caption}]({path.name})\n" for caption, path in drawn.items()]
+        + [table.markdown() for table in tables(figures)]
+    )
+    report = folder / "RESULTS.md"
+    report.write_text(text, encoding="utf-8")
+    return [report, *drawn.values()]
+
+
+def conditions(figures: Figures) -> list[str]:
+    """On what the run was made, how, and whether the machine was quiet."""
+    machine, rates = figures["machine"], Rates.from_json(figures["floor"])
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    lines = [
+        f"- {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB, "
+        f"{machine['capability']}{', AMX bf16' if machine['bf16_units'] else ''}; "
+        f"{machine['threads']} threads; {machine['date']}",
+        f"- {machine['system']}, Python {machine['python']}, {versions}",
+        f"- measured rates: matrix product {rates.gemm[4] / 1e9:.0f} GFLOP/s float32, "
+        f"{rates.gemm[2] / 1e9:.0f} bfloat16; copy {rates.copy / 1e9:.1f} GB/s",
+        f"- size of the run: {figures['size']}; medians over interleaved rounds; ratios are medians of the "
+        "rounds' ratios; ± is the interquartile range over the median",
+    ]
+    shares = {name: share for name, share in figures["others"].items() if share is not None}
+    loud = [f"{name} {share:.0%}" for name, share in shares.items() if share > QUIET]
+    if loud:
+        lines.append(
+            f"- **the machine was not quiet**: others took of its time during {', '.join(loud)}; "
+            "do not take these figures as final"
+        )
+    elif shares:
+        lines.append(f"- others took at most {max(shares.values()):.1%} of the machine's time")
+    return lines
+
+
+def _bars(figures: Figures) -> Table:
+    table = Table("Bars", ["promise", "measured", "bar", "kept", "where"])
+    for bar in bars(figures):
+        limit = f"{'at most' if bar.at_most else 'at least'} {bar.limit:g}"
+        table.add(bar.promise, bar.value, limit, "yes" if bar.passed else "**no**", bar.note)
+    return table
+
+
+def _with_spread(values: list[float]) -> str:
+    middle = number(median(values))
+    return f"{middle} ±{spread(values):.0%}" if len(values) > 1 else middle
+
+
+def _passes(figures: Figures) -> Table:
+    size, rates = NAMED[figures["size"]], Rates.from_json(figures["floor"])
+    table = Table(
+        "Forward and backward of the model",
+        [
+            "precision",
+            "dropout",
+            "frozen ms",
+            *_ADDED,
+            "ours / LoRA",
+            "floor ms",
+            "GFLOP",
+            "MB",
+            "ours / floor",
+        ],
+        f"{size.layers} BERT blocks of width {size.width}, {size.batch} x {size.tokens} tokens, rank "
+        f"{size.rank}, six adapted layers a block. Columns with + are milliseconds over the frozen model; "
+        "the floor is what the adapters' arithmetic and traffic take at the measured rates.",
+    )
+    for record in figures["step"]["passes"]:
+        samples, element = record["ms"], ELEMENT[record["precision"]]
+        works = [
+            floor.adapter(shape, size.batch * size.tokens, size.rank, record["dropout"], element)
+            for shape in floor.layers_of_step(size)
+        ]
+        least = sum(rates.milliseconds(work, element) for work in works)
+        over = {method: overhead(samples, method) for method in _ADAPTED}
+        table.add(
+            record["precision"],
+            f"{record['dropout']:g}",
+            _with_spread(samples[FROZEN]),
+            *over.values(),
+            over[OURS] / over[LORA],
+            least,
+            sum(work.flops for work in works) / 1e9,
+            sum(work.bytes for work in works) / _MB,
+            over[OURS] / least,
+        )
+    return table
+
+
+def _steps(figures: Figures) -> Table:
+    others, places = (LORA, ADALORA, LITERAL), (UNARMED, ARMED)
+    table = Table(
+        "Whole training step",
+        ["precision", *others, f"{OURS}, mean", *places, "growth", SPENT, "/ LoRA", "/ AdaLoRA", "literal /"],
+        "Milliseconds of zero_grad, forward, backward, AdamW and all that the method does besides. Ours in "
+        "the paper's form with regulariser, reserve and newborn rows: the mean over an interval of the steps "
+        "before the importance window (unarmed), in it (armed), and the growth. Budget spent: the default "
+        "form, with nothing left to grow.",
+    )
+    for record in figures["step"]["steps"]:
+        samples = whole_step(record)
+        table.add(
+            f"{record['precision']}, dropout {record['dropout']:g}",
+            *(_with_spread(samples[name]) for name in (*others, OURS, *places)),
+            _with_spread(record["event_ms"]),
+            _with_spread(samples[SPENT]),
+            ratio(samples, OURS, LORA),
+            ratio(samples, OURS, ADALORA),
+            ratio(samples, LITERAL, OURS),
+        )
+    return table
+
+
+def _saved(figures: Figures) -> Table:
+    table = Table(
+        "Saved for the backward pass by the adapters",
+        ["what", "precision", "dropout", *(f"{method} MB" for method in _ADAPTED), "floor MB", "ours / LoRA"],
+        "Storages counted once; parameters and what the frozen layers save left out.",
+    )
+    for record in figures["memory"]["layer"] + figures["memory"]["model"]:
+        if "shape" in record:
+            features, out = record["shape"]
+            shared = "" if record["layers"] == 1 else f"{record['layers']} on one input: "
+            what = f"{shared}{features} to {out}, {record['tokens']} tokens, r {record['rank']}"
+        else:
+            what = "the model"
+        saved = {method: adapters_bytes(record["bytes"], method) for method in _ADAPTED}
+        table.add(
+            what,
+            record["precision"],
+            f"{record['dropout']:g}",
+            *(value / _MB for value in saved.values()),
+            record["floor"] / _MB if "floor" in record else "",
+            saved[OURS] / saved[LORA],
+        )
+    return table
+
+
+def _peak(figures: Figures) -> Table:
+    table = Table(
+        "Peak memory of a process that trains the model",
+        ["method", "precision", "dropout", "model built MB", "peak MB", "training adds MB"],
+    )
+    for record in figures["memory"]["peak"]:
+        built, highest = record["built"] / _MB, record["peak"] / _MB
+        dropout = f"{record['dropout']:g}"
+        table.add(record["method"], record["precision"], dropout, built, highest, highest - built)
+    return table
+
+
+def _scheduler(figures: Figures) -> Table:
+    table = Table(
+        "Scheduler",
+        ["modules", "form", "plain step ms", *(f"+ {state}" for state in STATES)],
+        "Milliseconds that the hooks add to optimizer.step() of AdamW (foreach off, as torch has it on the "
+        "CPU), a growth of a tenth of the modules included in the last column.",
+    )
+    for record in figures["scheduler"]:
+        plain = [value for values in record["plain"].values() for value in values]
+        added = [charts.added_by_scheduler(record, state) for state in STATES]
+        table.add(record["modules"], record["form"], median(plain), *added)
+    return table
+
+
+def _layer(figures: Figures) -> Table:
+    rates = Rates.from_json(figures["floor"])
+    case = ("in, out", "tokens", "r", "precision", "dropout")
+    distances = ("ours / floor", "frozen / its floor")
+    table = Table(
+        "Adapted layer, forward and backward",
+        [*case, "frozen ms", *_ADDED, "ours / LoRA", "± ours", "floor ms", "MFLOP", "MB", *distances],
+        "Columns with + are milliseconds over the frozen layer; ours / LoRA is of the whole layer's time.",
+    )
+    for record in figures["layer"]:
+        samples, shape, tokens = record["ms"], tuple(record["shape"]), record["tokens"]
+        element = ELEMENT[record["precision"]]
+        work = floor.adapter(shape, tokens, record["rank"], record["dropout"], element)
+        least = rates.milliseconds(work, element)
+        base = rates.milliseconds(floor.frozen(shape, tokens), element)
+        table.add(
+            f"{shape[0]}, {shape[1]}",
+            tokens,
+            record["rank"],
+            record["precision"],
+            f"{record['dropout']:g}",
+            median(samples[FROZEN]),
+            *(overhead(samples, method) if method in samples else "" for method in _ADAPTED),
+            ratio(samples, OURS, LORA),
+            f"{spread(samples[OURS]):.0%}",
+            least,
+            work.flops / 1e6,
+            work.bytes / _MB,
+            overhead(samples, OURS) / least,
+            median(samples[FROZEN]) / base,
+        )
+    return table
