@@ -326,5 +326,5 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(add_orthogonality_gradient_, module)?)?;
     module.add_function(wrap_pyfunction!(importance_window, module)?)?;
     module.add_function(wrap_pyfunction!(restart_, module)?)?;
-    Ok(())
+    crate::kernels::cuda::bindings::register(module)
 }
