@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from increlora_rs import _core
 
 HERE = Path(__file__).parent

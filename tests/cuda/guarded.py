@@ -1,9 +1,14 @@
-"""Tensors with walls: NaN (or 0xEE) before and after, so that a read past an end spoils the result and a
-write past it is seen."""
+"""Tensors with walls around them. On the CPU no memory lies behind them, so that an access past the end
+fails the launch; before them, and on a device on both sides, lie NaN or 0xEE, so that a read spoils the
+result and a write is seen."""
+
+import ctypes
+import mmap
 
 import torch
 
 WALL = 64
+NO_ACCESS = 0
 
 
 class Guarded:
@@ -16,18 +21,31 @@ class Guarded:
     def put(self, values):
         """A contiguous copy of ``values`` at a multiple of 16 bytes."""
         count = values.numel()
-        # The second wall begins right behind the last element; the whole stays a multiple of 16 bytes.
-        fill = 0xEE if values.dtype == torch.uint8 else float("nan")
-        buffer = torch.full((2 * WALL + count,), fill, dtype=values.dtype, device=self.device)
-        inside = buffer[WALL : WALL + count]
+        buffer, first = self._on_cpu(values) if self.device == "cpu" else self._on_device(values)
+        buffer.fill_(0xEE if values.dtype == torch.uint8 else float("nan"))
+        inside = buffer[first : first + count]
         inside.copy_(values.reshape(-1))
-        assert inside.data_ptr() % 16 == 0
-        self.walled.append(buffer)
+        self.walled.append((buffer, first, count))
         return inside.view(values.shape)
+
+    def _on_device(self, values):
+        count = 2 * WALL + values.numel()
+        return torch.empty(count, dtype=values.dtype, device=self.device), WALL
+
+    def _on_cpu(self, values):
+        page, size = mmap.PAGESIZE, values.element_size()
+        length = (values.numel() * size // page + 2) * page
+        memory = mmap.mmap(-1, length + page)
+        behind = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + length
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(behind), ctypes.c_size_t(page), NO_ACCESS) == 0
+        buffer = torch.frombuffer(memory, dtype=values.dtype, count=length // size)
+        # The last multiple of 16 bytes: less than 16 of them lie between the end and the wall.
+        first = (length - values.numel() * size) // 16 * 16 // size
+        return buffer, first
 
     def check(self):
         """Fails if a wall was written to."""
-        for buffer in self.walled:
-            walls = torch.cat([buffer[:WALL], buffer[-WALL:]]).cpu()
+        for buffer, first, count in self.walled:
+            walls = torch.cat([buffer[:first], buffer[first + count :]]).cpu()
             whole = walls == 0xEE if walls.dtype == torch.uint8 else walls.isnan()
-            assert whole.all(), f"memory around a tensor of {buffer.numel() - 2 * WALL} elements was written"
+            assert whole.all(), f"memory around a tensor of {count} elements was written"

@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-
 from increlora_rs import _core
 
 ENTRY = re.compile(
@@ -31,7 +30,8 @@ def test_every_kernel_compiles_without_spills(architecture):
 
 def test_a_kernel_that_spills_is_seen():
     log = (
-        "ptxas info    : Compiling entry function 'k' for 'sm_90'\nptxas info    : Function properties for k\n"
+        "ptxas info    : Compiling entry function 'k' for 'sm_90'\n"
+        "ptxas info    : Function properties for k\n"
         "    8 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads\n"
         "ptxas info    : Used 40 registers, used 1 barriers\n"
     )

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 from guarded import Guarded
-from philox import kept, philox
-
 from increlora_rs import _core
+from philox import kept, philox
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Relative to the largest entry: float32 sums, rounded once to the dtype.
@@ -52,6 +51,19 @@ def bits(mask, elements):
 
 def packed(mask):
     return torch.from_numpy(np.packbits(mask, bitorder="little"))
+
+
+def test_an_access_past_a_tensor_fails_the_launch(emulated):
+    guarded = Guarded("cpu")
+    x, short = guarded.put(torch.ones(4096)), guarded.put(torch.ones(16, dtype=torch.uint8))
+    arguments = [
+        ctypes.c_uint64(x.data_ptr()),
+        ctypes.c_uint64(x.data_ptr()),
+        ctypes.c_uint64(short.data_ptr()),
+    ]
+    arguments.append(ctypes.c_int64(4096))
+    addresses = (ctypes.c_void_p * 4)(*(ctypes.addressof(argument) for argument in arguments))
+    assert emulated.emulator_launch(b"apply_mask_f32", 2, 1, 256, addresses) == 3
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <link.h>
+#include <signal.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -108,9 +109,44 @@ inline void poison_shared_memory() {
     dl_iterate_phdr(poison, (void*)&poison_shared_memory);
 }
 
-// Runs `kernel` on every block; false if its threads wait for each other for ever.
-inline bool run(Position blocks, unsigned threads, std::function<void()> kernel) {
-    if (threads == 0 || threads > MAX_THREADS || threads % WARP_THREADS) return false;
+enum Result { DONE = 0, UNKNOWN = 1, STUCK = 2, OUT_OF_BOUNDS = 3, BAD_LAUNCH = 4 };
+
+inline bool in_fiber, faulted;
+
+// An access to memory that is not there ends the launch, not the process: tests put walls of such memory
+// behind their tensors.
+inline void leave_fiber(int signal) {
+    if (!in_fiber) {
+        ::signal(signal, SIG_DFL);
+        return;
+    }
+    faulted = true;
+    setcontext(&scheduler);
+}
+
+struct CaughtFaults {
+    struct sigaction before_segv, before_bus;
+
+    CaughtFaults() {
+        struct sigaction ours = {};
+        ours.sa_handler = leave_fiber;
+        ours.sa_flags = SA_NODEFER;
+        faulted = false;
+        sigaction(SIGSEGV, &ours, &before_segv);
+        sigaction(SIGBUS, &ours, &before_bus);
+    }
+
+    ~CaughtFaults() {
+        sigaction(SIGSEGV, &before_segv, nullptr);
+        sigaction(SIGBUS, &before_bus, nullptr);
+    }
+};
+
+// Runs `kernel` on every block.
+inline Result run(Position blocks, unsigned threads, std::function<void()> kernel) {
+    if (threads == 0 || threads > MAX_THREADS || threads % WARP_THREADS) return BAD_LAUNCH;
+    if (blocks.x == 0 || blocks.y == 0) return BAD_LAUNCH;
+    const CaughtFaults caught;
     body = std::move(kernel);
     grid = blocks;
     block_size = {threads, 1};
@@ -136,14 +172,18 @@ inline bool run(Position blocks, unsigned threads, std::function<void()> kernel)
                 for (unsigned k = 0; k < threads; k++) {
                     current = reversed ? threads - 1 - k : k;
                     thread = {current, 0};
-                    if (!fibers[current].done) swapcontext(&scheduler, &fibers[current].context);
+                    if (fibers[current].done) continue;
+                    in_fiber = true;
+                    swapcontext(&scheduler, &fibers[current].context);
+                    in_fiber = false;
+                    if (faulted) return OUT_OF_BOUNDS;
                     left += !fibers[current].done;
                 }
-                if (left > 0 && progress == before) return false;
+                if (left > 0 && progress == before) return STUCK;
             }
         }
     }
-    return true;
+    return DONE;
 }
 
 }  // namespace emulator

@@ -46,14 +46,14 @@ std::string launched;
 
 }  // namespace
 
-// 0; 1 for a name without a kernel; 2 where the threads wait for each other for ever.
+// 0, or why not: see emulator::Result.
 extern "C" int emulator_launch(
     const char* name, unsigned grid_x, unsigned grid_y, unsigned threads, void** arguments) {
     const auto found = kernels.find(name);
-    if (found == kernels.end()) return 1;
+    if (found == kernels.end()) return emulator::UNKNOWN;
     launched += std::string(name) + "\n";
     const Launch& kernel = found->second;
-    return emulator::run({grid_x, grid_y}, threads, [&] { kernel(arguments); }) ? 0 : 2;
+    return emulator::run({grid_x, grid_y}, threads, [&] { kernel(arguments); });
 }
 
 // Lets the threads of every block run from the last to the first.
