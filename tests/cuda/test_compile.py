@@ -1,6 +1,10 @@
 """Every kernel compiles, without a GPU, for the architectures that matter."""
 
+import hashlib
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -53,3 +57,39 @@ def test_a_missing_device_has_a_reason_and_no_exception():
     assert reason == _core.cuda_unavailable()
     x = torch.ones(4, 8)
     assert _core.cuda_draw_mask(x, 0.5, 1) is None
+
+
+def device_code(cache):
+    """The hash of the device code that a new process gets, its cache folder being ``cache``."""
+    # The extension alone: the whole package takes seconds to import.
+    code = (
+        "import hashlib, sys, torch; from importlib.util import module_from_spec, spec_from_file_location; "
+        "spec = spec_from_file_location('_core', sys.argv[1]); core = module_from_spec(spec); "
+        "spec.loader.exec_module(core); print(hashlib.sha256(core.cuda_cubin('sm_90')).hexdigest())"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    command = [sys.executable, "-c", code, _core.__file__]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_device_code_is_kept_for_the_next_process(tmp_path):
+    first = device_code(tmp_path)
+    (file,) = (tmp_path / "increlora_rs").iterdir()
+    assert re.fullmatch(r"sm_90-[0-9a-f]{16}\.cubin", file.name)
+    whole, written = file.read_bytes(), file.stat().st_mtime_ns
+    assert hashlib.sha256(whole[32:]).hexdigest() == first
+    assert device_code(tmp_path) == first
+    assert file.stat().st_mtime_ns == written, "the second process compiled again"
+    file.write_bytes(whole[:-100])
+    assert device_code(tmp_path) == first
+    assert file.read_bytes() == whole, "a damaged file is made anew"
+
+
+@pytest.mark.slow
+def test_a_cache_folder_that_cannot_be_made_costs_nothing_but_time(tmp_path):
+    no_folder = tmp_path / "file"
+    no_folder.touch()
+    assert device_code(no_folder)

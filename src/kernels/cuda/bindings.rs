@@ -2,6 +2,7 @@
 //! and for who wants to know why kernels are not used.
 
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 use pyo3_tch::PyTensor;
 use tch::Tensor;
 
@@ -12,6 +13,13 @@ use crate::errors::detached;
 #[pyfunction]
 fn cuda_compile(py: Python<'_>, architecture: &str) -> PyResult<String> {
     detached(py, || Ok(super::compile::compile(architecture)?.log))
+}
+
+/// The device code for an architecture, by way of the cache.
+#[pyfunction]
+fn cuda_cubin<'py>(py: Python<'py>, architecture: &str) -> PyResult<Bound<'py, PyBytes>> {
+    let cubin = detached(py, || super::compile::cubin(architecture))?;
+    Ok(PyBytes::new(py, &cubin))
 }
 
 /// The names of all kernels.
@@ -165,9 +173,8 @@ fn cuda_add_orthogonality_gradient_(
     let factor = factor.0;
     detached(py, move || {
         let stream = Stream(stream);
-        let value = super::add_orthogonality_gradient_(
-            &a, &b, &mut grad_a, &mut grad_b, &factor, stream,
-        )?;
+        let value =
+            super::add_orthogonality_gradient_(&a, &b, &mut grad_a, &mut grad_b, &factor, stream)?;
         Ok(value.map(PyTensor))
     })
 }
@@ -175,6 +182,7 @@ fn cuda_add_orthogonality_gradient_(
 /// Adds everything to the module.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(cuda_compile, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda_cubin, module)?)?;
     module.add_function(wrap_pyfunction!(cuda_kernels, module)?)?;
     module.add_function(wrap_pyfunction!(cuda_prepare, module)?)?;
     module.add_function(wrap_pyfunction!(cuda_unavailable, module)?)?;

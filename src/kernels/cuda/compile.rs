@@ -41,7 +41,8 @@ pub fn compile(architecture: &str) -> Result<Compiled> {
         )));
     }
     if !present() {
-        let message = "libnvrtc, the run-time compiler of CUDA, was not found; torch's CUDA packages \
+        let message =
+            "libnvrtc, the run-time compiler of CUDA, was not found; torch's CUDA packages \
                        bring it (nvidia-cuda-nvrtc)";
         return Err(Error::Cuda(message.to_owned()));
     }

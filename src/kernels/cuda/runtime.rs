@@ -116,7 +116,8 @@ impl Target {
         arguments: &[Argument<'_>],
     ) -> Result<()> {
         let blocks = |count: i64| {
-            u32::try_from(count).map_err(|_| Error::Cuda(format!("{name}: {count} blocks are too many")))
+            u32::try_from(count)
+                .map_err(|_| Error::Cuda(format!("{name}: {count} blocks are too many")))
         };
         let grid = (blocks(grid.0)?, blocks(grid.1)?);
         let mut addresses: Vec<*mut c_void> = arguments.iter().map(Argument::address).collect();
@@ -130,7 +131,9 @@ impl Target {
                 let kernel = CString::new(name).map_err(|error| Error::Cuda(error.to_string()))?;
                 match launch(kernel.as_ptr(), grid.0, grid.1, threads, addresses.as_ptr()) {
                     0 => Ok(()),
-                    code => Err(Error::Cuda(format!("{name}: the emulator failed with code {code}"))),
+                    code => {
+                        Err(Error::Cuda(format!("{name}: the emulator failed with code {code}")))
+                    }
                 }
             },
         }
@@ -156,10 +159,10 @@ impl Device {
         let (major, minor) = context.compute_capability().map_err(failed)?;
         let cubin = compile::cubin(&format!("sm_{major}{minor}"))?;
         // SAFETY: the context is bound, and the cubin is one that NVRTC made for this architecture.
-        let module =
-            unsafe { driver::module::load_data(cubin.as_ptr().cast()) }.map_err(failed)?;
+        let module = unsafe { driver::module::load_data(cubin.as_ptr().cast()) }.map_err(failed)?;
         let functions = kernels().into_iter().map(|name| {
-            let symbol = CString::new(name.as_str()).map_err(|error| Error::Cuda(error.to_string()))?;
+            let symbol =
+                CString::new(name.as_str()).map_err(|error| Error::Cuda(error.to_string()))?;
             // SAFETY: the module was just loaded, and is never unloaded.
             let function = unsafe { driver::module::get_function(module, symbol) }
                 .map_err(|error| Error::Cuda(format!("device {ordinal}, {name}: {error}")))?;

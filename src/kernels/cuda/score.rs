@@ -47,7 +47,8 @@ pub fn accumulate(
             length - 1
         )));
     }
-    let narrow = |tensor: &Tensor| matches!(tensor.kind(), Kind::Float | Kind::Half | Kind::BFloat16);
+    let narrow =
+        |tensor: &Tensor| matches!(tensor.kind(), Kind::Float | Kind::Half | Kind::BFloat16);
     if features % 8 != 0 || out * features == 0 || !narrow(p) || !narrow(a) {
         return Ok(false);
     }
