@@ -80,7 +80,9 @@ __device__ __forceinline__ void apply_mask(T* out, const T* x, const u8* mask, i
         store8(out + first, value);
         return;
     }
-    for (int k = 0; first + k < count; k++) from_float(out[first + k], bits >> k & 1 ? to_float(x[first + k]) : 0.0f);
+    for (int k = 0; first + k < count; k++) {
+        from_float(out[first + k], bits >> k & 1 ? to_float(x[first + k]) : 0.0f);
+    }
 }
 
 #define DEFINE(T)                                                          \
