@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo bench test test-rust test-python lint format clean
+.PHONY: help build demo bench test test-rust test-python test-gpu lint format clean
 
 help: ## list the targets
 	@sed -n -E 's/^([a-z-]+):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -44,6 +44,9 @@ test-rust: $(INSTALLED)
 
 test-python: build
 	pytest
+
+test-gpu: ## the kernels' tests, with the interpreter whose packages are at hand
+	$(PYTHON) -m pytest tests/cuda
 
 lint: build
 	cargo fmt --check

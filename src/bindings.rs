@@ -343,5 +343,5 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(add_orthogonality_gradient_, module)?)?;
     module.add_function(wrap_pyfunction!(importance_window, module)?)?;
     step::register(module)?;
-    Ok(())
+    crate::kernels::cuda::bindings::register(module)
 }

@@ -19,6 +19,9 @@ pub enum Error {
     /// libtorch refused an operation.
     #[error("{}", first_line(&.0.to_string()))]
     Torch(#[from] TchError),
+    /// A kernel for CUDA cannot be compiled or launched.
+    #[error("CUDA: {0}")]
+    Cuda(String),
     /// A defect of this library: a panic that was caught before it reached Python.
     #[error("internal error of increlora_rs, please report it: {0}")]
     Panic(String),
@@ -33,7 +36,7 @@ impl From<Error> for PyErr {
         match error {
             Error::Value(_) => PyValueError::new_err(message),
             Error::Dtype(_) => PyTypeError::new_err(message),
-            Error::Torch(_) | Error::Panic(_) => PyRuntimeError::new_err(message),
+            Error::Torch(_) | Error::Cuda(_) | Error::Panic(_) => PyRuntimeError::new_err(message),
         }
     }
 }

@@ -270,3 +270,71 @@ class Newborns:
         decay: float = 0.0,
     ) -> None:
         """After it: :func:`restart_` of the same arguments."""
+
+def cuda_compile(architecture: str) -> str:
+    """Compiles the CUDA kernels for ``architecture`` ("sm_90"), which needs no GPU; returns the
+    compiler's log. RuntimeError where that fails."""
+
+def cuda_cubin(architecture: str) -> bytes:
+    """The device code for ``architecture``, as a device would load it: from the cache folder, else
+    compiled and kept there."""
+
+def cuda_kernels() -> list[str]:
+    """The names of all kernels."""
+
+def cuda_prepare(index: int) -> str | None:
+    """Loads the kernels of CUDA device ``index``; returns the reason where they cannot be had."""
+
+def cuda_unavailable() -> str | None:
+    """Why kernels were asked for and could not be had, for the first device where that happened."""
+
+def cuda_emulate(launch: int) -> None:
+    """For tests: sends the kernels for CPU tensors to the C function at this address (0: to none).
+    Any other number crashes the process."""
+
+def cuda_draw_mask(x: Tensor, p: float, seed: int, offset: int = 0, stream: int = 0) -> Tensor | None:
+    """Packed dropout mask of all elements of ``x``, uint8; bit for bit the CPU's.
+
+    This and the following take float32, float16 and bfloat16, and return None or False, with nothing
+    done, where no kernel can be used. ``stream`` is the handle of torch's current stream.
+    """
+
+def cuda_apply_mask(x: Tensor, mask: Tensor, stream: int = 0) -> Tensor | None:
+    """``x`` where the packed ``mask`` is set, else 0."""
+
+def cuda_down(
+    x: Tensor, a: Tensor, gain: float, p: float, seed: int, offset: int = 0, stream: int = 0
+) -> tuple[Tensor, Tensor] | None:
+    """``gain * drop(x) a^T`` (tokens, ranks) of ``x`` (tokens, in) and ``a`` (ranks, in), one dtype, and the
+    packed mask."""
+
+def cuda_add_grad_x(
+    gx: Tensor, accumulate: bool, u: Tensor, a: Tensor, mask: Tensor | None, gain: float, stream: int = 0
+) -> bool:
+    """``gx (+)= gain * drop(u a)`` in place; gx (tokens, in), u (tokens, ranks), a (ranks, in), one dtype."""
+
+def cuda_importance_(
+    vector: Tensor, slot: int, p: Tensor, a: Tensor, gy: Tensor, x: Tensor, gain: float, stream: int = 0
+) -> bool:
+    """``vector[slot] += gain * sum |(p a) * (gy^T x)|``; vector float64, p (out, ranks), a (ranks, in)."""
+
+def cuda_smooth_(
+    importance: Tensor,
+    factor: Tensor,
+    mean: Tensor,
+    uncertainty: Tensor,
+    beta1: float,
+    beta2: float,
+    stream: int = 0,
+) -> bool:
+    """:func:`smooth_` in one launch."""
+
+def cuda_add_orthogonality_gradient_(
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    grad_a: Sequence[Tensor],
+    grad_b: Sequence[Tensor],
+    factor: Tensor,
+    stream: int = 0,
+) -> Tensor | None:
+    """:func:`add_orthogonality_gradient_` in three launches for up to 256 modules of up to 64 ranks."""

@@ -28,6 +28,11 @@ impl Stream {
         Self { seed, offset, threshold: ((1.0 - p) * 65536.0).round() as u32 }
     }
 
+    /// An element is kept where its 16 bits are below it.
+    pub fn threshold(&self) -> u32 {
+        self.threshold
+    }
+
     /// Probability with which an element is really kept (16 bits fine).
     pub fn keep_probability(&self) -> f64 {
         f64::from(self.threshold) / 65536.0
