@@ -1,4 +1,8 @@
-//! Work on many independent items, over as many threads as torch uses.
+//! Work on many independent items, over torch's threads.
+
+use std::sync::Mutex;
+
+use super::pool;
 
 /// Work below which another thread costs more than it saves.
 const WORTH_A_THREAD: usize = 200_000;
@@ -8,28 +12,33 @@ const WORTH_A_THREAD: usize = 200_000;
 pub fn split<J: Send>(items: &mut [J], cost: impl Fn(&J) -> usize, work: impl Fn(&mut [J]) + Sync) {
     let costs: Vec<usize> = items.iter().map(cost).collect();
     let total: usize = costs.iter().sum();
-    let threads = usize::try_from(tch::get_num_threads()).unwrap_or(1);
-    let parts = threads.min(total / WORTH_A_THREAD).max(1);
+    let parts = pool::threads().min(total / WORTH_A_THREAD).max(1);
     if parts == 1 {
         return work(items);
     }
-    std::thread::scope(|scope| {
-        let (mut rest, mut first, work) = (items, 0, &work);
-        for _ in 1..parts {
-            let mut done = 0;
-            let count = costs[first..]
-                .iter()
-                .take_while(|&&cost| {
-                    done += cost;
-                    done <= total / parts
-                })
-                .count();
-            first += count;
-            let (now, later) = std::mem::take(&mut rest).split_at_mut(count);
-            rest = later;
-            scope.spawn(move || work(now));
+    let mut shares = Vec::with_capacity(parts);
+    let (mut rest, mut first) = (items, 0);
+    for _ in 1..parts {
+        let mut done = 0;
+        let fits = |&&cost: &&usize| {
+            done += cost;
+            done <= total / parts
+        };
+        let count = costs[first..].iter().take_while(fits).count();
+        first += count;
+        let (now, later) = std::mem::take(&mut rest).split_at_mut(count);
+        rest = later;
+        shares.push(Mutex::new(now));
+    }
+    shares.push(Mutex::new(rest));
+    pool::run(parts, |thread, threads| {
+        // Fewer threads may come than were asked for.
+        for share in shares.iter().skip(thread).step_by(threads) {
+            // Each share has one thread: nobody else ever holds the lock.
+            if let Ok(mut share) = share.try_lock() {
+                work(&mut share);
+            }
         }
-        work(rest);
     });
 }
 
