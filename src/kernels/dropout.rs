@@ -4,7 +4,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::philox::{philox, LANES};
+use super::philox::LANES;
 use super::pool;
 use super::simd::{on_best, Kernel, Simd};
 use crate::errors::{Error, Result};
@@ -40,20 +40,20 @@ impl Stream {
 
     /// The packed bits of the elements from `first_group * GROUP` on: bit i is set where element i is
     /// kept. Element 32 w + 16 h + l of a group takes half h of word w of the group's counter l.
+    ///
+    /// # Safety
+    /// The processor has the instructions of `V`.
     #[inline(always)]
-    pub fn fill(&self, bytes: &mut [u8], first_group: usize) {
+    pub unsafe fn fill<V: Simd>(&self, bytes: &mut [u8], first_group: usize) {
         for (group, out) in bytes.chunks_mut(GROUP / 8).enumerate() {
             let first = ((first_group + group) * LANES) as u64;
-            let words = philox(self.seed, self.offset.wrapping_add(first));
+            // SAFETY: as the caller promises.
+            let halves = unsafe {
+                V::keep_group(self.seed, self.offset.wrapping_add(first), self.threshold)
+            };
             let mut bits = [0u8; GROUP / 8];
-            for (w, word) in words.iter().enumerate() {
-                for half in 0..2 {
-                    let mut kept = 0u16;
-                    for (l, v) in word.iter().enumerate() {
-                        kept |= u16::from((v >> (16 * half)) & 0xFFFF < self.threshold) << l;
-                    }
-                    bits[w * 4 + half * 2..][..2].copy_from_slice(&kept.to_le_bytes());
-                }
+            for (pair, half) in bits.chunks_exact_mut(2).zip(halves) {
+                pair.copy_from_slice(&half.to_le_bytes());
             }
             out.copy_from_slice(&bits[..out.len()]);
         }
@@ -91,7 +91,8 @@ impl Kernel for Fill {
     unsafe fn run<V: Simd>(&self) {
         // SAFETY: one thread's part of the bytes, which no other has.
         let out = unsafe { std::slice::from_raw_parts_mut(self.out.0, self.bytes) };
-        self.stream.fill(out, 0);
+        // SAFETY: as the caller promises.
+        unsafe { self.stream.fill::<V>(out, 0) };
     }
 }
 
@@ -187,14 +188,19 @@ pub fn zero_(values: &mut Tensor, mask: &Tensor) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::simd::Isa;
+    use crate::kernels::simd::{Isa, Portable};
+
+    fn fill(stream: &Stream, bytes: &mut [u8], first_group: usize) {
+        // SAFETY: portable code runs everywhere.
+        unsafe { stream.fill::<Portable>(bytes, first_group) }
+    }
 
     #[test]
     fn all_instructions_draw_and_apply_one_mask() {
         let stream = Stream::new(0.3, 42, 5);
         for n in [1, 7, 8, 127, 128, 129, 1000] {
             let mut want = vec![0u8; n];
-            stream.fill(&mut want, 0);
+            fill(&stream, &mut want, 0);
             for isa in Isa::available() {
                 let mut bytes = vec![0u8; n];
                 isa.run(&Fill { stream, out: Shared(bytes.as_mut_ptr()), bytes: n });
@@ -216,10 +222,10 @@ mod tests {
         let elements = 3 * SERIAL + 77;
         let mask: Vec<u8> = draw(elements, &stream).unwrap().try_into().unwrap();
         let mut want = vec![0u8; elements.div_ceil(8)];
-        stream.fill(&mut want, 0);
+        fill(&stream, &mut want, 0);
         assert_eq!(mask, want);
         let mut later = vec![0u8; 64];
-        stream.fill(&mut later, 3);
+        fill(&stream, &mut later, 3);
         assert_eq!(later, want[3 * GROUP / 8..][..64]);
     }
 
@@ -227,7 +233,7 @@ mod tests {
     fn the_kept_share_is_one_minus_p() {
         for p in [0.0, 0.1, 0.5, 0.9, 1.0] {
             let mut bits = vec![0u8; 1 << 17];
-            Stream::new(p, 7, 0).fill(&mut bits, 0);
+            fill(&Stream::new(p, 7, 0), &mut bits, 0);
             let kept: u32 = bits.iter().map(|b| b.count_ones()).sum();
             let share = f64::from(kept) / (8.0 * bits.len() as f64);
             assert!((share - (1.0 - p)).abs() < 2e-3, "p {p}: kept {share}");

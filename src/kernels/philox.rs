@@ -1,7 +1,9 @@
 //! Philox4x32-10 (Salmon et al., SC 2011): random numbers as a function of a counter and a key.
 
-const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
-const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
+/// Multipliers of the words 0 and 2.
+pub(super) const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
+/// What each round adds to the key.
+pub(super) const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 /// Counters computed at once, so that the compiler vectorises over them.
 pub const LANES: usize = 16;
 

@@ -6,6 +6,8 @@
 
 use tch::Kind;
 
+use super::philox::philox;
+
 /// Most lanes of any [`Simd`].
 pub const MAX_LANES: usize = 16;
 
@@ -37,6 +39,22 @@ pub unsafe trait Simd: Copy {
     unsafe fn keep(self, bits: u32) -> Self;
     /// Sum of the lanes.
     unsafe fn sum(self) -> f32;
+
+    /// Which of 128 random 16-bit numbers are below `threshold`: bit l of `[2 w + h]` is of half h of
+    /// word w of the counter `first + l` under the key `seed`.
+    #[inline(always)]
+    unsafe fn keep_group(seed: u64, first: u64, threshold: u32) -> [u16; 8] {
+        let words = philox(seed, first);
+        let mut kept = [0u16; 8];
+        for (w, word) in words.iter().enumerate() {
+            for half in 0..2 {
+                for (l, v) in word.iter().enumerate() {
+                    kept[2 * w + half] |= u16::from((v >> (16 * half)) & 0xFFFF < threshold) << l;
+                }
+            }
+        }
+        kept
+    }
 }
 
 /// A dtype of the loops.
@@ -185,8 +203,23 @@ unsafe impl Simd for Portable {
 /// Vectors with special instructions of x86-64.
 #[cfg(target_arch = "x86_64")]
 pub mod x86 {
+    use super::super::philox::{MULTIPLIERS, WEYL};
     use super::Simd;
     use std::arch::x86_64::*;
+
+    /// High and low words of `factor * values`, 16 lanes.
+    #[inline(always)]
+    unsafe fn wide_product(values: __m512i, factor: __m512i) -> (__m512i, __m512i) {
+        // The processor multiplies every second lane: once for the even ones, once for the odd.
+        unsafe {
+            let even = _mm512_mul_epu32(values, factor);
+            let odd = _mm512_mul_epu32(_mm512_srli_epi64::<32>(values), factor);
+            (
+                _mm512_mask_shuffle_epi32::<0b11_11_01_01>(odd, 0x5555, even),
+                _mm512_mask_shuffle_epi32::<0b10_10_00_00>(even, 0xAAAA, odd),
+            )
+        }
+    }
 
     /// 256 bits, with FMA.
     #[derive(Clone, Copy)]
@@ -311,6 +344,61 @@ pub mod x86 {
         #[inline(always)]
         unsafe fn sum(self) -> f32 {
             unsafe { _mm512_reduce_add_ps(self.0) }
+        }
+        #[inline(always)]
+        unsafe fn keep_group(seed: u64, first: u64, threshold: u32) -> [u16; 8] {
+            unsafe {
+                let lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+                let start = _mm512_set1_epi64(first as i64);
+                let counters = [
+                    _mm512_add_epi64(start, lanes),
+                    _mm512_add_epi64(start, _mm512_add_epi64(lanes, _mm512_set1_epi64(8))),
+                ];
+                let pick = |from: i32| {
+                    let index = _mm512_setr_epi32(
+                        from,
+                        from + 2,
+                        from + 4,
+                        from + 6,
+                        from + 8,
+                        from + 10,
+                        from + 12,
+                        from + 14,
+                        from + 16,
+                        from + 18,
+                        from + 20,
+                        from + 22,
+                        from + 24,
+                        from + 26,
+                        from + 28,
+                        from + 30,
+                    );
+                    _mm512_permutex2var_epi32(counters[0], index, counters[1])
+                };
+                let mut c = [pick(0), pick(1), _mm512_setzero_si512(), _mm512_setzero_si512()];
+                let factors = MULTIPLIERS.map(|factor| _mm512_set1_epi32(factor as i32));
+                let mut key = [seed as u32, (seed >> 32) as u32];
+                for _ in 0..10 {
+                    let (high_a, low_a) = wide_product(c[0], factors[0]);
+                    let (high_b, low_b) = wide_product(c[2], factors[1]);
+                    let k = key.map(|word| _mm512_set1_epi32(word as i32));
+                    c = [
+                        _mm512_ternarylogic_epi32::<0x96>(high_b, c[1], k[0]),
+                        low_b,
+                        _mm512_ternarylogic_epi32::<0x96>(high_a, c[3], k[1]),
+                        low_a,
+                    ];
+                    key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
+                }
+                let limit = _mm512_set1_epi32(threshold as i32);
+                let mut kept = [0u16; 8];
+                for (w, word) in c.into_iter().enumerate() {
+                    let low = _mm512_and_si512(word, _mm512_set1_epi32(0xFFFF));
+                    kept[2 * w] = _mm512_cmplt_epu32_mask(low, limit);
+                    kept[2 * w + 1] = _mm512_cmplt_epu32_mask(_mm512_srli_epi32::<16>(word), limit);
+                }
+                kept
+            }
         }
     }
 }

@@ -64,14 +64,15 @@ struct Mask {
 
 impl Mask {
     #[inline(always)]
-    fn draw(&mut self, stream: Option<&Stream>, elements: std::ops::Range<usize>) {
+    unsafe fn draw<V: Simd>(&mut self, stream: Option<&Stream>, elements: std::ops::Range<usize>) {
         let Some(stream) = stream else { return };
         let groups = elements.start / GROUP..elements.end.div_ceil(GROUP);
         // Four bytes more than there are bits: `at` reads a word.
         self.bytes.resize(groups.len() * GROUP / 8 + 4, 0);
         self.start = groups.start * GROUP;
         let length = groups.len() * GROUP / 8;
-        stream.fill(&mut self.bytes[..length], groups.start);
+        // SAFETY: as the caller promises.
+        unsafe { stream.fill::<V>(&mut self.bytes[..length], groups.start) };
     }
 
     /// The bits of the 16 elements from `element` on.
@@ -205,6 +206,63 @@ unsafe fn dots<V: Simd, E: Element, const MASKED: bool>(
     }
 }
 
+/// `count` values at `from`, all of a vector's or fewer.
+#[inline(always)]
+unsafe fn load_at<V: Simd, E: Element>(from: *const E, count: usize) -> V {
+    // SAFETY: as the caller promises.
+    unsafe {
+        if count == V::LANES {
+            E::load(from)
+        } else {
+            E::load_some(from, count)
+        }
+    }
+}
+
+/// `count` values to `to`.
+#[inline(always)]
+unsafe fn store_at<V: Simd, E: Element>(value: V, to: *mut E, count: usize) {
+    // SAFETY: as the caller promises.
+    unsafe {
+        if count == V::LANES {
+            E::store(value, to);
+        } else {
+            E::store_some(value, to, count);
+        }
+    }
+}
+
+/// `T` tokens of [`expand`], in one block of columns.
+#[inline(always)]
+unsafe fn expand_block<V: Simd, E: Element, const MASKED: bool, const ADD: bool, const T: usize>(
+    small: *const f32,
+    factor: Factor<'_>,
+    first: V,
+    mask: &Mask,
+    tile: &Tile<E>,
+    (token, column, count): (usize, usize, usize),
+) {
+    // SAFETY: columns and tokens lie inside the matrices, as `expand` counts them.
+    unsafe {
+        let mut sums = [first; T];
+        for row in 0..factor.rows {
+            let f: V = load_at(factor.values.as_ptr().add(row * factor.columns + column), count);
+            for (t, sum) in sums.iter_mut().enumerate() {
+                *sum = f.fma(V::splat(*small.add((token + t) * factor.rows + row)), *sum);
+            }
+        }
+        for (t, sum) in sums.into_iter().enumerate() {
+            let place = (token + t) * tile.columns + column;
+            let mut value = if MASKED { sum.keep(mask.at(tile.start + place)) } else { sum };
+            if ADD {
+                let before: V = load_at(tile.data.add(place).cast_const(), count);
+                value = before.fma(V::splat(1.0), value);
+            }
+            store_at(value, tile.data.add(place), count);
+        }
+    }
+}
+
 /// `tile = drop(bias + small factor)`, or that added to the tile.
 #[inline(always)]
 unsafe fn expand<V: Simd, E: Element, const MASKED: bool, const ADD: bool>(
@@ -220,50 +278,19 @@ unsafe fn expand<V: Simd, E: Element, const MASKED: bool, const ADD: bool>(
         let count = V::LANES.min(tile.columns - column);
         // SAFETY: columns and tokens lie inside the matrices.
         unsafe {
-            let load = |from: *const f32| -> V {
-                if count == V::LANES {
-                    V::load(from)
-                } else {
-                    f32::load_some(from, count)
-                }
-            };
-            let first = bias.map_or(V::splat(0.0), |bias| load(bias.as_ptr().add(column)));
-            let put = |token: usize, value: V| {
-                let place = token * tile.columns + column;
-                let value = if MASKED { value.keep(mask.at(tile.start + place)) } else { value };
-                let value = if ADD {
-                    tile.load::<V, false>(token, column, count, mask).fma(V::splat(1.0), value)
-                } else {
-                    value
-                };
-                let to = tile.data.add(place);
-                if count == V::LANES {
-                    E::store(value, to);
-                } else {
-                    E::store_some(value, to, count);
-                }
+            let first: V = match bias {
+                Some(bias) => load_at(bias.as_ptr().add(column), count),
+                None => V::splat(0.0),
             };
             let mut token = 0;
             while token + T <= tile.tokens {
-                let mut sums = [first; T];
-                for row in 0..factor.rows {
-                    let f = load(factor.values.as_ptr().add(row * factor.columns + column));
-                    for (t, sum) in sums.iter_mut().enumerate() {
-                        *sum = f.fma(V::splat(*small.add((token + t) * factor.rows + row)), *sum);
-                    }
-                }
-                for (t, sum) in sums.iter().enumerate() {
-                    put(token + t, *sum);
-                }
+                let at = (token, column, count);
+                expand_block::<V, E, MASKED, ADD, T>(small, factor, first, mask, tile, at);
                 token += T;
             }
             while token < tile.tokens {
-                let mut sum = first;
-                for row in 0..factor.rows {
-                    let f = load(factor.values.as_ptr().add(row * factor.columns + column));
-                    sum = f.fma(V::splat(*small.add(token * factor.rows + row)), sum);
-                }
-                put(token, sum);
+                let at = (token, column, count);
+                expand_block::<V, E, MASKED, ADD, 1>(small, factor, first, mask, tile, at);
                 token += 1;
             }
         }
@@ -381,7 +408,7 @@ impl<E: Element> Forward<'_, E> {
             // SAFETY: the matrices have `tokens` rows of their factors' columns, checked by `forward`.
             unsafe {
                 let start = first * columns;
-                mask.draw(self.dropout, start..rows.end * columns);
+                mask.draw::<V>(self.dropout, start..rows.end * columns);
                 let x = Tile { data: self.x.add(start), tokens, columns, start };
                 let t = self.t.0.add(first * self.a.rows);
                 dots::<V, E, MASKED>(&x, self.a, &mask, t);
@@ -485,7 +512,7 @@ impl<E: Element> Backward<'_, E> {
                 dots::<V, E, false>(&gy, self.p, &mask, u.as_mut_ptr());
                 outer::<V, E, false>(self.t.add(first * rows), rows, &gy, &mask, self.q.0);
                 let start = first * columns;
-                mask.draw(self.dropout, start..part.end * columns);
+                mask.draw::<V>(self.dropout, start..part.end * columns);
                 if let Some(gx) = self.gx {
                     let gx = Tile { data: gx.0.add(start), tokens, columns, start };
                     expand::<V, E, MASKED, false>(u.as_ptr(), self.a, None, &mask, &gx);

@@ -1,7 +1,7 @@
 //! Every loop, with every instruction set, against the same sums in float64.
 
 use super::*;
-use crate::kernels::simd::{Bf16, Isa};
+use crate::kernels::simd::{Bf16, Isa, Portable};
 
 fn random(count: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
@@ -37,7 +37,8 @@ const CASES: [Case; 8] = [
 fn kept(case: &Case, stream: &Stream) -> Vec<f64> {
     let elements = case.tokens * case.columns;
     let mut bytes = vec![0u8; elements.div_ceil(8)];
-    stream.fill(&mut bytes, 0);
+    // SAFETY: portable code runs everywhere.
+    unsafe { stream.fill::<Portable>(&mut bytes, 0) };
     let kept = |i: usize| if case.p > 0.0 { f64::from(bytes[i / 8] >> (i % 8) & 1) } else { 1.0 };
     (0..elements).map(kept).collect()
 }
