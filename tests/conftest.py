@@ -14,6 +14,9 @@ from increlora_rs.model import adapted_layers, short
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+# Not a second conftest.py: two modules of one name, and the classes here could not be pickled.
+pytest_plugins = ["kernel_fixtures"]
+
 
 class Plain(nn.Module):
     def __init__(self):
