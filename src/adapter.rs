@@ -8,6 +8,8 @@ use tch::{Device, Kind, Tensor};
 
 use crate::checks;
 use crate::errors::{Error, Result};
+use crate::importance::{self, Input};
+use crate::kernels::cuda;
 use crate::kernels::dropout::{self, Stream};
 
 mod fast;
@@ -25,16 +27,21 @@ pub struct Adapter {
     pub e: Tensor,
     /// The scale s.
     pub scale: f64,
+    /// Where kernels for a CUDA device are queued.
+    pub queue: cuda::Stream,
 }
 
-/// The dropout of one call. On the CPU the mask is a function of `seed` and is drawn anew where it is
-/// needed; elsewhere it comes from torch's generator and is kept, a byte an element.
+/// The dropout of one call. The mask is a function of `seed`: the CPU draws it anew where it is needed,
+/// the kernels of a CUDA device keep it, a bit an element. Where there are no such kernels it comes from
+/// torch's generator and is kept, a byte an element.
 pub struct Dropout {
     stream: Stream,
-    /// The mask: packed bits on the CPU. `None`: draw it.
+    /// The mask, if it is kept, or given.
     pub mask: Option<Tensor>,
     /// Probability with which an element is kept.
     pub keep: f64,
+    packed: bool,
+    queue: cuda::Stream,
 }
 
 /// What the backward pass gives.
@@ -95,15 +102,16 @@ impl Adapter {
 impl Dropout {
     /// For a tensor like `x`, dropout probability `p`, and the mask that [`forward`] used, if it was
     /// kept.
-    pub fn new(x: &Tensor, p: f64, seed: u64, mask: Option<Tensor>) -> Self {
+    pub fn new(x: &Tensor, p: f64, seed: u64, mask: Option<Tensor>, queue: cuda::Stream) -> Self {
         let stream = Stream::new(p, seed, 0);
-        let keep = if x.device() == Device::Cpu { stream.keep_probability() } else { 1.0 - p };
-        Self { stream, mask, keep }
+        let packed = x.device() == Device::Cpu || cuda::takes(x, queue);
+        let keep = if packed { stream.keep_probability() } else { 1.0 - p };
+        Self { stream, mask, keep, packed, queue }
     }
 
-    /// Draws what has to be kept until the backward pass.
+    /// Draws what has to be kept until the backward pass, if it is not there yet.
     fn prepare(&mut self, x: &Tensor) -> Result<()> {
-        if self.mask.is_none() && x.device() != Device::Cpu {
+        if self.mask.is_none() && !self.packed {
             let mut mask = Tensor::f_empty(x.size(), (Kind::Uint8, x.device()))?;
             let _ = mask.f_bernoulli_float_(self.keep)?;
             self.mask = Some(mask);
@@ -113,9 +121,8 @@ impl Dropout {
 
     /// The mask for `x`, checked.
     fn mask_for(&self, x: &Tensor) -> Result<Tensor> {
-        let on_cpu = x.device() == Device::Cpu;
         let Some(mask) = &self.mask else {
-            if on_cpu {
+            if x.device() == Device::Cpu {
                 return dropout::draw(x.numel(), &self.stream);
             }
             return Err(Error::Value("mask is None; give the one of the forward".into()));
@@ -126,14 +133,15 @@ impl Dropout {
             return Err(Error::Value("mask is not contiguous; give the one of the forward".into()));
         }
         let packed = [(x.numel() as i64 + 7) / 8];
-        checks::shape("mask", mask, if on_cpu { packed.to_vec() } else { x.size() }.as_slice())?;
+        let shape = if self.packed { packed.to_vec() } else { x.size() };
+        checks::shape("mask", mask, &shape)?;
         Ok(mask.shallow_clone())
     }
 
     /// Zeroes what is dropped. The division by `keep` is left to the caller, who folds it into a
     /// smaller factor.
-    fn zero_(values: &mut Tensor, mask: &Tensor) -> Result<()> {
-        if values.device() == Device::Cpu {
+    fn zero_(&self, values: &mut Tensor, mask: &Tensor) -> Result<()> {
+        if self.packed {
             return dropout::zero_(values, mask);
         }
         let _ = values.f_mul_(mask)?;
@@ -141,11 +149,14 @@ impl Dropout {
     }
 
     /// `x` with zeros where it is dropped, contiguous.
-    fn applied(x: &Tensor, mask: &Tensor) -> Result<Tensor> {
-        let mut dropped = x.f_empty_like()?.f_contiguous()?;
-        dropped.f_copy_(x)?;
-        Self::zero_(&mut dropped, mask)?;
-        Ok(dropped)
+    fn applied(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
+        if let Some(dropped) = cuda::apply_mask(x, mask, self.queue)? {
+            return Ok(dropped);
+        }
+        if self.packed {
+            return dropout::applied(x, mask);
+        }
+        Ok(x.f_mul(mask)?.f_contiguous()?)
     }
 
     fn gain(dropout: Option<&Self>) -> f64 {
@@ -161,31 +172,41 @@ pub fn forward(
     adapter: &Adapter,
     x: &Tensor,
     y: &mut Tensor,
-    mut dropout: Option<&mut Dropout>,
+    dropout: Option<&mut Dropout>,
 ) -> Result<Tensor> {
     adapter.check(x)?;
     checks::shape("y", y, &[x.size()[0], adapter.b.size()[0]])?;
     checks::float("y", y)?;
     checks::same_device("y", y, "x", x)?;
-    if let Some(dropout) = dropout.as_deref_mut() {
-        dropout.prepare(x)?;
-    }
-    let dropout = dropout.as_deref();
-    if let Some(t) = fast::forward(adapter, x, y, fast::Start::Add, dropout)? {
+    if let Some(t) = fast::forward(adapter, x, y, fast::Start::Add, dropout.as_deref())? {
         return Ok(t);
     }
-    let a = adapter.a.f_mul_scalar(Dropout::gain(dropout))?.f_to_kind(x.kind())?;
+    let t = down(adapter, x, dropout)?;
     let p = adapter.scaled_b()?.f_to_kind(x.kind())?;
-    let t = match dropout {
-        Some(dropout) => Dropout::applied(x, &dropout.mask_for(x)?)?.f_mm(&a.f_tr()?)?,
-        None => x.f_mm(&a.f_tr()?)?,
-    };
     if y.kind() == x.kind() {
         let _ = y.f_addmm_(&t, &p.f_tr()?)?;
     } else {
         let _ = y.f_add_(&t.f_mm(&p.f_tr()?)?)?;
     }
     Ok(t)
+}
+
+/// `A drop(x)` with the dropout's gain, (tokens, rows); keeps the mask where it has to be.
+fn down(adapter: &Adapter, x: &Tensor, dropout: Option<&mut Dropout>) -> Result<Tensor> {
+    let gain = Dropout::gain(dropout.as_deref());
+    let Some(dropout) = dropout else {
+        return Ok(x.f_mm(&adapter.a.f_to_kind(x.kind())?.f_tr()?)?);
+    };
+    if dropout.mask.is_none() {
+        let a = adapter.a.f_to_kind(x.kind())?;
+        if let Some((t, mask)) = cuda::down(x, &a, gain, &dropout.stream, adapter.queue)? {
+            dropout.mask = Some(mask);
+            return Ok(t);
+        }
+    }
+    dropout.prepare(x)?;
+    let a = adapter.a.f_mul_scalar(gain)?.f_to_kind(x.kind())?;
+    Ok(dropout.applied(x, &dropout.mask_for(x)?)?.f_mm(&a.f_tr()?)?)
 }
 
 /// Forward of a whole linear layer: `y = x W^T + bias` and the update, into the contiguous `y`
@@ -262,12 +283,13 @@ pub fn backward(
     let gy = gy.f_to_kind(x.kind())?;
     if let Some(mut gradients) = fast::backward(adapter, x, t, &gy, dropout, needs_x)? {
         if let Some(slot) = importance {
-            let mask = dropout.map(|dropout| dropout.mask_for(x)).transpose()?;
-            let dropped = mask.map(|mask| Dropout::applied(x, &mask)).transpose()?;
-            let x = dropped.as_ref().unwrap_or(x);
+            let input = match dropout {
+                Some(dropout) => Input::Dropped(x, &dropout.stream),
+                None => Input::Whole(x),
+            };
             let p = adapter.scaled_b()?;
             let gain = Dropout::gain(dropout);
-            crate::importance::accumulate(slot.0, slot.1, &p, &adapter.a, &gy, x, gain)?;
+            importance::accumulate(slot, &p, &adapter.a, &gy, input, gain, adapter.queue)?;
         }
         if let (Some(grad_x), Some(weight)) = (&mut gradients.x, weight) {
             let _ = grad_x.f_addmm_(&gy, weight)?;
@@ -281,8 +303,11 @@ pub fn backward(
     let scaled_e = adapter.scaled_e()?;
     let p = adapter.b.f_mul(&scaled_e)?;
     let u = gy.f_mm(&p.f_to_kind(x.kind())?)?;
-    let mask = dropout.map(|dropout| dropout.mask_for(x)).transpose()?;
-    let dropped = mask.as_ref().map(|mask| Dropout::applied(x, mask)).transpose()?;
+    let masked = match dropout {
+        Some(dropout) => Some((dropout, dropout.mask_for(x)?)),
+        None => None,
+    };
+    let dropped = masked.as_ref().map(|(dropout, mask)| dropout.applied(x, mask)).transpose()?;
     let dropped = dropped.as_ref().unwrap_or(x);
 
     let grad_a = u.f_tr()?.f_mm(dropped)?.f_to_kind(kind)?.f_mul_scalar(gain)?;
@@ -296,15 +321,12 @@ pub fn backward(
         .f_mul(&adapter.b.f_narrow(1, 0, active)?.f_tr()?)?
         .f_sum_dim_intlist([1i64].as_slice(), true, kind)?
         .f_mul_scalar(adapter.scale)?;
-    if let Some((vector, slot)) = importance {
-        crate::importance::accumulate(vector, slot, &p, &adapter.a, &gy, dropped, gain)?;
+    if let Some(slot) = importance {
+        let input = Input::Whole(dropped);
+        importance::accumulate(slot, &p, &adapter.a, &gy, input, gain, adapter.queue)?;
     }
     let grad_x = if needs_x {
-        let a = adapter.a.f_mul_scalar(gain)?.f_to_kind(x.kind())?;
-        let mut grad_x = u.f_mm(&a)?;
-        if let Some(mask) = &mask {
-            Dropout::zero_(&mut grad_x, mask)?;
-        }
+        let mut grad_x = up(adapter, &u, masked.as_ref().map(|(dropout, mask)| (*dropout, mask)))?;
         if let Some(weight) = weight {
             let _ = grad_x.f_addmm_(&gy, weight)?;
         }
@@ -313,6 +335,25 @@ pub fn backward(
         None
     };
     Ok(Gradients { x: grad_x, a: grad_a, b: grad_b, e: grad_e })
+}
+
+/// `drop(u A)` with the dropout's gain, (tokens, in).
+fn up(adapter: &Adapter, u: &Tensor, masked: Option<(&Dropout, &Tensor)>) -> Result<Tensor> {
+    let gain = Dropout::gain(masked.map(|(dropout, _)| dropout));
+    let size = [u.size()[0], adapter.a.size()[1]];
+    if cuda::takes(u, adapter.queue) {
+        let mut out = Tensor::f_empty(size, (u.kind(), u.device()))?;
+        let a = adapter.a.f_to_kind(u.kind())?;
+        let mask = masked.map(|(_, mask)| mask);
+        if cuda::add_grad_x(&mut out, false, u, &a, mask, gain, adapter.queue)? {
+            return Ok(out);
+        }
+    }
+    let mut out = u.f_mm(&adapter.a.f_mul_scalar(gain)?.f_to_kind(u.kind())?)?;
+    if let Some((dropout, mask)) = masked {
+        dropout.zero_(&mut out, mask)?;
+    }
+    Ok(out)
 }
 
 #[cfg(test)]
@@ -329,6 +370,7 @@ mod tests {
             b: matrix(2, &[1.0, -1.0]),
             e: matrix(1, &[2.0]),
             scale: 0.5,
+            queue: cuda::Stream(0),
         }
     }
 
@@ -368,7 +410,7 @@ mod tests {
 
     #[test]
     fn a_mask_that_keeps_nothing_divides_by_nothing() {
-        let dropout = Dropout::new(&matrix(1, &[1.0]), 1.0, 0, None);
+        let dropout = Dropout::new(&matrix(1, &[1.0]), 1.0, 0, None, cuda::Stream(0));
         assert_eq!(Dropout::gain(Some(&dropout)), 1.0);
     }
 }

@@ -10,8 +10,10 @@ use tch::Tensor;
 use crate::adapter::{self, Adapter, Dropout};
 use crate::allocation::{self, Schedule, Wish};
 use crate::errors::{detached, Error};
+use crate::importance::{self, Input};
+use crate::kernels::cuda;
 use crate::kernels::dropout::{self, Stream};
-use crate::{importance, orthogonality};
+use crate::orthogonality;
 
 mod step;
 
@@ -36,7 +38,7 @@ fn probability(p: f64) -> Result<(), Error> {
 
 /// Adds `s B (E * (A drop(x)))` to y in place; gives t and the mask, where it has to be kept.
 #[pyfunction]
-#[pyo3(signature = (y, x, a, b, e, scale, p=0.0, seed=0))]
+#[pyo3(signature = (y, x, a, b, e, scale, p=0.0, seed=0, stream=0))]
 #[allow(clippy::too_many_arguments)]
 fn adapter_forward(
     py: Python<'_>,
@@ -48,12 +50,14 @@ fn adapter_forward(
     scale: f64,
     p: f64,
     seed: u64,
+    stream: usize,
 ) -> PyResult<(PyTensor, Option<PyTensor>)> {
-    let adapter = Adapter { a: a.0, b: b.0, e: e.0, scale };
+    let queue = cuda::Stream(stream);
+    let adapter = Adapter { a: a.0, b: b.0, e: e.0, scale, queue };
     let (mut y, x) = (y.0, x.0);
     detached(py, move || {
         probability(p)?;
-        let mut dropout = (p > 0.0).then(|| Dropout::new(&x, p, seed, None));
+        let mut dropout = (p > 0.0).then(|| Dropout::new(&x, p, seed, None, queue));
         let t = adapter::forward(&adapter, &x, &mut y, dropout.as_mut())?;
         Ok((PyTensor(t), dropout.and_then(|dropout| dropout.mask).map(PyTensor)))
     })
@@ -62,7 +66,7 @@ fn adapter_forward(
 /// A whole linear layer with its update, x (..., in); gives y (..., out), t and the mask, where it has
 /// to be kept.
 #[pyfunction]
-#[pyo3(signature = (x, weight, bias, a, b, e, scale, p=0.0, seed=0))]
+#[pyo3(signature = (x, weight, bias, a, b, e, scale, p=0.0, seed=0, stream=0))]
 #[allow(clippy::too_many_arguments)]
 fn linear_forward(
     py: Python<'_>,
@@ -75,8 +79,10 @@ fn linear_forward(
     scale: f64,
     p: f64,
     seed: u64,
+    stream: usize,
 ) -> PyResult<(PyTensor, PyTensor, Option<PyTensor>)> {
-    let adapter = Adapter { a: a.0, b: b.0, e: e.0, scale };
+    let queue = cuda::Stream(stream);
+    let adapter = Adapter { a: a.0, b: b.0, e: e.0, scale, queue };
     let (x, weight, bias) = (x.0, weight.0, bias.map(|bias| bias.0));
     detached(py, move || {
         probability(p)?;
@@ -87,7 +93,7 @@ fn linear_forward(
         // Views of what is returned: autograd forbids to change a view made inside a function.
         let flat = x.f_reshape([-1, features.max(1)])?;
         let mut flat_y = y.f_view([flat.size()[0], shape[shape.len() - 1]])?;
-        let mut dropout = (p > 0.0).then(|| Dropout::new(&flat, p, seed, None));
+        let mut dropout = (p > 0.0).then(|| Dropout::new(&flat, p, seed, None, queue));
         let bias = bias.as_ref();
         let t = adapter::linear(&adapter, &flat, &weight, bias, &mut flat_y, dropout.as_mut())?;
         let mask = dropout.and_then(|dropout| dropout.mask);
@@ -97,7 +103,7 @@ fn linear_forward(
 
 /// Gradients for x (if asked for), A, B, E; adds the importance to its slot if one is given.
 #[pyfunction]
-#[pyo3(signature = (gy, x, t, a, b, e, scale, mask=None, p=0.0, needs_x=true, importance=None, slot=0, seed=0, weight=None))]
+#[pyo3(signature = (gy, x, t, a, b, e, scale, mask=None, p=0.0, needs_x=true, importance=None, slot=0, seed=0, weight=None, stream=0))]
 #[allow(clippy::too_many_arguments)]
 fn adapter_backward(
     py: Python<'_>,
@@ -115,14 +121,16 @@ fn adapter_backward(
     slot: i64,
     seed: u64,
     weight: Option<PyTensor>,
+    stream: usize,
 ) -> PyResult<Gradients> {
-    let adapter = Adapter { a: a.0, b: b.0, e: e.0, scale };
+    let queue = cuda::Stream(stream);
+    let adapter = Adapter { a: a.0, b: b.0, e: e.0, scale, queue };
     let (gy, x, t) = (gy.0, x.0, t.0);
     let (mask, weight) = (mask.map(|mask| mask.0), weight.map(|weight| weight.0));
     let mut vector = importance.map(|vector| vector.0);
     detached(py, move || {
         probability(p)?;
-        let dropout = (p > 0.0).then(|| Dropout::new(&x, p, seed, mask));
+        let dropout = (p > 0.0).then(|| Dropout::new(&x, p, seed, mask, queue));
         let target = vector.as_mut().map(|vector| (vector, slot));
         let (dropout, weight) = (dropout.as_ref(), weight.as_ref());
         let gradients = adapter::backward(&adapter, &x, &t, &gy, dropout, weight, needs_x, target)?;
@@ -149,6 +157,8 @@ fn dropout_mask(
 
 /// `sum |dW * (gy^T x)|` as a float64 scalar tensor.
 #[pyfunction(name = "importance")]
+#[pyo3(signature = (gy, x, a, b, e, scale, stream=0))]
+#[allow(clippy::too_many_arguments)]
 fn module_importance(
     py: Python<'_>,
     gy: PyTensor,
@@ -157,8 +167,10 @@ fn module_importance(
     b: PyTensor,
     e: PyTensor,
     scale: f64,
+    stream: usize,
 ) -> PyResult<PyTensor> {
-    let adapter = Adapter { a: a.0, b: b.0, e: e.0, scale };
+    let queue = cuda::Stream(stream);
+    let adapter = Adapter { a: a.0, b: b.0, e: e.0, scale, queue };
     let (gy, x) = (gy.0, x.0);
     detached(py, move || {
         adapter.check(&x)?;
@@ -168,13 +180,16 @@ fn module_importance(
         let mut vector = Tensor::f_zeros([1], (tch::Kind::Double, x.device()))?;
         let gy = gy.f_to_kind(x.kind())?;
         let p = adapter.scaled_b()?;
-        importance::accumulate(&mut vector, 0, &p, &adapter.a, &gy, &x, 1.0)?;
+        let target = (&mut vector, 0);
+        importance::accumulate(target, &p, &adapter.a, &gy, Input::Whole(&x), 1.0, queue)?;
         Ok(PyTensor(vector.f_squeeze()?))
     })
 }
 
 /// One step of the smoothing, in place.
 #[pyfunction]
+#[pyo3(signature = (importance, factor, mean, uncertainty, beta1, beta2, stream=0))]
+#[allow(clippy::too_many_arguments)]
 fn smooth_(
     py: Python<'_>,
     importance: PyTensor,
@@ -183,11 +198,13 @@ fn smooth_(
     uncertainty: PyTensor,
     beta1: f64,
     beta2: f64,
+    stream: usize,
 ) -> PyResult<()> {
+    let queue = cuda::Stream(stream);
     let (importance, factor, mut mean, mut uncertainty) =
         (importance.0, factor.0, mean.0, uncertainty.0);
     detached(py, move || {
-        importance::smooth_(&importance, &factor, &mut mean, &mut uncertainty, beta1, beta2)
+        importance::smooth_(&importance, &factor, &mut mean, &mut uncertainty, beta1, beta2, queue)
     })
 }
 

@@ -6,6 +6,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::checks;
 use crate::errors::{Error, Result};
+use crate::kernels::cuda;
 use crate::kernels::orthonormal::{self, Job};
 use crate::kernels::plain::{self, Plain, Real};
 
@@ -53,13 +54,33 @@ pub fn add_gradient_(
 /// Adds `factor` times the gradient of R over all modules, to those that have gradients.
 ///
 /// `a` and `b` hold leaves, (rows, in) and (out, rows), one of each a module. A module of which one
-/// has no gradient is left out, and counts in the mean all the same.
-pub fn add_to_leaves_(a: &[Tensor], b: &[Tensor], factor: &Tensor) -> Result<()> {
+/// has no gradient is left out, and counts in the mean all the same. Kernels for a CUDA device are queued
+/// on `queue`.
+pub fn add_to_leaves_(
+    a: &[Tensor],
+    b: &[Tensor],
+    factor: &Tensor,
+    queue: cuda::Stream,
+) -> Result<()> {
     let mut grads = Vec::with_capacity(a.len());
     for (a, b) in a.iter().zip(b) {
         let pair = (a.f_grad()?, b.f_grad()?);
         if pair.0.defined() && pair.1.defined() {
             grads.push((a, b, pair));
+        }
+    }
+    if let Some((first, ..)) = grads.first().filter(|(first, ..)| cuda::takes(first, queue)) {
+        let factor = factor.f_to_device(first.device())?;
+        // The kernels take the mean over what they are given.
+        let factor = factor.f_mul_scalar(grads.len() as f64 / a.len() as f64)?;
+        let (mut grad_a, mut grad_b): (Vec<_>, Vec<_>) =
+            grads.iter().map(|(_, _, (a, b))| (a.shallow_clone(), b.shallow_clone())).unzip();
+        let (a, b): (Vec<_>, Vec<_>) =
+            grads.iter().map(|(a, b, _)| (a.shallow_clone(), b.shallow_clone())).unzip();
+        if cuda::add_orthogonality_gradient_(&a, &b, &mut grad_a, &mut grad_b, &factor, queue)?
+            .is_some()
+        {
+            return Ok(());
         }
     }
     let items = grads.iter_mut().flat_map(|(a, b, (grad_a, grad_b))| {

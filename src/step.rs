@@ -4,6 +4,7 @@
 use tch::{Kind, Tensor};
 
 use crate::errors::Result;
+use crate::kernels::cuda;
 use crate::{checks, importance, orthogonality};
 
 /// The vectors of the smoothing, float64, a slot a module; see [`importance::smooth_`].
@@ -55,7 +56,14 @@ impl Plan {
 
     /// With `smooth`, takes the step's importances into the smoothing and sets them to 0; with a
     /// `weight` other than 0, adds `weight` times the regulariser's gradient to the leaves' own.
-    pub fn take_gradients_(&mut self, smooth: bool, weight: f64, scale: &Scale) -> Result<()> {
+    /// Kernels for a CUDA device are queued on `queue`.
+    pub fn take_gradients_(
+        &mut self,
+        smooth: bool,
+        weight: f64,
+        scale: &Scale,
+        queue: cuda::Stream,
+    ) -> Result<()> {
         checks::finite("weight", weight)?;
         for (name, tensor) in [("grad_scale", &scale.gradients), ("found_inf", &scale.overflow)] {
             if let Some(tensor) = tensor {
@@ -63,19 +71,21 @@ impl Plan {
             }
         }
         if smooth {
-            self.smooth(scale)?;
+            self.smooth(scale, queue)?;
         }
         if weight == 0.0 {
             return Ok(());
         }
-        let mut factor = Tensor::from(weight);
+        // Made where it is used: nothing waits for a copy.
+        let options = (Kind::Double, self.a[0].device());
+        let mut factor = Tensor::f_full([0_i64; 0], weight, options)?;
         if let Some(scale) = &scale.gradients {
             factor = scale.f_reshape([0_i64; 0])?.f_to_kind(Kind::Double)?.f_mul_scalar(weight)?;
         }
-        orthogonality::add_to_leaves_(&self.a, &self.b, &factor)
+        orthogonality::add_to_leaves_(&self.a, &self.b, &factor, queue)
     }
 
-    fn smooth(&mut self, scale: &Scale) -> Result<()> {
+    fn smooth(&mut self, scale: &Scale, queue: cuda::Stream) -> Result<()> {
         let Smoothing { importance, norm, mean, uncertainty, beta1, beta2 } = &mut self.smoothing;
         let like = |tensor: &Tensor| -> Result<Tensor> {
             Ok(tensor.f_reshape([0_i64; 0])?.f_to_kind(Kind::Double)?.f_to_device(norm.device())?)
@@ -90,7 +100,7 @@ impl Plan {
             // The smoothing leaves out a step that is not finite.
             factor = factor.f_masked_fill(&like(overflow)?.f_gt(0.0)?, f64::NAN)?;
         }
-        importance::smooth_(importance, &factor, mean, uncertainty, *beta1, *beta2)?;
+        importance::smooth_(importance, &factor, mean, uncertainty, *beta1, *beta2, queue)?;
         let _ = importance.f_zero_()?;
         Ok(())
     }
@@ -138,7 +148,7 @@ mod tests {
         let (a, b) = modules();
         let mut plan = plan(&a, &b);
         let scale = Scale { loss: Some(2.0), ..NOTHING };
-        plan.take_gradients_(true, 0.0, &scale).unwrap();
+        plan.take_gradients_(true, 0.0, &scale, cuda::Stream(0)).unwrap();
         // 0.5 * 2 + 0.5 * (8 * 0.5 / 2), then 0.75 * 1 + 0.25 * 0.
         assert_eq!(plan.smoothing.mean, Tensor::from_slice(&[2.0]));
         assert_eq!(plan.smoothing.uncertainty, Tensor::from_slice(&[0.75]));
@@ -151,7 +161,7 @@ mod tests {
         let (a, b) = modules();
         let mut plan = plan(&a, &b);
         let scale = Scale { overflow: Some(Tensor::from_slice(&[1.0f32])), ..NOTHING };
-        plan.take_gradients_(true, 0.0, &scale).unwrap();
+        plan.take_gradients_(true, 0.0, &scale, cuda::Stream(0)).unwrap();
         assert_eq!(plan.smoothing.mean, Tensor::from_slice(&[2.0]));
         assert_eq!(plan.smoothing.importance, Tensor::from_slice(&[0.0]));
     }
@@ -160,7 +170,7 @@ mod tests {
     fn the_leaves_own_gradients_grow_by_the_scaled_regulariser() {
         let (a, b) = modules();
         let scale = Scale { gradients: Some(Tensor::from_slice(&[4.0f32])), ..NOTHING };
-        plan(&a, &b).take_gradients_(false, 0.125, &scale).unwrap();
+        plan(&a, &b).take_gradients_(false, 0.125, &scale, cuda::Stream(0)).unwrap();
         // 0.125 * 4 * 2 * 3 * A / (2 * 3)
         assert_eq!(a[0].grad(), Tensor::from_slice(&[2.0, 1.0]).reshape([1, 2]));
         assert_eq!(b[0].grad(), Tensor::from_slice(&[1.0, 1.0]).reshape([2, 1]));

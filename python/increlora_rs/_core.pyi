@@ -26,6 +26,7 @@ def adapter_forward(
     scale: float,
     p: float = 0.0,
     seed: int = 0,
+    stream: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """Adds ``scale * B (E * (A drop(x)))`` to ``y`` in place (arXiv 2308.12043, eq. 3).
 
@@ -34,8 +35,9 @@ def adapter_forward(
         x: (tokens, in); its dtype is the one of the matrix products.
         a: (rows, in). b: (out, rows). e: (active, 1), active <= rows; rows past it count with
             ``RESERVE_E``. The three have one dtype.
-        p: Dropout probability, 0 to 1. seed: of its mask; on the CPU the mask depends on nothing
-            else, elsewhere torch's generator draws it.
+        p: Dropout probability, 0 to 1. seed: of its mask, which depends on nothing else; where a CUDA
+            device cannot load the kernels, torch's generator draws the mask.
+        stream: Handle of torch's current CUDA stream, here and in all that follows; 0 on the CPU.
 
     Returns:
         ``A drop(x)``, (tokens, rows), in the dtype of x or float32, and the mask (uint8) where it has
@@ -52,6 +54,7 @@ def linear_forward(
     scale: float,
     p: float = 0.0,
     seed: int = 0,
+    stream: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``x W^T + bias`` and the update of :func:`adapter_forward`, in one call.
 
@@ -81,6 +84,7 @@ def adapter_backward(
     slot: int = 0,
     seed: int = 0,
     weight: Tensor | None = None,
+    stream: int = 0,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Gradients for x (None unless ``needs_x``), A, B, E from ``gy`` (tokens, out).
 
@@ -90,7 +94,9 @@ def adapter_backward(
     ``importance`` is a float64 vector; ``sum |dW * G|`` of this call is added to its slot ``slot``.
     """
 
-def importance(gy: Tensor, x: Tensor, a: Tensor, b: Tensor, e: Tensor, scale: float) -> Tensor:
+def importance(
+    gy: Tensor, x: Tensor, a: Tensor, b: Tensor, e: Tensor, scale: float, stream: int = 0
+) -> Tensor:
     """``sum_ij |dW_ij G_ij|`` with ``dW = scale B diag(E) A`` and ``G = gy^T x`` (eq. 6), not yet
     divided by the module's size; a float64 scalar. Neither matrix is built as a whole."""
 
@@ -101,6 +107,7 @@ def smooth_(
     uncertainty: Tensor,
     beta1: float,
     beta2: float,
+    stream: int = 0,
 ) -> None:
     """One step of the smoothing (eq. 7 and 8) of ``importance * factor``, in place in ``mean`` and
     ``uncertainty``. All four are float64 vectors, a slot a module. A step with a value that is not
@@ -233,6 +240,7 @@ class StepPlan:
         loss_scale: float | None = None,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
+        stream: int = 0,
     ) -> None:
         """Smooths the importances and sets them to 0, where ``smooth``; adds ``weight`` times the
         gradient of :func:`orthogonality` over all modules to ``grad`` of the leaves of those modules
@@ -296,7 +304,7 @@ def cuda_draw_mask(x: Tensor, p: float, seed: int, offset: int = 0, stream: int 
     """Packed dropout mask of all elements of ``x``, uint8; bit for bit the CPU's.
 
     This and the following take float32, float16 and bfloat16, and return None or False, with nothing
-    done, where no kernel can be used. ``stream`` is the handle of torch's current stream.
+    done, where no kernel can be used.
     """
 
 def cuda_apply_mask(x: Tensor, mask: Tensor, stream: int = 0) -> Tensor | None:

@@ -19,10 +19,12 @@ _PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 
 
 def stream(device: torch.device) -> int:
-    """Handle of torch's current stream on ``device``, for the kernels; 0 where it is no CUDA device."""
+    """Handle of torch's current stream on ``device``, for the kernels, which are loaded at the first call;
+    0 where it is no CUDA device."""
     if device.type != "cuda":
         return 0
     index = torch.cuda.current_device() if device.index is None else device.index
+    prepare(index)
     return torch._C._cuda_getCurrentRawStream(index)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _core
+from .cuda import stream
 
 # Backward passes after which a missing scheduler is noticed, and an optimizer that takes no step.
 _UNATTENDED_PASSES = 50
@@ -217,7 +218,7 @@ class _Adapter(torch.autograd.Function):
         ctx.seed = _new_seed(dropout)
         with _without_autocast(x.device.type):
             t, mask = _core.adapter_forward(
-                result.view(-1, y.shape[-1]), flat, a, b, e, scale, dropout, ctx.seed
+                result.view(-1, y.shape[-1]), flat, a, b, e, scale, dropout, ctx.seed, stream(x.device)
             )
         ctx.save_for_backward(x, t, mask, a, b, e, None)
         ctx.scale, ctx.dropout, ctx.probe, ctx.slot = scale, dropout, probe, slot
@@ -246,7 +247,9 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.dtype = x.dtype
         ctx.seed = _new_seed(dropout)
-        y, t, mask = _core.linear_forward(x, weight, bias, a, b, e, scale, dropout, ctx.seed)
+        y, t, mask = _core.linear_forward(
+            x, weight, bias, a, b, e, scale, dropout, ctx.seed, stream(x.device)
+        )
         ctx.save_for_backward(x, t, mask, a, b, e, weight)
         ctx.scale, ctx.dropout, ctx.probe, ctx.slot = scale, dropout, probe, slot
         return y
@@ -280,6 +283,7 @@ def _backward(ctx: Any, gy: Tensor, needs_x: bool) -> tuple[Tensor | None, Tenso
             ctx.slot,
             ctx.seed,
             weight,
+            stream(x.device),
         )
     if gx is not None:
         gx = gx.view(x.shape).to(x.dtype)

@@ -15,6 +15,7 @@ from torch import nn
 
 from .adapted import adapted_modules
 from .attachment import check_attachable, trainable_adapter, unwrapped_optimizer
+from .cuda import stream
 from .distributed import average_, find_ddp, rebuild_buckets, shared_seed
 from .model import rank_pattern
 from .planning import caps_of, new_schedule, ranks_of, schedule_of, total_steps_of
@@ -265,6 +266,7 @@ class RankScheduler:
                 loss_scale=self._scores.loss_scale() if smooth and grad_scale is None else None,
                 grad_scale=grad_scale,
                 found_inf=getattr(optimizer, "found_inf", None),
+                stream=stream(self._scores.importance.device),
             )
         self._restart.keep_old()
 

@@ -5,6 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{Adapter, Dropout, Gradients};
 use crate::errors::Result;
+use crate::kernels::cuda;
 use crate::kernels::plain::{as_slice, as_slice_mut};
 use crate::kernels::simd::{Bf16, Element};
 use crate::kernels::tokens::{self, Factor};
@@ -29,6 +30,7 @@ fn takes(adapter: &Adapter, x: &Tensor) -> bool {
         && (1..=MOST_ROWS).contains(&rows)
         && x.numel() > 0
         && adapter.b.numel() > 0
+        && !cuda::takes(x, adapter.queue)
 }
 
 /// The small factors as the loops want them, float32.

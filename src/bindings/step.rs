@@ -9,6 +9,7 @@ use pyo3_tch::PyTensor;
 use super::{named, raw};
 use crate::allocation::LearningRate;
 use crate::errors::detached;
+use crate::kernels::cuda;
 use crate::restart::{self, Newborn};
 use crate::step::{Plan, Scale, Smoothing};
 
@@ -49,7 +50,8 @@ impl PyPlan {
         Ok(Self(Mutex::new(detached(py, || Plan::new(a, b, smoothing))?)))
     }
 
-    #[pyo3(signature = (*, smooth, weight, loss_scale=None, grad_scale=None, found_inf=None))]
+    #[allow(clippy::too_many_arguments)]
+    #[pyo3(signature = (*, smooth, weight, loss_scale=None, grad_scale=None, found_inf=None, stream=0))]
     fn take_gradients_(
         &self,
         py: Python<'_>,
@@ -58,13 +60,16 @@ impl PyPlan {
         loss_scale: Option<f64>,
         grad_scale: Option<PyTensor>,
         found_inf: Option<PyTensor>,
+        stream: usize,
     ) -> PyResult<()> {
         let scale = Scale {
             loss: loss_scale,
             gradients: grad_scale.map(|scale| scale.0),
             overflow: found_inf.map(|found| found.0),
         };
-        detached(py, move || locked(&self.0).take_gradients_(smooth, weight, &scale))
+        detached(py, move || {
+            locked(&self.0).take_gradients_(smooth, weight, &scale, cuda::Stream(stream))
+        })
     }
 
     fn orthogonality(&self, py: Python<'_>) -> PyResult<PyTensor> {

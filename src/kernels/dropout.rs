@@ -5,6 +5,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::philox::LANES;
+use super::plain::Out;
 use super::pool;
 use super::simd::{on_best, Kernel, Simd};
 use crate::errors::{Error, Result};
@@ -26,6 +27,16 @@ impl Stream {
     /// The mask for dropout probability `p`; `offset` is the first counter.
     pub fn new(p: f64, seed: u64, offset: u64) -> Self {
         Self { seed, offset, threshold: ((1.0 - p) * 65536.0).round() as u32 }
+    }
+
+    /// Key of the generator.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// First counter of the generator.
+    pub fn offset(&self) -> u64 {
+        self.offset
     }
 
     /// An element is kept where its 16 bits are below it.
@@ -60,28 +71,9 @@ impl Stream {
     }
 }
 
-/// Raw memory that threads write to at disjoint places.
-#[derive(Clone, Copy)]
-struct Shared(*mut u8);
-// SAFETY: the loops below give each thread a range of its own.
-unsafe impl Send for Shared {}
-// SAFETY: as above.
-unsafe impl Sync for Shared {}
-
-impl Shared {
-    /// The memory `bytes` further on. A method, so that closures capture the whole struct.
-    ///
-    /// # Safety
-    /// It lies in the same allocation.
-    unsafe fn add(self, bytes: usize) -> Self {
-        // SAFETY: as the caller promises.
-        Self(unsafe { self.0.add(bytes) })
-    }
-}
-
 struct Fill {
     stream: Stream,
-    out: Shared,
+    out: Out<u8>,
     bytes: usize,
 }
 
@@ -90,14 +82,14 @@ impl Kernel for Fill {
     #[inline(always)]
     unsafe fn run<V: Simd>(&self) {
         // SAFETY: one thread's part of the bytes, which no other has.
-        let out = unsafe { std::slice::from_raw_parts_mut(self.out.0, self.bytes) };
+        let out = unsafe { std::slice::from_raw_parts_mut(self.out.pointer(), self.bytes) };
         // SAFETY: as the caller promises.
         unsafe { self.stream.fill::<V>(out, 0) };
     }
 }
 
 struct Zero<T> {
-    values: Shared,
+    values: Out<u8>,
     bits: *const u8,
     count: usize,
     zero: T,
@@ -110,7 +102,7 @@ impl<T: Copy> Kernel for Zero<T> {
         // SAFETY: one thread's part of the values, and the bits of the same elements.
         let (values, bits) = unsafe {
             (
-                std::slice::from_raw_parts_mut(self.values.0.cast::<T>(), self.count),
+                std::slice::from_raw_parts_mut(self.values.pointer().cast::<T>(), self.count),
                 std::slice::from_raw_parts(self.bits, self.count.div_ceil(8)),
             )
         };
@@ -136,7 +128,7 @@ fn workers(elements: usize) -> usize {
 pub fn draw(elements: usize, stream: &Stream) -> Result<Tensor> {
     let bytes = elements.div_ceil(8);
     let mask = Tensor::f_empty([bytes as i64], (Kind::Uint8, Device::Cpu))?;
-    let data = Shared(mask.data_ptr().cast());
+    let data = Out::<u8>(mask.data_ptr().cast());
     pool::run(workers(elements), |thread, threads| {
         let part = pool::part(bytes, GROUP / 8, thread, threads);
         if part.is_empty() {
@@ -166,7 +158,7 @@ pub fn zero_(values: &mut Tensor, mask: &Tensor) -> Result<()> {
         )));
     }
     let width = values.kind().elt_size_in_bytes();
-    let (data, bits) = (Shared(values.data_ptr().cast()), Shared(mask.data_ptr().cast()));
+    let (data, bits) = (Out::<u8>(values.data_ptr().cast()), Out::<u8>(mask.data_ptr().cast()));
     pool::run(workers(n), |thread, threads| {
         let part = pool::part(n, GROUP, thread, threads);
         if part.is_empty() {
@@ -174,8 +166,9 @@ pub fn zero_(values: &mut Tensor, mask: &Tensor) -> Result<()> {
         }
         // SAFETY: both tensors are contiguous CPU tensors of the checked lengths, an element is as
         // wide as the integer chosen for it, and all-zero bits are 0 in every floating-point dtype.
-        let (values, bits, count) =
-            unsafe { (data.add(part.start * width), bits.add(part.start / 8).0, part.len()) };
+        let (values, bits, count) = unsafe {
+            (data.add(part.start * width), bits.add(part.start / 8).pointer(), part.len())
+        };
         match width {
             2 => on_best(&Zero { values, bits, count, zero: 0u16 }),
             4 => on_best(&Zero { values, bits, count, zero: 0u32 }),
@@ -183,6 +176,14 @@ pub fn zero_(values: &mut Tensor, mask: &Tensor) -> Result<()> {
         }
     });
     Ok(())
+}
+
+/// `x` with zeros where the packed `mask` drops it, contiguous.
+pub fn applied(x: &Tensor, mask: &Tensor) -> Result<Tensor> {
+    let mut dropped = x.f_empty_like()?.f_contiguous()?;
+    dropped.f_copy_(x)?;
+    zero_(&mut dropped, mask)?;
+    Ok(dropped)
 }
 
 #[cfg(test)]
@@ -203,11 +204,11 @@ mod tests {
             fill(&stream, &mut want, 0);
             for isa in Isa::available() {
                 let mut bytes = vec![0u8; n];
-                isa.run(&Fill { stream, out: Shared(bytes.as_mut_ptr()), bytes: n });
+                isa.run(&Fill { stream, out: Out::<u8>(bytes.as_mut_ptr()), bytes: n });
                 assert_eq!(bytes, want, "{isa:?}");
                 let mut values = vec![7u16; 8 * n - 3];
                 let count = values.len();
-                let data = Shared(values.as_mut_ptr().cast());
+                let data = Out::<u8>(values.as_mut_ptr().cast());
                 isa.run(&Zero { values: data, bits: bytes.as_ptr(), count, zero: 0u16 });
                 for (i, value) in values.iter().enumerate() {
                     assert_eq!(*value == 7, want[i / 8] >> (i % 8) & 1 == 1, "{isa:?}");

@@ -8,6 +8,7 @@ pub mod philox;
 pub mod plain;
 pub mod pool;
 mod real;
+pub mod score;
 pub mod simd;
 mod split;
 pub mod tokens;

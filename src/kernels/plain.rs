@@ -131,6 +131,30 @@ fn plain_count<E: Element>(tensor: &Tensor) -> usize {
     }
 }
 
+/// Memory that threads write to at disjoint places.
+#[derive(Clone, Copy)]
+pub struct Out<T>(pub *mut T);
+// SAFETY: the loops give each thread places of its own.
+unsafe impl<T> Send for Out<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for Out<T> {}
+
+impl<T> Out<T> {
+    /// The memory `count` elements further on. A method, so that closures capture the whole struct.
+    ///
+    /// # Safety
+    /// It lies in the same allocation.
+    pub unsafe fn add(self, count: usize) -> Self {
+        // SAFETY: as the caller promises.
+        Self(unsafe { self.0.add(count) })
+    }
+
+    /// The memory itself.
+    pub fn pointer(self) -> *mut T {
+        self.0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -40,6 +40,19 @@ pub unsafe trait Simd: Copy {
     /// Sum of the lanes.
     unsafe fn sum(self) -> f32;
 
+    /// Transposes 16 x 16 elements of 16 bits: rows `stride` apart at `from`, columns `to_stride` at `to`.
+    #[inline(always)]
+    unsafe fn transpose_16x16(from: *const u16, stride: usize, to: *mut u16, to_stride: usize) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            for row in 0..16 {
+                for column in 0..16 {
+                    *to.add(column * to_stride + row) = *from.add(row * stride + column);
+                }
+            }
+        }
+    }
+
     /// Which of 128 random 16-bit numbers are below `threshold`: bit l of `[2 w + h]` is of half h of
     /// word w of the counter `first + l` under the key `seed`.
     #[inline(always)]
@@ -221,6 +234,46 @@ pub mod x86 {
         }
     }
 
+    /// [`Simd::transpose_16x16`] in sixteen registers of 256 bits.
+    #[inline(always)]
+    unsafe fn transpose_16x16(from: *const u16, stride: usize, to: *mut u16, to_stride: usize) {
+        unsafe {
+            let mut rows = [_mm256_setzero_si256(); 16];
+            for (r, row) in rows.iter_mut().enumerate() {
+                *row = _mm256_loadu_si256(from.add(r * stride).cast());
+            }
+            // Pairs of rows, then of pairs, then of quadruples are interleaved inside the halves.
+            let mut pairs = rows;
+            for k in 0..8 {
+                pairs[2 * k] = _mm256_unpacklo_epi16(rows[2 * k], rows[2 * k + 1]);
+                pairs[2 * k + 1] = _mm256_unpackhi_epi16(rows[2 * k], rows[2 * k + 1]);
+            }
+            let mut fours = pairs;
+            for k in 0..4 {
+                for h in 0..2 {
+                    let (low, high) = (pairs[4 * k + h], pairs[4 * k + 2 + h]);
+                    fours[4 * k + 2 * h] = _mm256_unpacklo_epi32(low, high);
+                    fours[4 * k + 2 * h + 1] = _mm256_unpackhi_epi32(low, high);
+                }
+            }
+            let mut eights = fours;
+            for k in 0..2 {
+                for h in 0..4 {
+                    let (low, high) = (fours[8 * k + h], fours[8 * k + 4 + h]);
+                    eights[8 * k + 2 * h] = _mm256_unpacklo_epi64(low, high);
+                    eights[8 * k + 2 * h + 1] = _mm256_unpackhi_epi64(low, high);
+                }
+            }
+            for h in 0..8 {
+                let (low, high) = (eights[h], eights[8 + h]);
+                let first = _mm256_permute2x128_si256::<0x20>(low, high);
+                let second = _mm256_permute2x128_si256::<0x31>(low, high);
+                _mm256_storeu_si256(to.add(h * to_stride).cast(), first);
+                _mm256_storeu_si256(to.add((8 + h) * to_stride).cast(), second);
+            }
+        }
+    }
+
     /// 256 bits, with FMA.
     #[derive(Clone, Copy)]
     pub struct Avx2(__m256);
@@ -288,6 +341,10 @@ pub mod x86 {
                 _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps::<1>(pair, pair)))
             }
         }
+        #[inline(always)]
+        unsafe fn transpose_16x16(from: *const u16, stride: usize, to: *mut u16, to_stride: usize) {
+            unsafe { transpose_16x16(from, stride, to, to_stride) }
+        }
     }
 
     /// 512 bits.
@@ -346,6 +403,10 @@ pub mod x86 {
             unsafe { _mm512_reduce_add_ps(self.0) }
         }
         #[inline(always)]
+        unsafe fn transpose_16x16(from: *const u16, stride: usize, to: *mut u16, to_stride: usize) {
+            unsafe { transpose_16x16(from, stride, to, to_stride) }
+        }
+        #[inline(always)]
         unsafe fn keep_group(seed: u64, first: u64, threshold: u32) -> [u16; 8] {
             unsafe {
                 let lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
@@ -399,6 +460,38 @@ pub mod x86 {
                 }
                 kept
             }
+        }
+    }
+}
+
+/// `count` values at `from`, all of a vector's or fewer, then zeros.
+///
+/// # Safety
+/// There are so many; the processor has the instructions of `V`.
+#[inline(always)]
+pub unsafe fn load_at<V: Simd, E: Element>(from: *const E, count: usize) -> V {
+    // SAFETY: as the caller promises.
+    unsafe {
+        if count == V::LANES {
+            E::load(from)
+        } else {
+            E::load_some(from, count)
+        }
+    }
+}
+
+/// `count` values to `to`.
+///
+/// # Safety
+/// As for [`load_at`].
+#[inline(always)]
+pub unsafe fn store_at<V: Simd, E: Element>(value: V, to: *mut E, count: usize) {
+    // SAFETY: as the caller promises.
+    unsafe {
+        if count == V::LANES {
+            E::store(value, to);
+        } else {
+            E::store_some(value, to, count);
         }
     }
 }

@@ -4,8 +4,9 @@
 //! A factor is a small matrix (rows, columns) of float32: A with the dropout's gain, or P^T.
 
 use super::dropout::{Stream, GROUP};
+use super::plain::Out;
 use super::pool;
-use super::simd::{on_best, Element, Kernel, Simd};
+use super::simd::{load_at, on_best, store_at, Element, Kernel, Simd};
 
 /// Tokens worked on at once.
 const TILE: usize = 16;
@@ -29,29 +30,6 @@ impl<'a> Factor<'a> {
     /// `values` as a matrix of `rows` rows.
     pub fn new(values: &'a [f32], rows: usize) -> Self {
         Self { values, rows, columns: values.len() / rows.max(1) }
-    }
-}
-
-/// Memory that threads write to at disjoint places.
-#[derive(Clone, Copy)]
-struct Out<T>(*mut T);
-// SAFETY: each thread writes the rows of its own tokens, or its own partial sums.
-unsafe impl<T> Send for Out<T> {}
-// SAFETY: as above.
-unsafe impl<T> Sync for Out<T> {}
-
-impl<T> Out<T> {
-    /// The memory `count` elements further on. A method, so that closures capture the whole struct.
-    ///
-    /// # Safety
-    /// It lies in the same allocation.
-    unsafe fn add(self, count: usize) -> Self {
-        // SAFETY: as the caller promises.
-        Self(unsafe { self.0.add(count) })
-    }
-
-    fn pointer(self) -> *mut T {
-        self.0
     }
 }
 
@@ -203,32 +181,6 @@ unsafe fn dots<V: Simd, E: Element, const MASKED: bool>(
             }
         }
         start = panel.end;
-    }
-}
-
-/// `count` values at `from`, all of a vector's or fewer.
-#[inline(always)]
-unsafe fn load_at<V: Simd, E: Element>(from: *const E, count: usize) -> V {
-    // SAFETY: as the caller promises.
-    unsafe {
-        if count == V::LANES {
-            E::load(from)
-        } else {
-            E::load_some(from, count)
-        }
-    }
-}
-
-/// `count` values to `to`.
-#[inline(always)]
-unsafe fn store_at<V: Simd, E: Element>(value: V, to: *mut E, count: usize) {
-    // SAFETY: as the caller promises.
-    unsafe {
-        if count == V::LANES {
-            E::store(value, to);
-        } else {
-            E::store_some(value, to, count);
-        }
     }
 }
 
@@ -473,6 +425,68 @@ pub fn forward<E: Element>(
     pool::run(workers(tokens, a, p), |thread, threads| {
         let tokens = pool::part(tokens, TILE, thread, threads);
         on_best(&Forward { x: x.pointer(), a, p, start, dropout, t, y, tokens });
+    });
+}
+
+struct Dropped<'a, E> {
+    x: *mut E,
+    features: usize,
+    columns: std::ops::Range<usize>,
+    stream: &'a Stream,
+    out: Out<E>,
+    /// Tokens of x, and the first of those that `out` has.
+    tokens: std::ops::Range<usize>,
+    first: usize,
+}
+
+impl<E: Element> Kernel for Dropped<'_, E> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<V: Simd>(&self) {
+        let mut mask = Mask { bytes: Vec::new(), start: 0 };
+        let width = self.columns.len();
+        for token in self.tokens.clone() {
+            let start = token * self.features + self.columns.start;
+            // SAFETY: token and columns lie inside both matrices, checked by `dropped`.
+            unsafe {
+                mask.draw::<V>(Some(self.stream), start..start + width);
+                let from = Tile { data: self.x.add(start), tokens: 1, columns: width, start };
+                let to = self.out.add((token - self.first) * width).pointer();
+                for column in (0..width).step_by(V::LANES) {
+                    let count = V::LANES.min(width - column);
+                    let value: V = from.load::<V, true>(0, column, count, &mask);
+                    store_at(value, to.add(column), count);
+                }
+            }
+        }
+    }
+}
+
+/// `columns` of drop(x) for the tokens from `first` on, into `out` (tokens, columns), without the
+/// dropout's gain. `x` is (any, features).
+///
+/// # Panics
+/// Where the lengths do not fit together.
+pub fn dropped<E: Element>(
+    x: &[E],
+    features: usize,
+    first: usize,
+    columns: std::ops::Range<usize>,
+    stream: &Stream,
+    out: &mut [E],
+) {
+    let tokens = out.len() / columns.len().max(1);
+    assert!(out.len() == tokens * columns.len() && columns.end <= features);
+    assert!((first + tokens) * features <= x.len());
+    let wanted = if out.len() < SERIAL / 8 { 1 } else { pool::threads() };
+    // Only read through.
+    let x = Out(x.as_ptr().cast_mut());
+    let out = Out(out.as_mut_ptr());
+    pool::run(wanted, |thread, threads| {
+        let part = pool::part(tokens, 1, thread, threads);
+        let (x, columns) = (x.pointer(), columns.clone());
+        let tokens = first + part.start..first + part.end;
+        on_best(&Dropped { x, features, columns, stream, out, tokens, first });
     });
 }
 

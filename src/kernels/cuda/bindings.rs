@@ -6,8 +6,9 @@ use pyo3::types::PyBytes;
 use pyo3_tch::PyTensor;
 use tch::Tensor;
 
-use super::{Draw, Stream};
+use super::Stream;
 use crate::errors::detached;
+use crate::kernels::dropout;
 
 /// The compiler's log of all kernels for an architecture.
 #[pyfunction]
@@ -58,8 +59,8 @@ fn cuda_draw_mask(
     stream: usize,
 ) -> PyResult<Option<PyTensor>> {
     let x = x.0;
-    let draw = Draw { p, seed, offset };
-    detached(py, move || Ok(super::draw_mask(&x, draw, Stream(stream))?.map(PyTensor)))
+    let draw = dropout::Stream::new(p, seed, offset);
+    detached(py, move || Ok(super::draw_mask(&x, &draw, Stream(stream))?.map(PyTensor)))
 }
 
 #[pyfunction]
@@ -88,9 +89,9 @@ fn cuda_down(
     stream: usize,
 ) -> PyResult<Option<(PyTensor, PyTensor)>> {
     let (x, a) = (x.0, a.0);
-    let draw = Draw { p, seed, offset };
+    let draw = dropout::Stream::new(p, seed, offset);
     detached(py, move || {
-        let taken = super::down(&x, &a, gain, draw, Stream(stream))?;
+        let taken = super::down(&x, &a, gain, &draw, Stream(stream))?;
         Ok(taken.map(|(t, mask)| (PyTensor(t), PyTensor(mask))))
     })
 }

@@ -25,24 +25,6 @@ pub(super) const TILE_ROWS: i64 = 64;
 /// Features of a tile.
 pub(super) const TILE_FEATURES: i64 = 256;
 
-/// How a dropout mask is drawn: element i by the counter `offset + 16 (i / 128) + i % 16` under the key
-/// `seed`, so equal to the CPU's mask of that seed and offset.
-#[derive(Clone, Copy, Debug)]
-pub struct Draw {
-    /// Probability of dropping, 0 to 1.
-    pub p: f64,
-    /// Key of the generator.
-    pub seed: u64,
-    /// First counter of the generator.
-    pub offset: u64,
-}
-
-impl Draw {
-    fn threshold(self) -> u32 {
-        dropout::Stream::new(self.p, 0, 0).threshold()
-    }
-}
-
 /// Do the kernels take an `x` of this device and dtype: float32, float16 or bfloat16 on a CUDA device
 /// whose kernels could be loaded?
 pub fn takes(x: &Tensor, stream: Stream) -> bool {
@@ -96,9 +78,9 @@ fn check_factor(name: &str, tensor: &Tensor, x: &Tensor, shape: &[i64]) -> Resul
     checks::shape(name, tensor, shape)
 }
 
-/// The packed mask of all elements of `x`, uint8 of ceil(elements / 8) on its device. `None` if not
+/// The packed mask of all elements of `x`, equal to the CPU's of that stream: uint8 of ceil(elements / 8) on its device. `None` if not
 /// taken.
-pub fn draw_mask(x: &Tensor, draw: Draw, stream: Stream) -> Result<Option<Tensor>> {
+pub fn draw_mask(x: &Tensor, draw: &dropout::Stream, stream: Stream) -> Result<Option<Tensor>> {
     let Some((target, _)) = target(x, stream) else { return Ok(None) };
     let bytes = bytes(x.numel() as i64);
     let mask = Tensor::f_empty([bytes], (Kind::Uint8, x.device()))?;
@@ -107,8 +89,8 @@ pub fn draw_mask(x: &Tensor, draw: Draw, stream: Stream) -> Result<Option<Tensor
         let arguments = [
             Argument::of(&mask),
             Argument::Long(bytes as u64),
-            Argument::Long(draw.seed),
-            Argument::Long(draw.offset),
+            Argument::Long(draw.seed()),
+            Argument::Long(draw.offset()),
             Argument::Word(draw.threshold()),
         ];
         // SAFETY: the arguments of dropout.cu; the mask is as long as said.
@@ -148,7 +130,7 @@ pub fn down(
     x: &Tensor,
     a: &Tensor,
     gain: f64,
-    draw: Draw,
+    draw: &dropout::Stream,
     stream: Stream,
 ) -> Result<Option<(Tensor, Tensor)>> {
     let Some((target, suffix)) = target(x, stream) else { return Ok(None) };
@@ -174,8 +156,8 @@ pub fn down(
         Argument::Int(int("features", features)?),
         Argument::Int(int("ranks", ranks)?),
         Argument::Float(gain as f32),
-        Argument::Long(draw.seed),
-        Argument::Long(draw.offset),
+        Argument::Long(draw.seed()),
+        Argument::Long(draw.offset()),
         Argument::Word(draw.threshold()),
     ];
     let kernel = format!("down_{}_{suffix}", if ranks <= 8 { 8 } else { 16 });

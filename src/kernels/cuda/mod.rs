@@ -12,7 +12,7 @@ mod runtime;
 mod score;
 mod step;
 
-pub use layer::{add_grad_x, apply_mask, down, draw_mask, takes, Draw};
+pub use layer::{add_grad_x, apply_mask, down, draw_mask, takes};
 pub use runtime::{emulate, kernels, unavailable, EmulatedLaunch, Stream};
 pub use score::accumulate;
 pub use step::{add_orthogonality_gradient_, smooth_};
