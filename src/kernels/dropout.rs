@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 use super::philox::LANES;
 use super::plain::Out;
 use super::pool;
-use super::simd::{on_best, Kernel, Simd};
+use super::simd::{load_at, on_best, store_at, Bf16, Element, Kernel, Simd};
 use crate::errors::{Error, Result};
 
 /// Elements that one group of counters decides: 8 of 16 bits a counter.
@@ -116,6 +116,35 @@ impl<T: Copy> Kernel for Zero<T> {
     }
 }
 
+/// [`Zero`] for the elements that vectors load and store.
+struct ZeroVectors<E> {
+    values: Out<E>,
+    bits: *const u8,
+    count: usize,
+}
+
+impl<E: Element> Kernel for ZeroVectors<E> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<V: Simd>(&self) {
+        let mut first = 0;
+        while first < self.count {
+            let count = V::LANES.min(self.count - first);
+            // SAFETY: values and bits as for `Zero`; so many elements are left, whose bits begin a byte.
+            unsafe {
+                let place = self.values.add(first).pointer();
+                let mut bits = 0;
+                for byte in 0..count.div_ceil(8) {
+                    bits |= u32::from(*self.bits.add(first / 8 + byte)) << (8 * byte);
+                }
+                let value: V = load_at(place.cast_const(), count);
+                store_at(value.keep(bits), place, count);
+            }
+            first += count;
+        }
+    }
+}
+
 fn workers(elements: usize) -> usize {
     if elements < SERIAL {
         1
@@ -157,7 +186,8 @@ pub fn zero_(values: &mut Tensor, mask: &Tensor) -> Result<()> {
             values.size()
         )));
     }
-    let width = values.kind().elt_size_in_bytes();
+    let kind = values.kind();
+    let width = kind.elt_size_in_bytes();
     let (data, bits) = (Out::<u8>(values.data_ptr().cast()), Out::<u8>(mask.data_ptr().cast()));
     pool::run(workers(n), |thread, threads| {
         let part = pool::part(n, GROUP, thread, threads);
@@ -169,9 +199,14 @@ pub fn zero_(values: &mut Tensor, mask: &Tensor) -> Result<()> {
         let (values, bits, count) = unsafe {
             (data.add(part.start * width), bits.add(part.start / 8).pointer(), part.len())
         };
-        match width {
-            2 => on_best(&Zero { values, bits, count, zero: 0u16 }),
-            4 => on_best(&Zero { values, bits, count, zero: 0u32 }),
+        match (kind, width) {
+            (Kind::BFloat16, _) => {
+                on_best(&ZeroVectors::<Bf16> { values: Out(values.pointer().cast()), bits, count });
+            }
+            (_, 2) => on_best(&Zero { values, bits, count, zero: 0u16 }),
+            (_, 4) => {
+                on_best(&ZeroVectors::<f32> { values: Out(values.pointer().cast()), bits, count });
+            }
             _ => on_best(&Zero { values, bits, count, zero: 0u64 }),
         }
     });
@@ -210,8 +245,16 @@ mod tests {
                 let count = values.len();
                 let data = Out::<u8>(values.as_mut_ptr().cast());
                 isa.run(&Zero { values: data, bits: bytes.as_ptr(), count, zero: 0u16 });
+                let mut floats = vec![7.0f32; count];
+                let mut halves = vec![Bf16(7); count];
+                let (float, half) = (Out(floats.as_mut_ptr()), Out(halves.as_mut_ptr()));
+                isa.run(&ZeroVectors { values: float, bits: bytes.as_ptr(), count });
+                isa.run(&ZeroVectors { values: half, bits: bytes.as_ptr(), count });
                 for (i, value) in values.iter().enumerate() {
-                    assert_eq!(*value == 7, want[i / 8] >> (i % 8) & 1 == 1, "{isa:?}");
+                    let kept = want[i / 8] >> (i % 8) & 1 == 1;
+                    assert_eq!(*value == 7, kept, "{isa:?}");
+                    assert_eq!(floats[i] == 7.0, kept, "{isa:?}");
+                    assert_eq!(halves[i] == Bf16(7), kept, "{isa:?}");
                 }
             }
         }
