@@ -203,6 +203,7 @@ class RankScheduler:
             handle.remove()
         self._handles = []
         self._scores.detach()
+        self._restart.find_young(())
         if self._probe.reloaded:
             self._take_loaded()
         self._drop_reserves()
