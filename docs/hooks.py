@@ -1,4 +1,4 @@
-"""What the site needs beyond mkdocs: links to files of the repository, and formulas without a script."""
+"""What the site needs beyond mkdocs: links that lead out of it, and formulas without a script."""
 
 import html
 import logging
@@ -12,6 +12,7 @@ _log = logging.getLogger("mkdocs.hooks")
 
 # A fenced block, or a link that leaves this folder.
 _OUTWARD = re.compile(r"^```.*?^```|\[(?P<text>[^\]]+)\]\((?P<path>\.\./[^)\s]+)\)", re.MULTILINE | re.DOTALL)
+_ROLE = re.compile(r":(?:func|meth|class):<code>([\w.]+)</code>")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -32,10 +33,17 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Formulas become MathML, which browsers draw by themselves."""
+    """Formulas become MathML, which browsers draw by themselves; names in docstrings become links."""
 
     def mathml(match: re.Match[str]) -> str:
         block = match[1] == "div"
         return convert(html.unescape(match[2]), display="block" if block else "inline")
 
-    return _FORMULA.sub(mathml, content)
+    return _FORMULA.sub(mathml, _ROLE.sub(_reference, content))
+
+
+def _reference(role: re.Match[str]) -> str:
+    """A name in a docstring becomes a link to its place in the reference, where it has one."""
+    name = role[1]
+    full = name if "." in name else f"increlora_rs._core.{name}"
+    return f'<autoref identifier="{full}" optional><code>{name}</code></autoref>'
