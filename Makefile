@@ -40,7 +40,7 @@ bench: build ## measure everything (some 25 minutes, on a quiet machine); BENCH=
 	$(WITH_TORCH) cargo bench --quiet
 
 docs: $(INSTALLED) ## build the site into target/site; a warning is an error
-	mkdocs build --strict --quiet
+	mkdocs build --strict
 
 test: lint docs test-rust test-python ## everything that CI runs
 
