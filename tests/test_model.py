@@ -418,11 +418,6 @@ def test_disabled_adapter_gives_the_base_outputs(trained, make_bert, tokens):
         assert torch.equal(logits(trained, tokens), logits(make_bert(), tokens))
 
 
-def test_weighted_combination_is_refused_with_the_way_out(two):
-    with pytest.raises(TypeError, match="export_lora"):
-        two.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both")
-
-
 # Merging.
 
 

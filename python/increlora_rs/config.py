@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from peft.utils.other import get_pattern_key
 
 from . import arguments
 from .files import check_weights_file
+from .kinds import Kind
 from .peft_type import PEFT_TYPE
 
 # Options of LoraConfig that mean here what they mean there. Every other one raises unless it is left
@@ -42,6 +44,22 @@ _SUPPORTED = frozenset(
         "alpha_pattern",
     }
 )
+
+
+def changed_options(config: LoraConfig, known: Collection[str]) -> Iterator[tuple[str, Any, Any]]:
+    """LoraConfig's options outside ``known`` that are not at their default: name, value, default."""
+    for option in dataclasses.fields(LoraConfig):
+        if option.name in known or not option.init:
+            continue
+        if option.default is not dataclasses.MISSING:
+            default = option.default
+        elif option.default_factory is not dataclasses.MISSING:
+            default = option.default_factory()
+        else:
+            continue
+        value = getattr(config, option.name)
+        if value is not None and value != default:
+            yield option.name, value, default
 
 
 @dataclass
@@ -76,6 +94,8 @@ class IncreLoraConfig(LoraConfig):
             many as weigh 1e-3 or more in the smoothing; None: every step, as the paper does.
         importance_norm: Divide a module's importance by "sqrt": sqrt(out in), as the authors' code
             does, or "mean": out in, as the paper prints.
+        module_kinds: Kept by the library, for the export of a saved adapter: "embedding", or the size of
+            a convolution's kernel, by full module name.
 
     The other arguments are LoraConfig's: ``target_modules``, ``lora_alpha``, ``lora_dropout``,
     ``bias``, ``use_rslora``, ``modules_to_save``, ``exclude_modules``, ``layers_to_transform``,
@@ -125,6 +145,10 @@ class IncreLoraConfig(LoraConfig):
     )
     importance_norm: Literal["sqrt", "mean"] = field(
         default="sqrt", metadata={"help": "Divide the importance by sqrt(out in) or out in."}
+    )
+    module_kinds: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Kept by the library: modules that are embeddings, or convolutions of a kernel."},
     )
 
     def __post_init__(self) -> None:
@@ -205,6 +229,11 @@ class IncreLoraConfig(LoraConfig):
         default: float = self.lora_alpha
         return self.alpha_pattern.get(key, default)
 
+    def kind_of(self, module: str) -> Kind:
+        """What a module, by its full name, is: ``module_kinds``' kind, else "linear"."""
+        kind = self.module_kinds.get(module, "linear")
+        return tuple(kind) if isinstance(kind, (list, tuple)) else kind
+
     def scale(self, lora_alpha: float, rank: int) -> float:
         """The scale s_k of a module of ``rank`` active components."""
         divisor = float(self.r if self.scaling == "budget" else max(rank, 1))
@@ -221,21 +250,11 @@ class IncreLoraConfig(LoraConfig):
                 setattr(self, option.name, plain)
 
     def _refuse_unsupported(self) -> None:
-        for option in dataclasses.fields(LoraConfig):
-            if option.name in _SUPPORTED or not option.init:
-                continue
-            if option.default is not dataclasses.MISSING:
-                default = option.default
-            elif option.default_factory is not dataclasses.MISSING:
-                default = option.default_factory()
-            else:
-                continue
-            value = getattr(self, option.name)
-            if value is not None and value != default:
-                raise ValueError(
-                    f"{option.name}={value!r} is not supported by IncreLoraConfig; leave it at "
-                    f"{default!r}, or use LoraConfig."
-                )
+        for name, value, default in changed_options(self, _SUPPORTED):
+            raise ValueError(
+                f"{name}={value!r} is not supported by IncreLoraConfig; leave it at {default!r}, or use "
+                "LoraConfig."
+            )
 
     def _check_ranks(self) -> None:
         arguments.integer("r", self.r, at_least=1)
@@ -283,6 +302,15 @@ class IncreLoraConfig(LoraConfig):
             else:
                 arguments.collection(name, getattr(self, name), str, "a string or a list of strings")
         arguments.collection("modules_to_save", self.modules_to_save, str, "a list of strings")
+        if not isinstance(self.module_kinds, dict):
+            raise TypeError(f"module_kinds={self.module_kinds!r} must be a dictionary; leave it out.")
+        for name, kind in self.module_kinds.items():
+            kernel = isinstance(kind, (list, tuple)) and all(type(size) is int for size in kind)
+            if not isinstance(name, str) or not (kernel or kind == "embedding"):
+                raise ValueError(
+                    f"module_kinds[{name!r}]={kind!r} must be 'embedding' or the size of a kernel, by module "
+                    "name; leave it out: the library keeps it."
+                )
         if not isinstance(self.layers_to_transform, int):
             arguments.collection(
                 "layers_to_transform", self.layers_to_transform, int, "a layer number or a list of them"

@@ -17,6 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .config import IncreLoraConfig
 from .layer import Linear
 from .ops import Probe
+from .weighted import WeightedSum, combined_config
 
 _PREFIX = "base_model.model."
 
@@ -86,16 +87,83 @@ class IncreLoraModel(LoraModel):
             )
         return Linear(target, adapter_name, lora_config, **kwargs)
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not supported.
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Adds the weighted sum of adapters as a new adapter, frozen, of scale 1 and with ranks of its own.
+
+        Args:
+            adapters: Names of the adapters to add up.
+            weights: A number for each, negative ones too.
+            adapter_name: Name of the new adapter.
+            combination_type: "cat": every component of every adapter, exact. "svd": the nearest sum of
+                rank ``svd_rank``. "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd":
+                PEFT's ways to thin out the updates before they are added up, then as "svd". One adapter
+                alone is scaled, exact, by any of them.
+            svd_rank: The most that a module keeps; None: the largest rank that it has among ``adapters``.
+            svd_clamp: Not supported, for it would cost the factors their orthonormality.
+            svd_full_matrices: Without effect on the sum; there to be called as PEFT's LoRA is.
+            svd_driver: As ``svd_full_matrices``.
+            density: Part of the values that thinning out keeps, above 0 and at most 1.
+            majority_sign_method: "total" or "frequency": how "ties" chooses a sign.
 
         Raises:
-            TypeError: always.
+            ValueError: an adapter is unknown or trains more than its update (``modules_to_save``, ``bias``),
+                the new name is taken, or an argument is wrong; PEFT's ways that add factor to factor
+                ("linear", "ties", ...) are refused, for components of grown adapters do not correspond.
         """
-        raise TypeError(
-            "add_weighted_adapter is not supported for IncreLoRA adapters; export them with "
-            "increlora_rs.export_lora and combine the plain LoRA adapters."
-        )
+        for name in adapters:
+            if name not in self.peft_config:
+                raise ValueError(f"adapters: there is no {name!r}; the model has {list(self.peft_config)}.")
+        if adapter_name in self.peft_config:
+            raise ValueError(
+                f"adapter_name={adapter_name!r} is taken; give another, or delete_adapter it first."
+            )
+        if svd_clamp is not None:
+            raise ValueError(f"svd_clamp={svd_clamp!r} is not supported; leave it out.")
+        wish = WeightedSum(adapters, weights, combination_type, svd_rank, density, majority_sign_method)
+        layers = {
+            name: layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, Linear) and any(adapter in layer.lora_A for adapter in adapters)
+        }
+        sums = {name: wish.of(layer) for name, layer in layers.items()}
+        ranks = {name: int(e.shape[0]) for name, (_, _, e) in sums.items()}
+        configs = {name: self.peft_config[name] for name in adapters}
+        self.peft_config[adapter_name] = combined_config(configs, ranks, rank_pattern(ranks))
+        trained = {id(parameter) for parameter in self.parameters() if parameter.requires_grad}
+        self.inject_adapter(self.model, adapter_name)
+        for name, factors in sums.items():
+            layer = layers[name]
+            for parameters, value in zip((layer.lora_A, layer.lora_B, layer.lora_E), factors, strict=True):
+                parameters[adapter_name].data = value.clone(memory_format=torch.contiguous_format)
+        # Injecting an adapter makes the active ones trainable.
+        for parameter in self.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter; see ``peft.LoraModel.delete_adapter``.
+
+        Raises:
+            ValueError: a scheduler is attached to it, or there is none of this name.
+        """
+        layers = adapted_layers(self.model, adapter_name).values()
+        if any(layer.probes[adapter_name].attached for layer in layers):
+            raise ValueError(
+                f"adapter_name={adapter_name!r}: a scheduler is attached to this adapter; call its detach() "
+                "first."
+            )
+        super().delete_adapter(adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(
