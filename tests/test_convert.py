@@ -27,6 +27,7 @@ SETTINGS = {
     "layers": {"layers_to_transform": [1], "layers_pattern": "layer"},
     "exclude": {"target_modules": ["query", "value", "key"], "exclude_modules": ["key"]},
     "task": {"task_type": "SEQ_CLS"},
+    "trainable tokens": {"trainable_token_indices": {"word_embeddings": [1, 5]}},
     "dropout": {"lora_dropout": 0.3},
 }
 sources = pytest.mark.parametrize("source", ["model", "directory"])
@@ -244,7 +245,6 @@ def test_converted_lora_lies_frozen_beside_a_growing_adapter(train, make_bert, t
     [
         ({"use_dora": True}, "use_dora=True"),
         ({"lora_bias": True}, "lora_bias=True"),
-        ({"trainable_token_indices": {"word_embeddings": [1]}}, "trainable_token_indices="),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
     ],

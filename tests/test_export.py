@@ -34,6 +34,7 @@ SETTINGS = {
     "modules_to_save": {"modules_to_save": ["classifier"]},
     "bias all": {"bias": "all"},
     "bias lora_only": {"bias": "lora_only"},
+    "trainable tokens": {"trainable_token_indices": {"word_embeddings": [1, 5]}},
     "regex": {"target_modules": r".*\.self\.(query|value)"},
     "layers": {"layers_to_transform": [0, 1], "layers_pattern": "layer"},
     "exclude": {"target_modules": ["query", "value", "key"], "exclude_modules": ["key"]},

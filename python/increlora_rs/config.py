@@ -34,9 +34,11 @@ _SUPPORTED = frozenset(
         "exclude_modules",
         "lora_alpha",
         "lora_dropout",
+        "fan_in_fan_out",
         "bias",
         "use_rslora",
         "modules_to_save",
+        "trainable_token_indices",
         "init_lora_weights",
         "layers_to_transform",
         "layers_pattern",
@@ -79,9 +81,9 @@ class IncreLoraConfig(LoraConfig):
         beta2: Decay of its uncertainty, in [0, 1) (eq. 8).
         orth_reg_weight: Weight of the orthogonality regulariser (eq. 4); None: 0.1 with
             ``init_lora_weights="svd"``, else 0, for LoRA's init is not orthonormal.
-        init_lora_weights: True: LoRA's own (A Kaiming uniform, B 0, E 1). "svd": the paper's
-            (A, B ~ N(0, 0.02^2), E 0). False: like True but B random, so that a fresh adapter is
-            not the identity (for tests).
+        init_lora_weights: True: LoRA's own (A Kaiming uniform, B 0, E 1; for embeddings A 0, B ~ N(0, 1)).
+            "gaussian": the same with A ~ N(0, 1 / r^2). "svd": the paper's (A, B ~ N(0, 0.02^2), E 0).
+            False: like True but both random, so that a fresh adapter is not the identity (for tests).
         scaling: "budget": alpha / r for every module at all times, so alpha and learning rate carry
             over from LoraConfig(r=r). "rank": alpha / r_k with the module's own rank (the paper).
             ``use_rslora=True`` takes the square root of the rank in either.
@@ -98,9 +100,10 @@ class IncreLoraConfig(LoraConfig):
             a convolution's kernel, by full module name.
 
     The other arguments are LoraConfig's: ``target_modules``, ``lora_alpha``, ``lora_dropout``,
-    ``bias``, ``use_rslora``, ``modules_to_save``, ``exclude_modules``, ``layers_to_transform``,
-    ``layers_pattern``, ``rank_pattern`` (initial ranks; kept up to date as ranks grow),
-    ``alpha_pattern``, ``task_type``, ``inference_mode``.
+    ``bias``, ``use_rslora``, ``modules_to_save``, ``trainable_token_indices``, ``exclude_modules``,
+    ``layers_to_transform``, ``layers_pattern``, ``rank_pattern`` (initial ranks; kept up to date as
+    ranks grow), ``alpha_pattern``, ``fan_in_fan_out`` (set by itself where it is needed), ``task_type``,
+    ``inference_mode``.
 
     Raises:
         ValueError: an argument has a wrong value, or is an option of LoraConfig that is not
@@ -124,9 +127,9 @@ class IncreLoraConfig(LoraConfig):
     orth_reg_weight: float | None = field(
         default=None, metadata={"help": "Weight of the orthogonality regulariser."}
     )
-    init_lora_weights: bool | Literal["svd"] = field(
+    init_lora_weights: bool | Literal["gaussian", "svd"] = field(
         default=True,
-        metadata={"help": "True (LoRA's), 'svd' (the paper's) or False.", "lora_variants": ()},
+        metadata={"help": "True or 'gaussian' (LoRA's), 'svd' (the paper's) or False.", "lora_variants": ()},
     )
     scaling: Literal["budget", "rank"] = field(
         default="budget", metadata={"help": "alpha / r ('budget') or alpha / r_k ('rank')."}
@@ -155,7 +158,7 @@ class IncreLoraConfig(LoraConfig):
         self._take_plain_numbers()
         self._refuse_unsupported()
         # Before PEFT's own checks, which answer to the inits that LoraConfig knows.
-        arguments.choice("init_lora_weights", self.init_lora_weights, (True, False, "svd"))
+        arguments.choice("init_lora_weights", self.init_lora_weights, (True, False, "gaussian", "svd"))
         self._check_modules()
         if self.rank_pattern is None:
             self.rank_pattern = {}
@@ -311,6 +314,11 @@ class IncreLoraConfig(LoraConfig):
                     f"module_kinds[{name!r}]={kind!r} must be 'embedding' or the size of a kernel, by module "
                     "name; leave it out: the library keeps it."
                 )
+        tokens = self.trainable_token_indices
+        for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
+            arguments.collection(
+                "trainable_token_indices", indices, int, "a list of token numbers, or of such lists by module"
+            )
         if not isinstance(self.layers_to_transform, int):
             arguments.collection(
                 "layers_to_transform", self.layers_to_transform, int, "a layer number or a list of them"
@@ -321,7 +329,7 @@ class IncreLoraConfig(LoraConfig):
         arguments.choice("importance_norm", self.importance_norm, ("sqrt", "mean"))
         arguments.choice("bias", self.bias, ("none", "all", "lora_only"))
         arguments.choice("advance_learning", self.advance_learning, (True, False, None))
-        for name in ("restart_warmup", "preserve_output", "use_rslora"):
+        for name in ("restart_warmup", "preserve_output", "use_rslora", "fan_in_fan_out"):
             arguments.choice(name, getattr(self, name), (True, False))
         if self.advance_learning and self.init_lora_weights != "svd":
             raise ValueError(

@@ -31,6 +31,7 @@ _OF_THE_BASE = (
     "layers_to_transform",
     "layers_pattern",
     "modules_to_save",
+    "trainable_token_indices",
     "bias",
     "fan_in_fan_out",
 )

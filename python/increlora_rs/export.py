@@ -205,6 +205,7 @@ def _config(adapter: Adapter, layout: str, ranks: dict[str, int], rank: int) -> 
         layers_to_transform=ours.layers_to_transform,
         layers_pattern=ours.layers_pattern,
         modules_to_save=ours.modules_to_save,
+        trainable_token_indices=ours.trainable_token_indices,
         bias=ours.bias,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),

@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import functools
 import re
+import warnings
 from collections import Counter
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
 
 from .config import IncreLoraConfig
-from .layer import Linear
+from .kinds import Kind, module_kinds
+from .layers import AdaptedLayer, TransposedLinear, layer_class, quantization_of
 from .ops import Probe
 from .weighted import WeightedSum, combined_config
 
@@ -35,14 +38,22 @@ class IncreLoraModel(LoraModel):
         ValueError: a target module is unknown, of an unsupported type, or too small for its rank.
     """
 
-    tuner_layer_cls = Linear
+    tuner_layer_cls = AdaptedLayer
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Puts the adapter into ``model``; see ``peft.LoraModel.inject_adapter``."""
         # The ranks that an adapter reaches stand in its configuration: the user's own, which may serve
         # for another model, stays as it is.
-        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        if config.fan_in_fan_out and not any(isinstance(module, Conv1D) for module in model.modules()):
+            raise ValueError(
+                "fan_in_fan_out=True is for Conv1D of transformers, of which the model has none; leave it "
+                "out: it is set by itself where it is needed."
+            )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = adapted_layers(model, adapter_name)
+        config.fan_in_fan_out = any(isinstance(layer, TransposedLinear) for layer in layers.values())
+        config.module_kinds = module_kinds({short(name): _kind(layer) for name, layer in layers.items()})
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         self._probe = Probe()
@@ -63,11 +74,13 @@ class IncreLoraModel(LoraModel):
         config = lora_config
         r, alpha = config.initial_rank_of(current_key), config.alpha_of(current_key)
         try:
-            if isinstance(target, Linear):
+            if isinstance(target, AdaptedLayer):
                 target.update_layer(adapter_name, r, alpha, config=config, probe=self._probe)
                 return
-            module = self._create_new_module(
-                config, adapter_name, target, r=r, lora_alpha=alpha, probe=self._probe
+            base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            quantization = quantization_of(base, **get_quantization_kwargs(self.model))
+            module = layer_class(base, quantization)(
+                target, adapter_name, config, r, alpha, self._probe, quantization
             )
         except ValueError as error:
             raise ValueError(f"target_modules: {current_key}: {error}") from error
@@ -75,17 +88,20 @@ class IncreLoraModel(LoraModel):
             module.requires_grad_(False)
         self._replace_module(parent, target_name, module, target)
 
-    @staticmethod
-    def _create_new_module(
-        lora_config: IncreLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
-    ) -> Linear:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        # The output projection of nn.MultiheadAttention: its weight is used without calling it.
-        if not isinstance(base, nn.Linear) or isinstance(base, NonDynamicallyQuantizableLinear):
-            raise ValueError(
-                f"a module of type {type(base).__name__} is not supported; only torch.nn.Linear is."
-            )
-        return Linear(target, adapter_name, lora_config, **kwargs)
+    def _check_merge_allowed(self) -> None:
+        """Gives base layers that share their weight with another module, as tied embeddings do, one of
+        their own: what is merged is the update of the layer alone."""
+        used = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
+        for name, layer in self.model.named_modules():
+            weight = layer.get_base_layer().weight if isinstance(layer, AdaptedLayer) else None
+            if isinstance(weight, nn.Parameter) and used[id(weight)] > 1:
+                layer.get_base_layer().weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+                warnings.warn(
+                    f"the weight of {name!r} is tied to another module's, which the adapter leaves alone; to "
+                    "merge, the module gets a weight of its own",
+                    UserWarning,
+                    stacklevel=3,
+                )
 
     def add_weighted_adapter(
         self,
@@ -135,14 +151,18 @@ class IncreLoraModel(LoraModel):
         layers = {
             name: layer
             for name, layer in self.model.named_modules()
-            if isinstance(layer, Linear) and any(adapter in layer.lora_A for adapter in adapters)
+            if isinstance(layer, AdaptedLayer) and any(adapter in layer.lora_A for adapter in adapters)
         }
         sums = {name: wish.of(layer) for name, layer in layers.items()}
         ranks = {name: int(e.shape[0]) for name, (_, _, e) in sums.items()}
         configs = {name: self.peft_config[name] for name in adapters}
         self.peft_config[adapter_name] = combined_config(configs, ranks, rank_pattern(ranks))
         trained = {id(parameter) for parameter in self.parameters() if parameter.requires_grad}
-        self.inject_adapter(self.model, adapter_name)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
         for name, factors in sums.items():
             layer = layers[name]
             for parameters, value in zip((layer.lora_A, layer.lora_B, layer.lora_E), factors, strict=True):
@@ -201,7 +221,7 @@ class IncreLoraModel(LoraModel):
             model, config, adapter_name, state_dict
         )
         expected: set[str] = set()
-        ranks: list[tuple[Linear, int]] = []
+        ranks: list[tuple[AdaptedLayer, int]] = []
         for name, layer in adapted_layers(model, adapter_name).items():
             keys = [f"{name}.lora_{factor}.{adapter_name}" for factor in "ABE"]
             expected.update(keys)
@@ -232,13 +252,19 @@ def short(name: str) -> str:
     return name.removeprefix(_PREFIX)
 
 
-def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, Linear]:
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLayer]:
     """The layers with adapter ``adapter_name``, by full module name, in model order."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, Linear) and adapter_name in module.lora_A
+        if isinstance(module, AdaptedLayer) and adapter_name in module.lora_A
     }
+
+
+def _kind(layer: AdaptedLayer) -> Kind:
+    if layer.kind == "convolution":
+        return tuple(layer.get_base_layer().kernel_size)
+    return "embedding" if layer.kind == "embedding" else "linear"
 
 
 def rank_pattern(ranks: dict[str, int]) -> dict[str, int]:
@@ -305,7 +331,9 @@ def _check_targets(model: nn.Module, targets: Any) -> None:
     )
     if unknown:
         linear = {
-            name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)
+            name.rsplit(".", 1)[-1]
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D))
         }
         raise ValueError(
             f"target_modules: {unknown} match no module of the base model; its linear layers are "

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import arguments
 from .config import IncreLoraConfig
-from .layer import Linear
+from .layers import AdaptedLayer
 from .lowrank import Svd, svd_of_product
 
 # Those that thin out the updates themselves; the rest of PEFT's add factor to factor.
@@ -69,7 +69,7 @@ class WeightedSum:
         if self.density is not None:
             arguments.number("density", self.density, above=0.0, below=math.nextafter(1.0, 2.0))
 
-    def of(self, layer: Linear) -> Components:
+    def of(self, layer: AdaptedLayer) -> Components:
         """The sum of the adapters that ``layer`` has: A (rank, in), B (out, rank), E (rank, 1), for a
         scale of 1."""
         parts = [part for part in zip(self.adapters, self.weights, strict=True) if part[0] in layer.lora_A]
@@ -88,7 +88,7 @@ class WeightedSum:
         svd, dtype = svd.first(rank), exact[0][0].dtype
         return svd.v.to(dtype), svd.u.to(dtype), svd.s.view(-1, 1).to(dtype)
 
-    def _thinned(self, layer: Linear, parts: list[tuple[str, float]]) -> Svd:
+    def _thinned(self, layer: AdaptedLayer, parts: list[tuple[str, float]]) -> Svd:
         updates = [(b * e.view(-1)) @ a for a, b, e in (_scaled(layer, name, 1.0) for name, _ in parts)]
         weights = torch.tensor([weight for _, weight in parts], device=updates[0].device)
         method: Any = getattr(merge_utils, self.combination_type.removesuffix("_svd"))
@@ -97,7 +97,7 @@ class WeightedSum:
         return Svd(*torch.linalg.svd(update.double(), full_matrices=False))
 
 
-def _scaled(layer: Linear, name: str, weight: float) -> Components:
+def _scaled(layer: AdaptedLayer, name: str, weight: float) -> Components:
     a, b, e = (factor.detach() for factor in layer.active_factors(name))
     return a, b, e * (weight * layer.scaling[name])
 
@@ -117,7 +117,7 @@ def combined_config(
         ValueError: one of them trains more than its adapter.
     """
     for name, config in configs.items():
-        for option in ("modules_to_save", "bias"):
+        for option in ("modules_to_save", "bias", "trainable_token_indices"):
             value = getattr(config, option)
             if value not in (None, [], "none"):
                 raise ValueError(
