@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import _core
@@ -17,6 +17,8 @@ from .cuda import stream
 # Backward passes after which a missing scheduler is noticed, and an optimizer that takes no step.
 _UNATTENDED_PASSES = 50
 _IDLE_PASSES = 1000
+
+_PLAIN = (nn.Parameter, Tensor)
 
 
 @dataclass
@@ -161,11 +163,18 @@ def linear(
     return result
 
 
-def fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Can :func:`linear` stand for the base layer: frozen, of one dtype with x, outside autocast?"""
+def fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool = False) -> bool:
+    """Can :func:`linear` stand for the base layer: frozen, of one dtype with x, outside autocast?
+
+    ``transposed``: ``weight`` is (in, out), to be handed over as its transpose.
+    """
     return (
-        x.dim() > 0
-        and x.shape[-1] == weight.shape[1]
+        # Subclasses (quantised, sharded) keep their numbers where Rust does not look.
+        type(weight) in _PLAIN
+        and type(x) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+        and x.dim() > 0
+        and x.shape[-1] == weight.shape[0 if transposed else 1]
         and x.dtype == weight.dtype
         and not weight.requires_grad
         and (bias is None or (bias.dtype == x.dtype and not bias.requires_grad))
@@ -174,7 +183,7 @@ def fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Context in which Rust's matrix products keep the dtype that they are given."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
@@ -216,7 +225,7 @@ class _Adapter(torch.autograd.Function):
         else:
             result = y.clone(memory_format=torch.contiguous_format)
         ctx.seed = _new_seed(dropout)
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             t, mask = _core.adapter_forward(
                 result.view(-1, y.shape[-1]), flat, a, b, e, scale, dropout, ctx.seed, stream(x.device)
             )
@@ -267,7 +276,7 @@ def _backward(ctx: Any, gy: Tensor, needs_x: bool) -> tuple[Tensor | None, Tenso
     if ctx.probe is not None:
         ctx.probe.count_backward(ctx.slot)
         importance = ctx.probe.importance
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         gx, ga, gb, ge = _core.adapter_backward(
             gy.reshape(-1, gy.shape[-1]),
             x.reshape(-1, x.shape[-1]).to(ctx.dtype),
