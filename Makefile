@@ -14,9 +14,11 @@ export VIRTUAL_ENV := $(VENV)
 export PATH := $(VENV)/bin:$(PATH)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# The theme's advertisement for its successor.
+export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo bench test test-rust test-python test-gpu lint format clean
+.PHONY: help build demo bench docs test test-rust test-python test-gpu lint format clean
 
 help: ## list the targets
 	@sed -n -E 's/^([a-z-]+):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -24,7 +26,7 @@ help: ## list the targets
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	pip install --quiet $(BUILD_REQUIRES)
-	maturin develop --release --extras demo,test,dev
+	maturin develop --release --extras demo,test,dev,docs
 	touch $@
 
 build: $(INSTALLED) ## make .venv and build the extension into it
@@ -37,7 +39,10 @@ bench: build ## measure everything (some 25 minutes, on a quiet machine); BENCH=
 	python -m benches $(BENCH)
 	$(WITH_TORCH) cargo bench --quiet
 
-test: lint test-rust test-python ## everything that CI runs
+docs: $(INSTALLED) ## build the site into target/site; a warning is an error
+	mkdocs build --strict --quiet
+
+test: lint docs test-rust test-python ## everything that CI runs
 
 test-rust: $(INSTALLED)
 	$(WITH_TORCH) cargo test --release --quiet
@@ -54,6 +59,7 @@ lint: build
 	ruff format --check --quiet .
 	ruff check --quiet .
 	mypy
+	python -m mypy.stubtest increlora_rs._core
 
 format: $(INSTALLED) ## format Rust and Python
 	cargo fmt

@@ -6,10 +6,42 @@ graph. Tensors may lie on the CPU or on a CUDA device.
 """
 
 from collections.abc import Sequence
+from typing import final
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
+
+__all__ = [
+    "BUILT_FOR",
+    "Newborns",
+    "RESERVE_E",
+    "Schedule",
+    "StepPlan",
+    "adapter_backward",
+    "adapter_forward",
+    "add_orthogonality_gradient_",
+    "cuda_add_grad_x",
+    "cuda_add_orthogonality_gradient_",
+    "cuda_apply_mask",
+    "cuda_compile",
+    "cuda_cubin",
+    "cuda_down",
+    "cuda_draw_mask",
+    "cuda_emulate",
+    "cuda_importance_",
+    "cuda_kernels",
+    "cuda_prepare",
+    "cuda_smooth_",
+    "cuda_unavailable",
+    "dropout_mask",
+    "importance",
+    "importance_window",
+    "linear_forward",
+    "orthogonality",
+    "restart_",
+    "smooth_",
+]
 
 RESERVE_E: float
 """E of the components in reserve, 1e-5."""
@@ -127,6 +159,7 @@ def add_orthogonality_gradient_(
     """Adds ``factor`` (a scalar tensor) times the gradient of :func:`orthogonality` to ``grad_a`` and
     ``grad_b`` in place; returns the value."""
 
+@final
 class Schedule:
     """When and how much the ranks grow, for ``total_steps`` optimizer steps.
 
@@ -211,6 +244,7 @@ def restart_(
         decay: Decoupled weight decay of the step: learning rate times weight decay.
     """
 
+@final
 class StepPlan:
     """What the scheduler does between the backward pass and the optimizer's update, for all modules
     in one call. It holds the tensors, which may change their size in place (``Tensor.set_``).
@@ -255,6 +289,7 @@ class StepPlan:
     def orthogonality(self) -> Tensor:
         """:func:`orthogonality` of all modules."""
 
+@final
 class Newborns:
     """Parameters with rows that were born during training, for :func:`restart_` at every step: keeps
     itself what those rows were. It holds the parameters, which keep their size.
