@@ -12,9 +12,11 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ._core import RESERVE_E
+from .compiled import may_differ
 from .config import IncreLoraConfig
 from .ops import Probe, adapter, fits_linear, linear
 from .optimizer_state import watch
+from .scales import Scales
 
 _PAPER_STD = 0.02
 
@@ -31,7 +33,7 @@ class Linear(nn.Module, LoraLayer):
     out_features: int
     r: dict[str, int]
     lora_alpha: dict[str, float]
-    scaling: dict[str, float]
+    scaling: Scales
     use_rslora: dict[str, bool]
     lora_dropout: nn.ModuleDict
     merged_adapters: list[str]
@@ -62,6 +64,7 @@ class Linear(nn.Module, LoraLayer):
     ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer)
+        self.scaling = Scales()
         self.lora_A = nn.ParameterDict({})
         self.lora_B = nn.ParameterDict({})
         self.lora_E = nn.ParameterDict({})
@@ -209,11 +212,11 @@ class Linear(nn.Module, LoraLayer):
 
     def active_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """A (rank, in), B (out, rank), E (rank, 1) without the reserve: views of the parameters."""
-        rank = self.r[adapter_name]
-        a, b = self.lora_A[adapter_name], self.lora_B[adapter_name]
-        if a.shape[0] != rank:
+        a, b, e = self.lora_A[adapter_name], self.lora_B[adapter_name], self.lora_E[adapter_name]
+        rank = e.shape[0]
+        if may_differ(a.shape[0], rank):
             a, b = a[:rank], b[:, :rank]
-        return a, b, self.lora_E[adapter_name]
+        return a, b, e
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The update s B diag(E) A, (out, in), in the dtype of the adapter's parameters."""
@@ -291,11 +294,19 @@ class Linear(nn.Module, LoraLayer):
             "a": a,
             "b": b,
             "e": e,
-            "scale": self.scaling[name],
+            "scale": self._scale(name),
             "dropout": p,
             "probe": self.probes[name],
             "slot": self.slots[name],
         }
+
+    def _scale(self, name: str) -> float | Tensor:
+        # A number would become part of a compiled graph, which has to outlive the growth of the rank.
+        follows_rank = torch.compiler.is_compiling() and self.configs[name].scaling == "rank"
+        # PEFT's rescale_adapter_scale puts a plain dictionary in the place.
+        if follows_rank and isinstance(self.scaling, Scales):
+            return self.scaling.tensors[name]
+        return self.scaling[name]
 
     def _mixed_batch(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         result = result.clone()
