@@ -14,8 +14,8 @@ from torch import Tensor
 
 __all__ = [
     "BUILT_FOR",
-    "Newborns",
     "RESERVE_E",
+    "Newborns",
     "Schedule",
     "StepPlan",
     "adapter_backward",

@@ -13,9 +13,11 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from .._core import RESERVE_E
+from ..compiled import may_differ
 from ..config import IncreLoraConfig
 from ..ops import Probe
 from ..optimizer_state import watch
+from ..scales import Scales
 from .weight import changed_weight
 
 _PAPER_STD = 0.02
@@ -39,7 +41,7 @@ class AdaptedLayer(nn.Module, LoraLayer):
     out_features: int
     r: dict[str, int]
     lora_alpha: dict[str, float]
-    scaling: dict[str, float]
+    scaling: Scales
     use_rslora: dict[str, bool]
     lora_dropout: nn.ModuleDict
     merged_adapters: list[str]
@@ -72,6 +74,7 @@ class AdaptedLayer(nn.Module, LoraLayer):
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         self.quantization = quantization
+        self.scaling = Scales()
         self.lora_A = nn.ParameterDict({})
         self.lora_B = nn.ParameterDict({})
         self.lora_E = nn.ParameterDict({})
@@ -227,11 +230,11 @@ class AdaptedLayer(nn.Module, LoraLayer):
 
     def active_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """A (rank, in), B (out, rank), E (rank, 1) without the reserve: views of the parameters."""
-        rank = self.r[adapter_name]
-        a, b = self.lora_A[adapter_name], self.lora_B[adapter_name]
-        if a.shape[0] != rank:
+        a, b, e = self.lora_A[adapter_name], self.lora_B[adapter_name], self.lora_E[adapter_name]
+        rank = e.shape[0]
+        if may_differ(a.shape[0], rank):
             a, b = a[:rank], b[:, :rank]
-        return a, b, self.lora_E[adapter_name]
+        return a, b, e
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The update s B diag(E) A in the shape of the base weight, in the dtype of the parameters."""
@@ -307,6 +310,14 @@ class AdaptedLayer(nn.Module, LoraLayer):
     def _dropout(self, name: str) -> float:
         dropout = self.lora_dropout[name]
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+    def _scale(self, name: str) -> float | Tensor:
+        # A number would become part of a compiled graph, which has to outlive the growth of the rank.
+        follows_rank = torch.compiler.is_compiling() and self.configs[name].scaling == "rank"
+        # PEFT's rescale_adapter_scale puts a plain dictionary in the place.
+        if follows_rank and isinstance(self.scaling, Scales):
+            return self.scaling.tensors[name]
+        return self.scaling[name]
 
     def _mixed_batch(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         result = result.clone()

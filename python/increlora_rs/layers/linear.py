@@ -33,7 +33,7 @@ class Linear(AdaptedLayer):
             "a": a,
             "b": b,
             "e": e,
-            "scale": self.scaling[name],
+            "scale": self._scale(name),
             "dropout": self._dropout(name),
             "probe": self.probes[name],
             "slot": self.slots[name],
