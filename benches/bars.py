@@ -9,6 +9,7 @@ from typing import Any
 from .layer import NOT_SLOWER
 from .memory import adapters_bytes
 from .methods import ADALORA, LITERAL, LORA, OURS
+from .scheduler import GROWTH
 from .step import ARMED, UNARMED
 from .timing import Samples, median, overhead, ratio
 
@@ -20,6 +21,8 @@ _OVERHEAD = {
     ("float32", 0.0): 0.85,
     ("bfloat16", 0.0): 0.60,
 }
+# What the scheduler's hooks may take.
+_MODULES, _STEP_MS, _GROWTH_MS = 500, 2.0, 50.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ def bars(figures: Mapping[str, Any]) -> list[Bar]:
         found += _steps(figures["step"]["steps"])
     if "memory" in figures:
         found += _saved(figures["memory"]["model"])
+    if "scheduler" in figures:
+        found += _hooks(figures["scheduler"])
     if "layer" in figures:
         found.append(_never_slower(figures["layer"]))
     return found
@@ -93,6 +98,18 @@ def _saved(model: list[dict[str, Any]]) -> Iterator[Bar]:
             saved = record["bytes"]
             value = adapters_bytes(saved, OURS) / adapters_bytes(saved, LORA)
             yield Bar(f"saved bytes over PEFT LoRA's, {record['precision']}, dropout {DROPOUT:g}", value, 0.4)
+
+
+def _hooks(records: list[dict[str, Any]]) -> Iterator[Bar]:
+    for record in records:
+        if record["modules"] != _MODULES:
+            continue
+        took = {state: median(samples) for state, samples in record["hooks"].items()}
+        growth = took.pop(GROWTH)
+        worst = max(took, key=lambda state: took[state])
+        where = f"{_MODULES} modules, {record['form']} form"
+        yield Bar(f"ms of the scheduler in a step, {where}", took[worst], _STEP_MS, note=worst)
+        yield Bar(f"ms of the scheduler at a growth, {where}", growth, _GROWTH_MS)
 
 
 def _never_slower(layers: list[dict[str, Any]]) -> Bar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from peft import get_peft_model
 from rich.progress import track
 from torch import nn
 
-from .layer import trainable
 from .sizes import Size
 from .step import adamw
 from .timing import no_collection, once
@@ -40,8 +40,8 @@ class Sum(nn.Module):
 
 
 def measure(size: Size) -> list[dict[str, Any]]:
-    """A record for each number of modules and form: samples of ``optimizer.step()`` in milliseconds,
-    attached and plain, in each state."""
+    """A record for each number of modules and form: samples in milliseconds of the hooks in each state, and
+    of the rest of ``optimizer.step()``."""
     cases = [(count, form) for count in size.modules for form in FORMS]
     return [_case(size, *case) for case in track(cases, description="scheduler")]
 
@@ -60,34 +60,60 @@ def _config(form: str, count: int) -> IncreLoraConfig:
     )
 
 
+class Clock:
+    """Times what stands between two hooks before an optimizer's update, and two after it.
+
+    Args:
+        optimizer: The optimizer, before and after the hooks to be timed are registered with it.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.ms = 0.0
+        self._optimizer = optimizer
+        self._start()
+
+    def _start(self) -> None:
+        self._optimizer.register_step_pre_hook(self._begin)
+        self._optimizer.register_step_post_hook(self._begin)
+
+    def stop(self) -> None:
+        """All hooks to be timed are registered."""
+        self._optimizer.register_step_pre_hook(self._end)
+        self._optimizer.register_step_post_hook(self._end)
+
+    def _begin(self, *_: Any) -> None:
+        self.ms -= time.perf_counter() * 1e3
+
+    def _end(self, *_: Any) -> None:
+        self.ms += time.perf_counter() * 1e3
+
+    def read(self) -> float:
+        """Milliseconds since the last reading."""
+        read, self.ms = self.ms, 0.0
+        return read
+
+
 def _case(size: Size, count: int, form: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model = get_peft_model(Sum(size.module_width, count), _config(form, count)).train()
     optimizer = adamw(model)
+    clock = Clock(optimizer)
     scheduler = attach(model, optimizer, total_steps=100_000, lr_warmup_steps=50)
+    clock.stop()
     x = torch.randn(1, size.module_width)
-    plain = _plain(model)
-    attached: dict[str, list[float]] = {state: [] for state in STATES}
-    unattached: dict[str, list[float]] = {state: [] for state in STATES}
+    hooks: dict[str, list[float]] = {state: [] for state in STATES}
+    plain: list[float] = []
     with no_collection():
         for step in range(1, size.intervals * _INTERVAL + 1):
             optimizer.zero_grad()
             model(x).square().sum().backward()
-            _give_gradients(model, plain)
-            state = _state(step)
-            # Taking turns at being first.
-            if step % 2:
-                before = once(plain.step)
-                took = once(optimizer.step)
-            else:
-                took = once(optimizer.step)
-                before = once(plain.step)
-            attached[state].append(round(took, 4))
-            unattached[state].append(round(before, 4))
+            took = once(optimizer.step)
+            state, added = _state(step), clock.read()
+            hooks[state].append(round(added, 4))
+            plain.append(round(took - added, 4))
             if state == GROWTH:
                 _check_growth(scheduler, step)
-                plain = _plain(model)
-    return {"modules": count, "form": form, "attached": attached, "plain": unattached}
+    return {"modules": count, "form": form, "hooks": hooks, "plain": plain}
 
 
 def _state(step: int) -> str:
@@ -102,20 +128,3 @@ def _state(step: int) -> str:
 def _check_growth(scheduler: RankScheduler, step: int) -> None:
     if step not in scheduler.history["step"]:
         raise RuntimeError(f"no rank grew at step {step}, so its time is no growth's")
-
-
-def _plain(model: nn.Module) -> torch.optim.AdamW:
-    """The same optimizer on tensors of the same shapes, with nobody attached, its state made."""
-    copies = nn.ParameterList(nn.Parameter(parameter.detach().clone()) for parameter in trainable(model))
-    for parameter in copies:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer = adamw(copies)
-    optimizer.step()
-    return optimizer
-
-
-def _give_gradients(model: nn.Module, plain: torch.optim.Optimizer) -> None:
-    """Fresh gradients in fresh memory, as the attached optimizer's are."""
-    for parameter, copy in zip(trainable(model), plain.param_groups[0]["params"], strict=True):
-        assert parameter.grad is not None
-        copy.grad = parameter.grad.clone()

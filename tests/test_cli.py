@@ -8,6 +8,7 @@ from pathlib import Path
 
 import peft
 import pytest
+import torch
 from increlora_rs import IncreLoraConfig
 from increlora_rs.cli import main
 from safetensors.torch import load_file
@@ -45,12 +46,38 @@ def test_export_compact_keeps_each_modules_rank(saved, tmp_path):
     assert len({tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name}) == 2
 
 
+def test_export_of_a_smaller_rank_tells_what_is_lost(saved, tmp_path, capsys):
+    assert main(["export", str(saved), str(tmp_path / "lora"), "--rank", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "a plain LoRA of rank 2; vLLM needs --max-lora-rank 8" in printed
+    assert "bert.encoder.layer.0.attention.self.query: lost " in printed
+    assert "value: lost" not in printed
+    assert "all updates together: lost " in printed
+
+
+def test_export_rounds_for_vllm_and_casts(saved, tmp_path, capsys):
+    assert main(["export", str(saved), str(tmp_path / "lora"), "--vllm-rank", "--dtype", "bfloat16"]) == 0
+    assert "a plain LoRA of rank 8; vLLM needs --max-lora-rank 8" in capsys.readouterr().out
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {(t.dtype, t.shape[0]) for name, t in tensors.items() if "lora_A" in name} == {(torch.bfloat16, 8)}
+
+
+def test_convert_writes_an_adapter_that_can_grow(saved, make_bert, tmp_path, capsys):
+    assert main(["export", str(saved), str(tmp_path / "lora")]) == 0
+    assert main(["convert", str(tmp_path / "lora"), str(tmp_path / "again"), "--r", "5"]) == 0
+    assert "4 modules, ranks 1 to 4, 7 in all, to grow to 20" in capsys.readouterr().out
+    model = peft.PeftModel.from_pretrained(make_bert(), tmp_path / "again", is_trainable=True)
+    assert model.peft_config["default"].r == 5
+
+
 def test_plot_draws_a_picture(saved, tmp_path):
     assert main(["plot", str(saved), str(tmp_path / "ranks.png")]) == 0
     assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("command", [["inspect"], ["export", "out"], ["plot", "ranks.png"]])
+@pytest.mark.parametrize(
+    "command", [["inspect"], ["export", "out"], ["convert", "out"], ["plot", "ranks.png"]]
+)
 def test_a_missing_directory_is_told_without_a_traceback(command, tmp_path, capsys):
     name, *rest = command
     assert main([name, str(tmp_path / "nothing"), *[str(tmp_path / r) for r in rest]]) == 1

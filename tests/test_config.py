@@ -61,6 +61,8 @@ SUPPORTED = {
     "bias",
     "use_rslora",
     "modules_to_save",
+    "trainable_token_indices",
+    "fan_in_fan_out",
     "init_lora_weights",
     "layers_to_transform",
     "layers_pattern",
@@ -102,6 +104,7 @@ WRONG_VALUES = [
     ("restart_warmup", 1),
     ("preserve_output", None),
     ("use_rslora", "true"),
+    ("fan_in_fan_out", 1),
 ]
 
 WRONG_TYPES = [
@@ -131,6 +134,8 @@ WRONG_TYPES = [
     ("exclude_modules", 3),
     ("modules_to_save", "classifier"),
     ("layers_to_transform", "first"),
+    ("trainable_token_indices", 3),
+    ("trainable_token_indices", ["one"]),
 ]
 
 
@@ -165,7 +170,7 @@ def test_wrong_value_is_refused_by_name_and_value(name, value):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     "init",
-    ["gaussian", "eva", "olora", "pissa", "pissa_niter_4", "corda", "loftq", "orthogonal", "lora_ga", "mica"],
+    ["eva", "olora", "pissa", "pissa_niter_4", "corda", "loftq", "orthogonal", "lora_ga", "mica"],
 )
 def test_other_inits_of_lora_are_refused_with_the_choices(init):
     with pytest.raises(ValueError) as error:

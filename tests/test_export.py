@@ -34,6 +34,7 @@ SETTINGS = {
     "modules_to_save": {"modules_to_save": ["classifier"]},
     "bias all": {"bias": "all"},
     "bias lora_only": {"bias": "lora_only"},
+    "trainable tokens": {"trainable_token_indices": {"word_embeddings": [1, 5]}},
     "regex": {"target_modules": r".*\.self\.(query|value)"},
     "layers": {"layers_to_transform": [0, 1], "layers_pattern": "layer"},
     "exclude": {"target_modules": ["query", "value", "key"], "exclude_modules": ["key"]},
@@ -281,9 +282,161 @@ def test_configuration_keeps_the_bias_setting(train, tmp_path, layout, bias):
 
 
 def test_written_configuration_is_returned(train, tmp_path):
-    config = export_lora(train(configure(IncreLoraConfig)), tmp_path)
+    config = export_lora(train(configure(IncreLoraConfig)), tmp_path).config
     assert type(config) is LoraConfig
     assert (config.r, config.lora_alpha) == (LARGEST, LARGEST)
+
+
+# A smaller rank.
+
+
+def dense_updates(model):
+    return {
+        short(name): layer.get_delta_weight("default").double()
+        for name, layer in adapted_layers(model, "default").items()
+    }
+
+
+def written_updates(path):
+    tensors = {key: tensor.double() for key, tensor in load_file(path / WEIGHTS).items()}
+    names = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    return {short(n): tensors[f"{n}.lora_B.weight"] @ tensors[f"{n}.lora_A.weight"] for n in names}
+
+
+@forms
+@layouts
+@pytest.mark.parametrize("rank", range(1, LARGEST))
+def test_smaller_rank_gives_the_nearest_update(train, tmp_path, form, layout, rank):
+    model = train(configure(form, **SETTINGS["both"]), torch.float64)
+    found = written_updates(exported(model, "model", tmp_path, layout, rank))
+    for name, update in dense_updates(model).items():
+        u, s, v = torch.linalg.svd(update)
+        nearest = u[:, :rank] * s[:rank] @ v[:rank]
+        torch.testing.assert_close(found[name], nearest, rtol=0.0, atol=1e-10)
+
+
+@sources
+@layouts
+def test_smaller_rank_reports_what_each_module_lost(train, tmp_path, source, layout):
+    model = train(configure(IncreLoraConfig), torch.float64)
+    wanted = dense_updates(model)
+    if source == "directory":
+        model.save_pretrained(tmp_path / "adapter")
+        model = tmp_path / "adapter"
+    export = export_lora(model, tmp_path / "plain", layout, 2)
+    found = written_updates(tmp_path / "plain")
+    errors = {n: float((found[n] - update).norm() / update.norm()) for n, update in wanted.items()}
+    assert export.errors == pytest.approx(errors, abs=1e-9)
+    assert [name for name, error in export.errors.items() if error > 0.01] == [
+        n for n in RANKS if RANKS[n] > 2
+    ]
+    lost = sum(float((found[n] - update).square().sum()) for n, update in wanted.items())
+    whole = sum(float(update.square().sum()) for update in wanted.values())
+    assert export.error == pytest.approx((lost / whole) ** 0.5)
+
+
+@layouts
+def test_exact_export_reports_no_error(train, tmp_path, layout):
+    export = export_lora(train(configure(IncreLoraConfig)), tmp_path, layout)
+    assert (export.errors, export.error) == (dict.fromkeys(RANKS, 0.0), 0.0)
+
+
+@layouts
+def test_smaller_rank_is_the_rank_of_files_and_configuration(train, make_bert, tmp_path, layout):
+    path = exported(train(configure(IncreLoraConfig)), "directory", tmp_path, layout, 2)
+    loaded = PeftModel.from_pretrained(make_bert(), path)
+    ranks = {short(n): m.r["default"] for n, m in loaded.named_modules() if hasattr(m, "lora_A")}
+    assert ranks == {n: 2 if layout == "uniform" else min(rank, 2) for n, rank in RANKS.items()}
+    assert {m.scaling["default"] for m in loaded.modules() if hasattr(m, "lora_A")} == {1.0}
+    assert (config_of(path)["r"], config_of(path)["lora_alpha"]) == (2, 2)
+
+
+def test_an_update_of_zero_loses_nothing(make_bert, tmp_path):
+    model = get_peft_model(make_bert(), configure(IncreLoraConfig, init_r=3))
+    export = export_lora(model, tmp_path, rank=1)
+    assert export.error == 0.0
+    assert set(export.errors.values()) == {0.0}
+
+
+# For vLLM.
+
+
+@pytest.mark.parametrize(("rank", "wanted"), [(None, 8), (1, 1), (2, 8), (9, 16), (16, 16), (257, 320)])
+def test_vllm_rank_rounds_up_to_one_that_vllm_takes(train, tmp_path, rank, wanted):
+    model = train(configure(IncreLoraConfig), torch.float64)
+    export = export_lora(model, tmp_path, rank=rank, vllm_rank=True)
+    assert (export.config.r, export.config.lora_alpha, export.max_lora_rank) == (wanted, wanted, wanted)
+    assert {t.shape[0] for key, t in load_file(tmp_path / WEIGHTS).items() if "lora_A" in key} == {wanted}
+    if wanted >= LARGEST:
+        found = written_updates(tmp_path)
+        for name, update in dense_updates(model).items():
+            torch.testing.assert_close(found[name], update, rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("rank", "wanted"), [(None, 8), (8, 8), (9, 16), (33, 64), (512, 512), (513, None)])
+def test_needed_max_lora_rank_is_told(train, tmp_path, rank, wanted):
+    assert export_lora(train(configure(IncreLoraConfig)), tmp_path, rank=rank).max_lora_rank == wanted
+
+
+def test_vllm_rank_above_all_is_refused_with_the_largest(train, tmp_path):
+    with pytest.raises(ValueError, match="vllm_rank=True: the rank is 513, and vLLM takes at most 512"):
+        export_lora(train(configure(IncreLoraConfig)), tmp_path, rank=513, vllm_rank=True)
+
+
+def test_vllm_rank_must_be_a_truth_value(train, tmp_path):
+    with pytest.raises(ValueError, match="vllm_rank=8"):
+        export_lora(train(configure(IncreLoraConfig)), tmp_path, vllm_rank=8)
+
+
+# Dtypes.
+
+
+@sources
+@layouts
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_tensors_have_the_asked_dtype(train, tmp_path, source, layout, dtype):
+    model = train(configure(IncreLoraConfig, modules_to_save=["classifier"]))
+    path = exported(model, source, tmp_path, layout, dtype=dtype)
+    assert {tensor.dtype for tensor in load_file(path / WEIGHTS).values()} == {dtype}
+
+
+def test_bfloat16_file_of_a_float32_adapter_gives_nearly_the_same_outputs(
+    train, plain_peft, bert_dir, tokens, tmp_path
+):
+    model = train(configure(IncreLoraConfig))
+    path = exported(model, "directory", tmp_path, dtype=torch.bfloat16)
+    assert_same(plain_peft(bert_dir, path, tokens), logits(model, tokens), 0.05)
+
+
+def test_bfloat16_directory_of_others_is_exported(train, make_bert, tokens, tmp_path):
+    model = train(configure(IncreLoraConfig), torch.bfloat16, autocast_adapter_dtype=False)
+    model.save_pretrained(tmp_path / "adapter")
+    path = exported(model, "directory", tmp_path, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(make_bert(), path).eval()
+    model = PeftModel.from_pretrained(make_bert(), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(loaded, tokens), logits(model, tokens), rtol=0.0, atol=1e-5)
+
+
+def test_value_too_large_for_the_dtype_is_named(train, tmp_path):
+    model = train(configure(IncreLoraConfig))
+    next(iter(adapted_layers(model, "default").values())).lora_B["default"].data[0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"dtype=torch.float16: .*query.lora_B.weight holds .*bfloat16"):
+        export_lora(model, tmp_path / "plain", dtype=torch.float16)
+    assert not (tmp_path / "plain").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "bfloat16", 16])
+def test_dtype_that_is_none_is_refused(train, tmp_path, dtype):
+    with pytest.raises(TypeError, match="dtype="):
+        export_lora(train(configure(IncreLoraConfig)), tmp_path, dtype=dtype)
+
+
+def test_adapter_saved_without_safetensors_is_exported(train, make_bert, tokens, tmp_path):
+    model = train(configure(IncreLoraConfig))
+    model.save_pretrained(tmp_path / "adapter", safe_serialization=False)
+    export_lora(tmp_path / "adapter", tmp_path / "plain")
+    loaded = PeftModel.from_pretrained(make_bert(), tmp_path / "plain").eval()
+    torch.testing.assert_close(logits(loaded, tokens), logits(model, tokens), rtol=0.0, atol=5e-6)
 
 
 # Arguments.
@@ -298,10 +451,11 @@ def test_rank_pads_to_the_asked_one(train, plain_peft, bert_dir, tokens, tmp_pat
     assert_same(plain_peft(bert_dir, path, tokens, "float64"), logits(model, tokens), 1e-9)
 
 
-@pytest.mark.parametrize("rank", [LARGEST - 1, 1, 0, -2])
-def test_rank_below_the_largest_is_refused_with_both(train, tmp_path, rank):
-    with pytest.raises(ValueError, match=rf"rank={rank} .*{LARGEST}"):
-        export_lora(train(configure(IncreLoraConfig)), tmp_path / "plain", rank=rank)
+@pytest.mark.parametrize("rank", [0, -2])
+@layouts
+def test_rank_below_one_is_refused(train, tmp_path, rank, layout):
+    with pytest.raises(ValueError, match=f"rank={rank} "):
+        export_lora(train(configure(IncreLoraConfig)), tmp_path / "plain", layout, rank)
 
 
 @pytest.mark.parametrize("rank", ["8", 8.0])
@@ -310,8 +464,8 @@ def test_rank_of_a_wrong_type_is_refused_by_name_and_value(train, tmp_path, rank
         export_lora(train(configure(IncreLoraConfig)), tmp_path / "plain", rank=rank)
 
 
-def test_rank_with_the_compact_layout_is_refused(train, tmp_path):
-    with pytest.raises(ValueError, match="rank=8"):
+def test_rank_above_the_largest_is_refused_in_the_compact_layout(train, tmp_path):
+    with pytest.raises(ValueError, match=rf"rank=8 is above .*{LARGEST}"):
         export_lora(train(configure(IncreLoraConfig)), tmp_path / "plain", "compact", 8)
 
 
@@ -321,7 +475,15 @@ def test_unknown_layout_is_refused_with_the_choices(train, tmp_path, layout):
         export_lora(train(configure(IncreLoraConfig)), tmp_path / "plain", layout)
 
 
-@pytest.mark.parametrize("arguments", [{"layout": "dense"}, {"rank": 1}, {"adapter_name": "nobody"}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"layout": "dense"},
+        {"rank": 0},
+        {"adapter_name": "nobody"},
+        {"layout": "compact", "vllm_rank": True},
+    ],
+)
 def test_refused_export_writes_nothing(train, tmp_path, arguments):
     with pytest.raises(ValueError):
         export_lora(train(configure(IncreLoraConfig)), tmp_path / "plain", **arguments)

@@ -14,7 +14,8 @@ require_matching_torch()
 from ._core import RESERVE_E  # noqa: E402
 from .callback import IncreLoraCallback  # noqa: E402
 from .config import IncreLoraConfig  # noqa: E402
-from .export import export_lora  # noqa: E402
+from .convert import convert_lora  # noqa: E402
+from .export import Export, export_lora  # noqa: E402
 from .model import IncreLoraModel  # noqa: E402
 from .registration import register  # noqa: E402
 from .report import plot_ranks, rank_table  # noqa: E402
@@ -25,11 +26,13 @@ register()
 __version__ = version("increlora_rs")
 __all__ = [
     "RESERVE_E",
+    "Export",
     "IncreLoraCallback",
     "IncreLoraConfig",
     "IncreLoraModel",
     "RankScheduler",
     "attach",
+    "convert_lora",
     "export_lora",
     "plot_ranks",
     "rank_table",

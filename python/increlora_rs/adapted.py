@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .layer import Linear
+from .layers import AdaptedLayer
 from .model import adapted_layers, short
 from .optimizer_state import resize_state
 
@@ -25,7 +25,7 @@ class AdaptedModule:
     """
 
     name: str
-    layer: Linear
+    layer: AdaptedLayer
     adapter: str
     row_births: list[int] = field(default_factory=list)
     e_births: list[int] = field(default_factory=list)

@@ -11,7 +11,7 @@ from torch import nn
 
 from .adapted import AdaptedModule
 from .distributed import refuse_sharded
-from .layer import Linear
+from .layers import AdaptedLayer
 
 
 def unwrapped_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -44,7 +44,7 @@ def trainable_adapter(model: nn.Module, wanted: str | None) -> str:
     """
     trainable: dict[str, None] = {}
     for module in model.modules():
-        if isinstance(module, Linear):
+        if isinstance(module, AdaptedLayer):
             trainable.update({name: None for name, factor in module.lora_A.items() if factor.requires_grad})
     if wanted is not None:
         if wanted not in trainable:
@@ -64,7 +64,9 @@ def trainable_adapter(model: nn.Module, wanted: str | None) -> str:
 
 def schedulers_of(model: nn.Module) -> list[Any]:
     """The schedulers that are attached to adapters of ``model``."""
-    probes = [p for module in model.modules() if isinstance(module, Linear) for p in module.probes.values()]
+    probes = [
+        p for module in model.modules() if isinstance(module, AdaptedLayer) for p in module.probes.values()
+    ]
     return list({id(p.scheduler): p.scheduler for p in probes if p.attached}.values())
 
 

@@ -1,4 +1,4 @@
-"""Command line: ``increlora-rs demo | inspect DIR | export DIR OUT | plot DIR PNG``."""
+"""Command line: ``increlora-rs demo | inspect DIR | export DIR OUT | convert LORA OUT | plot``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
+from .convert import convert_lora
 from .export import export_lora
 from .report import plot_ranks, rank_table
 
@@ -29,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="increlora-rs", description="LoRA adapters whose ranks grow during training."
     )
-    commands = parser.add_subparsers(required=True, metavar="{demo,inspect,export,plot}")
+    commands = parser.add_subparsers(required=True, metavar="{demo,inspect,export,convert,plot}")
 
     demo = commands.add_parser("demo", help="fine-tune MiniLM on BBC news, beside plain LoRA")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results")
@@ -47,8 +49,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("directory", metavar="DIR", help="what save_pretrained wrote")
     export.add_argument("out", metavar="OUT", help="folder of the plain LoRA")
     export.add_argument("--layout", choices=("uniform", "compact"), default="uniform")
-    export.add_argument("--rank", type=int, default=None, help="uniform rank; default: the largest")
+    export.add_argument("--rank", type=int, default=None, help="default: the largest; below it, truncates")
+    export.add_argument("--vllm-rank", action="store_true", help="round the rank up to one that vLLM takes")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the adapter's")
     export.set_defaults(run=_export)
+
+    convert = commands.add_parser("convert", help="write a trained plain LoRA as an adapter that can grow")
+    convert.add_argument("directory", metavar="LORA", help="folder of the plain LoRA")
+    convert.add_argument("out", metavar="OUT", help="folder of the adapter")
+    convert.add_argument("--r", type=int, default=None, help="average rank to grow to; default: what it has")
+    convert.set_defaults(run=_convert)
 
     plot = commands.add_parser("plot", help="heat map of a saved adapter's ranks")
     plot.add_argument("directory", metavar="DIR", help="what save_pretrained wrote")
@@ -78,8 +88,33 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    config = export_lora(options.directory, options.out, options.layout, options.rank)
-    print(f"{options.out}: a plain LoRA of rank {config.r}; vLLM needs --max-lora-rank {config.r} or more")
+    export = export_lora(
+        options.directory,
+        options.out,
+        options.layout,
+        options.rank,
+        vllm_rank=options.vllm_rank,
+        dtype=options.dtype and getattr(torch, options.dtype),
+    )
+    rank, needed = export.config.r, export.max_lora_rank
+    vllm = (
+        f"vLLM needs --max-lora-rank {needed} or more" if needed else f"no rank of vLLM's is {rank} or more"
+    )
+    print(f"{options.out}: a plain LoRA of rank {rank}; {vllm}")
+    for name, error in export.errors.items():
+        if error:
+            print(f"{name}: lost {error:.2%} of its update")
+    if export.error:
+        print(f"all updates together: lost {export.error:.2%}")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    config = convert_lora(options.directory, options.out, options.r)
+    ranks = config.rank_pattern.values()
+    print(
+        f"{options.out}: an IncreLoRA adapter of {len(ranks)} modules, ranks {min(ranks)} to {max(ranks)}, "
+        f"{sum(ranks)} in all, to grow to {config.r * len(ranks)}"
+    )
 
 
 def _plot(options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from peft.utils.other import get_pattern_key
 
 from . import arguments
 from .files import check_weights_file
+from .kinds import Kind
 from .peft_type import PEFT_TYPE
 
 # Options of LoraConfig that mean here what they mean there. Every other one raises unless it is left
@@ -32,9 +34,11 @@ _SUPPORTED = frozenset(
         "exclude_modules",
         "lora_alpha",
         "lora_dropout",
+        "fan_in_fan_out",
         "bias",
         "use_rslora",
         "modules_to_save",
+        "trainable_token_indices",
         "init_lora_weights",
         "layers_to_transform",
         "layers_pattern",
@@ -42,6 +46,22 @@ _SUPPORTED = frozenset(
         "alpha_pattern",
     }
 )
+
+
+def changed_options(config: LoraConfig, known: Collection[str]) -> Iterator[tuple[str, Any, Any]]:
+    """LoraConfig's options outside ``known`` that are not at their default: name, value, default."""
+    for option in dataclasses.fields(LoraConfig):
+        if option.name in known or not option.init:
+            continue
+        if option.default is not dataclasses.MISSING:
+            default = option.default
+        elif option.default_factory is not dataclasses.MISSING:
+            default = option.default_factory()
+        else:
+            continue
+        value = getattr(config, option.name)
+        if value is not None and value != default:
+            yield option.name, value, default
 
 
 @dataclass
@@ -61,9 +81,9 @@ class IncreLoraConfig(LoraConfig):
         beta2: Decay of its uncertainty, in [0, 1) (eq. 8).
         orth_reg_weight: Weight of the orthogonality regulariser (eq. 4); None: 0.1 with
             ``init_lora_weights="svd"``, else 0, for LoRA's init is not orthonormal.
-        init_lora_weights: True: LoRA's own (A Kaiming uniform, B 0, E 1). "svd": the paper's
-            (A, B ~ N(0, 0.02^2), E 0). False: like True but B random, so that a fresh adapter is
-            not the identity (for tests).
+        init_lora_weights: True: LoRA's own (A Kaiming uniform, B 0, E 1; for embeddings A 0, B ~ N(0, 1)).
+            "gaussian": the same with A ~ N(0, 1 / r^2). "svd": the paper's (A, B ~ N(0, 0.02^2), E 0).
+            False: like True but both random, so that a fresh adapter is not the identity (for tests).
         scaling: "budget": alpha / r for every module at all times, so alpha and learning rate carry
             over from LoraConfig(r=r). "rank": alpha / r_k with the module's own rank (the paper).
             ``use_rslora=True`` takes the square root of the rank in either.
@@ -76,11 +96,14 @@ class IncreLoraConfig(LoraConfig):
             many as weigh 1e-3 or more in the smoothing; None: every step, as the paper does.
         importance_norm: Divide a module's importance by "sqrt": sqrt(out in), as the authors' code
             does, or "mean": out in, as the paper prints.
+        module_kinds: Kept by the library, for the export of a saved adapter: "embedding", or the size of
+            a convolution's kernel, by full module name.
 
     The other arguments are LoraConfig's: ``target_modules``, ``lora_alpha``, ``lora_dropout``,
-    ``bias``, ``use_rslora``, ``modules_to_save``, ``exclude_modules``, ``layers_to_transform``,
-    ``layers_pattern``, ``rank_pattern`` (initial ranks; kept up to date as ranks grow),
-    ``alpha_pattern``, ``task_type``, ``inference_mode``.
+    ``bias``, ``use_rslora``, ``modules_to_save``, ``trainable_token_indices``, ``exclude_modules``,
+    ``layers_to_transform``, ``layers_pattern``, ``rank_pattern`` (initial ranks; kept up to date as
+    ranks grow), ``alpha_pattern``, ``fan_in_fan_out`` (set by itself where it is needed), ``task_type``,
+    ``inference_mode``.
 
     Raises:
         ValueError: an argument has a wrong value, or is an option of LoraConfig that is not
@@ -104,9 +127,9 @@ class IncreLoraConfig(LoraConfig):
     orth_reg_weight: float | None = field(
         default=None, metadata={"help": "Weight of the orthogonality regulariser."}
     )
-    init_lora_weights: bool | Literal["svd"] = field(
+    init_lora_weights: bool | Literal["gaussian", "svd"] = field(
         default=True,
-        metadata={"help": "True (LoRA's), 'svd' (the paper's) or False.", "lora_variants": ()},
+        metadata={"help": "True or 'gaussian' (LoRA's), 'svd' (the paper's) or False.", "lora_variants": ()},
     )
     scaling: Literal["budget", "rank"] = field(
         default="budget", metadata={"help": "alpha / r ('budget') or alpha / r_k ('rank')."}
@@ -126,12 +149,16 @@ class IncreLoraConfig(LoraConfig):
     importance_norm: Literal["sqrt", "mean"] = field(
         default="sqrt", metadata={"help": "Divide the importance by sqrt(out in) or out in."}
     )
+    module_kinds: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Kept by the library: modules that are embeddings, or convolutions of a kernel."},
+    )
 
     def __post_init__(self) -> None:
         self._take_plain_numbers()
         self._refuse_unsupported()
         # Before PEFT's own checks, which answer to the inits that LoraConfig knows.
-        arguments.choice("init_lora_weights", self.init_lora_weights, (True, False, "svd"))
+        arguments.choice("init_lora_weights", self.init_lora_weights, (True, False, "gaussian", "svd"))
         self._check_modules()
         if self.rank_pattern is None:
             self.rank_pattern = {}
@@ -205,6 +232,11 @@ class IncreLoraConfig(LoraConfig):
         default: float = self.lora_alpha
         return self.alpha_pattern.get(key, default)
 
+    def kind_of(self, module: str) -> Kind:
+        """What a module, by its full name, is: ``module_kinds``' kind, else "linear"."""
+        kind = self.module_kinds.get(module, "linear")
+        return tuple(kind) if isinstance(kind, (list, tuple)) else kind
+
     def scale(self, lora_alpha: float, rank: int) -> float:
         """The scale s_k of a module of ``rank`` active components."""
         divisor = float(self.r if self.scaling == "budget" else max(rank, 1))
@@ -221,21 +253,11 @@ class IncreLoraConfig(LoraConfig):
                 setattr(self, option.name, plain)
 
     def _refuse_unsupported(self) -> None:
-        for option in dataclasses.fields(LoraConfig):
-            if option.name in _SUPPORTED or not option.init:
-                continue
-            if option.default is not dataclasses.MISSING:
-                default = option.default
-            elif option.default_factory is not dataclasses.MISSING:
-                default = option.default_factory()
-            else:
-                continue
-            value = getattr(self, option.name)
-            if value is not None and value != default:
-                raise ValueError(
-                    f"{option.name}={value!r} is not supported by IncreLoraConfig; leave it at "
-                    f"{default!r}, or use LoraConfig."
-                )
+        for name, value, default in changed_options(self, _SUPPORTED):
+            raise ValueError(
+                f"{name}={value!r} is not supported by IncreLoraConfig; leave it at {default!r}, or use "
+                "LoraConfig."
+            )
 
     def _check_ranks(self) -> None:
         arguments.integer("r", self.r, at_least=1)
@@ -283,6 +305,20 @@ class IncreLoraConfig(LoraConfig):
             else:
                 arguments.collection(name, getattr(self, name), str, "a string or a list of strings")
         arguments.collection("modules_to_save", self.modules_to_save, str, "a list of strings")
+        if not isinstance(self.module_kinds, dict):
+            raise TypeError(f"module_kinds={self.module_kinds!r} must be a dictionary; leave it out.")
+        for name, kind in self.module_kinds.items():
+            kernel = isinstance(kind, (list, tuple)) and all(type(size) is int for size in kind)
+            if not isinstance(name, str) or not (kernel or kind == "embedding"):
+                raise ValueError(
+                    f"module_kinds[{name!r}]={kind!r} must be 'embedding' or the size of a kernel, by module "
+                    "name; leave it out: the library keeps it."
+                )
+        tokens = self.trainable_token_indices
+        for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
+            arguments.collection(
+                "trainable_token_indices", indices, int, "a list of token numbers, or of such lists by module"
+            )
         if not isinstance(self.layers_to_transform, int):
             arguments.collection(
                 "layers_to_transform", self.layers_to_transform, int, "a layer number or a list of them"
@@ -293,7 +329,7 @@ class IncreLoraConfig(LoraConfig):
         arguments.choice("importance_norm", self.importance_norm, ("sqrt", "mean"))
         arguments.choice("bias", self.bias, ("none", "all", "lora_only"))
         arguments.choice("advance_learning", self.advance_learning, (True, False, None))
-        for name in ("restart_warmup", "preserve_output", "use_rslora"):
+        for name in ("restart_warmup", "preserve_output", "use_rslora", "fan_in_fan_out"):
             arguments.choice(name, getattr(self, name), (True, False))
         if self.advance_learning and self.init_lora_weights != "svd":
             raise ValueError(

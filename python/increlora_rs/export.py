@@ -1,10 +1,12 @@
-"""An IncreLoRA adapter as a plain LoRA, exact, for whatever loads LoRA adapters."""
+"""An IncreLoRA adapter as a plain LoRA, for whatever loads LoRA adapters: exact, or of a smaller rank."""
 
 from __future__ import annotations
 
+import math
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
@@ -12,9 +14,36 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .files import staged
-from .model import anchored
+from . import arguments
+from .files import refuse_own_directory, staged
+from .kinds import lora_tensors
+from .lowrank import svd_of_product
+from .model import rank_pattern
 from .source import Adapter, Factors, read
+
+# What vLLM takes as --max-lora-rank; an adapter may have any rank up to it.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass(frozen=True)
+class Export:
+    """What :func:`export_lora` wrote.
+
+    Args:
+        config: The configuration.
+        errors: By module, the Frobenius norm of what its update lost, as a part of the update's; 0.0
+            where nothing was cut.
+        error: The same of all updates together.
+    """
+
+    config: LoraConfig
+    errors: dict[str, float] = field(default_factory=dict)
+    error: float = 0.0
+
+    @property
+    def max_lora_rank(self) -> int | None:
+        """The ``--max-lora-rank`` that vLLM needs for this LoRA; None: the rank is above all it has."""
+        return next((rank for rank in VLLM_RANKS if rank >= self.config.r), None)
 
 
 def export_lora(
@@ -23,8 +52,10 @@ def export_lora(
     layout: Literal["uniform", "compact"] = "uniform",
     rank: int | None = None,
     *,
+    vllm_rank: bool = False,
+    dtype: torch.dtype | None = None,
     adapter_name: str = "default",
-) -> LoraConfig:
+) -> Export:
     """Writes the adapter to ``out_dir`` as a plain PEFT LoRA that gives the same outputs.
 
     E and the scale are multiplied into B, in float32, and ``lora_alpha`` equals the rank, so the
@@ -37,61 +68,129 @@ def export_lora(
         layout: "uniform": every module zero-padded to one rank, which PEFT, vLLM, TGI and llama.cpp
             all read rightly. "compact": each module its own rank, by ``rank_pattern`` and
             ``alpha_pattern``: smaller, for PEFT and for servers that honour these.
-        rank: The uniform rank, at least the largest of the adapter; None: the largest.
+        rank: The uniform rank; in the compact layout the most that a module keeps. None: the largest
+            of the adapter, and nothing is lost. A module of a higher rank becomes the nearest update of
+            this rank (singular value decomposition of B diag(E) A), and :class:`Export` has the error.
+        vllm_rank: Round the uniform rank up to one that vLLM takes as ``--max-lora-rank``.
+        dtype: Of the tensors written; None: the adapter's own.
         adapter_name: Which adapter of a model.
 
     Returns:
-        The configuration that was written.
+        The configuration that was written, the errors, and the ``--max-lora-rank`` for vLLM.
 
     Raises:
-        ValueError: ``layout`` is unknown, ``rank`` is below the adapter's largest or given for
-            "compact", or the adapter is damaged.
+        ValueError: ``layout`` is unknown, ``rank`` is below 1 or, for "compact", above the adapter's
+            largest, ``vllm_rank`` is given for "compact" or for a rank above 512, a value is too large for
+            ``dtype``, or the adapter is damaged.
+        TypeError: ``dtype`` is no floating-point dtype.
         FileNotFoundError: the directory is missing.
     """
     adapter = read(model_or_adapter_dir, adapter_name)
-    if layout not in ("uniform", "compact"):
-        raise ValueError(f"layout={layout!r} is unknown; it must be 'uniform' or 'compact'.")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
-        raise TypeError(f"rank={rank!r} must be an integer, or None.")
-    largest = max(module.rank for module in adapter.modules.values())
-    if rank is not None and layout == "compact":
-        raise ValueError(f"rank={rank} goes with layout='uniform' only; leave it out.")
-    if rank is not None and rank < largest:
-        raise ValueError(
-            f"rank={rank} is below the adapter's largest rank, {largest}, and exporting is exact; give "
-            f"{largest} or more."
-        )
-    config = _config(adapter, layout, rank or largest)
-    tensors = {key: tensor.contiguous() for key, tensor in adapter.others.items()}
-    for name, module in adapter.modules.items():
-        a, b = _baked(module, config.r if layout == "uniform" else module.rank)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b
     target = Path(out_dir)
-    if (
-        not isinstance(model_or_adapter_dir, nn.Module)
-        and target.resolve() == Path(model_or_adapter_dir).resolve()
-    ):
-        raise ValueError(
-            f"out_dir={str(out_dir)!r} is the directory of the adapter itself, which the plain LoRA would "
-            "replace; give another."
-        )
+    refuse_own_directory(model_or_adapter_dir, target)
+    rank = _rank(adapter, layout, rank, vllm_rank)
+    _check_dtype(dtype)
+    tensors = {key: _cast(key, tensor, dtype) for key, tensor in _others(adapter).items()}
+    factors, errors, error = _cut({name: _baked(m) for name, m in adapter.modules.items()}, rank)
+    for name, (a, b) in factors.items():
+        if layout == "uniform":
+            a, b = _padded(a, b, rank)
+        module = adapter.modules[name]
+        for key, tensor in lora_tensors(name, a, b, module.kind).items():
+            tensors[key] = _cast(key, tensor, dtype or module.a.dtype)
+    config = _config(adapter, layout, {name: a.shape[0] for name, (a, _) in factors.items()}, rank)
     with staged(target) as stage:
         save_file(tensors, stage / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(stage))
-    return config
+    return Export(config, errors, error)
 
 
-def _config(adapter: Adapter, layout: str, rank: int) -> LoraConfig:
-    ours = adapter.config
-    ranks = dict(
-        zip(
-            anchored(tuple(adapter.modules)),
-            (module.rank for module in adapter.modules.values()),
-            strict=True,
+def _others(adapter: Adapter) -> dict[str, Tensor]:
+    """Further tensors; not the weights of adapted embeddings, which PEFT saves too, though frozen, and
+    which vLLM would refuse."""
+    weights = {f"base_model.model.{name}.base_layer.weight" for name in adapter.modules}
+    return {key: tensor for key, tensor in adapter.others.items() if key not in weights}
+
+
+def _rank(adapter: Adapter, layout: str, rank: int | None, vllm_rank: bool) -> int:
+    """The rank of the export, the largest one in the compact layout."""
+    if layout not in ("uniform", "compact"):
+        raise ValueError(f"layout={layout!r} is unknown; it must be 'uniform' or 'compact'.")
+    arguments.integer("rank", rank, at_least=1, optional=True)
+    arguments.choice("vllm_rank", vllm_rank, (True, False))
+    largest = max(module.rank for module in adapter.modules.values())
+    if layout == "compact" and vllm_rank:
+        raise ValueError("vllm_rank=True pads, and goes with layout='uniform' only; leave it out.")
+    if layout == "compact" and rank is not None and rank > largest:
+        raise ValueError(
+            f"rank={rank} is above the adapter's largest rank, {largest}, and only layout='uniform' pads; "
+            "leave it out."
         )
-    )
-    patterns = {} if layout == "uniform" else {"rank_pattern": ranks, "alpha_pattern": dict(ranks)}
+    wanted = largest if rank is None else rank
+    if not vllm_rank:
+        return wanted
+    rounded = next((taken for taken in VLLM_RANKS if taken >= wanted), None)
+    if rounded is None:
+        raise ValueError(
+            f"vllm_rank=True: the rank is {wanted}, and vLLM takes at most {VLLM_RANKS[-1]}; give rank="
+            f"{VLLM_RANKS[-1]} or less, which cuts."
+        )
+    return rounded
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype={dtype!r} must be a floating-point torch.dtype, or None.")
+
+
+def _baked(module: Factors) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank) with E and the scale in B, float32 or wider."""
+    wide = torch.promote_types(module.a.dtype, torch.float32)
+    return module.a.to(wide), module.b.to(wide) * (module.e.to(wide).view(-1) * module.scale)
+
+
+def _cut(
+    factors: dict[str, tuple[Tensor, Tensor]], rank: int
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float], float]:
+    """A and B of at most ``rank`` by module, what each lost, and what all lost together."""
+    errors = dict.fromkeys(factors, 0.0)
+    if all(a.shape[0] <= rank for a, _ in factors.values()):
+        return factors, errors, 0.0
+    cut = {}
+    lost = whole = 0.0
+    for name, (a, b) in factors.items():
+        svd = svd_of_product(b, a)
+        norm = svd.norm_beyond(0)
+        whole = math.hypot(whole, norm)
+        cut[name] = a, b
+        if a.shape[0] > rank:
+            beyond, first = svd.norm_beyond(rank), svd.first(rank)
+            lost = math.hypot(lost, beyond)
+            errors[name] = beyond / norm if norm else 0.0
+            cut[name] = first.v, first.u * first.s
+    return cut, errors, lost / whole if whole else 0.0
+
+
+def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    missing = rank - a.shape[0]
+    return nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
+
+
+def _cast(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is not None and tensor.is_floating_point():
+        largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+        if largest > torch.finfo(dtype).max:
+            raise ValueError(
+                f"dtype={dtype}: {key} holds {largest:g}, and the largest number of this dtype is "
+                f"{torch.finfo(dtype).max:g}; take torch.bfloat16 or torch.float32."
+            )
+        tensor = tensor.to(dtype)
+    return tensor.contiguous()
+
+
+def _config(adapter: Adapter, layout: str, ranks: dict[str, int], rank: int) -> LoraConfig:
+    ours = adapter.config
+    pattern = rank_pattern(ranks) if layout == "compact" else {}
     return LoraConfig(
         task_type=ours.task_type,
         base_model_name_or_path=ours.base_model_name_or_path,
@@ -100,26 +199,18 @@ def _config(adapter: Adapter, layout: str, rank: int) -> LoraConfig:
         r=rank,
         lora_alpha=rank,
         lora_dropout=0.0,
+        fan_in_fan_out=ours.fan_in_fan_out,
         target_modules=_target_modules(ours.target_modules),
         exclude_modules=_target_modules(ours.exclude_modules),
         layers_to_transform=ours.layers_to_transform,
         layers_pattern=ours.layers_pattern,
         modules_to_save=ours.modules_to_save,
+        trainable_token_indices=ours.trainable_token_indices,
         bias=ours.bias,
-        **patterns,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
     )
 
 
-def _target_modules(modules: object) -> object:
+def _target_modules(modules: Any) -> Any:
     return sorted(modules) if isinstance(modules, (set, list, tuple)) else modules
-
-
-def _baked(module: Factors, rank: int) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank) with E and the scale in B, zero-padded."""
-    wide = torch.promote_types(module.a.dtype, torch.float32)
-    b = module.b.to(wide) * (module.e.to(wide).view(-1) * module.scale)
-    a_padded = module.a.new_zeros(rank, module.a.shape[1])
-    b_padded = module.b.new_zeros(module.b.shape[0], rank)
-    a_padded[: module.rank] = module.a
-    b_padded[:, : module.rank] = b.to(module.b.dtype)
-    return a_padded, b_padded

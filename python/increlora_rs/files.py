@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 
 def check_weights_file(path: str) -> None:
@@ -24,6 +28,25 @@ def check_weights_file(path: str) -> None:
             f"{path} ({os.path.getsize(path)} bytes) is not a complete safetensors file: {error}. "
             "Save the adapter again, or restore the file."
         ) from error
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of one that ``torch.save`` wrote, on the CPU.
+
+    Raises:
+        ValueError: the file cannot be read whole.
+    """
+    if path.suffix == ".safetensors":
+        check_weights_file(str(path))
+        return load_file(path)
+    try:
+        tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size} bytes) holds no tensors that can be read: {error}. Save the "
+            "adapter again, or restore the file."
+        ) from error
+    return tensors
 
 
 _STAGE = ".increlora-save-"
@@ -46,3 +69,12 @@ def staged(target: Path) -> Iterator[Path]:
             os.replace(file, goal)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def refuse_own_directory(source: object, target: Path) -> None:
+    """Raises ValueError if ``target`` is the directory ``source``, which writing would damage."""
+    if isinstance(source, (str, os.PathLike)) and target.resolve() == Path(source).resolve():
+        raise ValueError(
+            f"out_dir={str(target)!r} is the directory of the adapter itself, which the new one would "
+            "replace; give another."
+        )

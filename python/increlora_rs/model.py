@@ -5,18 +5,22 @@ from __future__ import annotations
 import copy
 import functools
 import re
+import warnings
 from collections import Counter
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
 
 from .config import IncreLoraConfig
-from .layer import Linear
+from .kinds import Kind, module_kinds
+from .layers import AdaptedLayer, TransposedLinear, layer_class, quantization_of
 from .ops import Probe
+from .weighted import WeightedSum, combined_config
 
 _PREFIX = "base_model.model."
 
@@ -34,14 +38,22 @@ class IncreLoraModel(LoraModel):
         ValueError: a target module is unknown, of an unsupported type, or too small for its rank.
     """
 
-    tuner_layer_cls = Linear
+    tuner_layer_cls = AdaptedLayer
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Puts the adapter into ``model``; see ``peft.LoraModel.inject_adapter``."""
         # The ranks that an adapter reaches stand in its configuration: the user's own, which may serve
         # for another model, stays as it is.
-        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        if config.fan_in_fan_out and not any(isinstance(module, Conv1D) for module in model.modules()):
+            raise ValueError(
+                "fan_in_fan_out=True is for Conv1D of transformers, of which the model has none; leave it "
+                "out: it is set by itself where it is needed."
+            )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = adapted_layers(model, adapter_name)
+        config.fan_in_fan_out = any(isinstance(layer, TransposedLinear) for layer in layers.values())
+        config.module_kinds = module_kinds({short(name): _kind(layer) for name, layer in layers.items()})
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         self._probe = Probe()
@@ -62,11 +74,13 @@ class IncreLoraModel(LoraModel):
         config = lora_config
         r, alpha = config.initial_rank_of(current_key), config.alpha_of(current_key)
         try:
-            if isinstance(target, Linear):
+            if isinstance(target, AdaptedLayer):
                 target.update_layer(adapter_name, r, alpha, config=config, probe=self._probe)
                 return
-            module = self._create_new_module(
-                config, adapter_name, target, r=r, lora_alpha=alpha, probe=self._probe
+            base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            quantization = quantization_of(base, **get_quantization_kwargs(self.model))
+            module = layer_class(base, quantization)(
+                target, adapter_name, config, r, alpha, self._probe, quantization
             )
         except ValueError as error:
             raise ValueError(f"target_modules: {current_key}: {error}") from error
@@ -74,28 +88,102 @@ class IncreLoraModel(LoraModel):
             module.requires_grad_(False)
         self._replace_module(parent, target_name, module, target)
 
-    @staticmethod
-    def _create_new_module(
-        lora_config: IncreLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
-    ) -> Linear:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        # The output projection of nn.MultiheadAttention: its weight is used without calling it.
-        if not isinstance(base, nn.Linear) or isinstance(base, NonDynamicallyQuantizableLinear):
-            raise ValueError(
-                f"a module of type {type(base).__name__} is not supported; only torch.nn.Linear is."
-            )
-        return Linear(target, adapter_name, lora_config, **kwargs)
+    def _check_merge_allowed(self) -> None:
+        """Gives base layers that share their weight with another module, as tied embeddings do, one of
+        their own: what is merged is the update of the layer alone."""
+        used = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
+        for name, layer in self.model.named_modules():
+            weight = layer.get_base_layer().weight if isinstance(layer, AdaptedLayer) else None
+            if isinstance(weight, nn.Parameter) and used[id(weight)] > 1:
+                layer.get_base_layer().weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+                warnings.warn(
+                    f"the weight of {name!r} is tied to another module's, which the adapter leaves alone; to "
+                    "merge, the module gets a weight of its own",
+                    UserWarning,
+                    stacklevel=3,
+                )
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not supported.
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Adds the weighted sum of adapters as a new adapter, frozen, of scale 1 and with ranks of its own.
+
+        Args:
+            adapters: Names of the adapters to add up.
+            weights: A number for each, negative ones too.
+            adapter_name: Name of the new adapter.
+            combination_type: "cat": every component of every adapter, exact. "svd": the nearest sum of
+                rank ``svd_rank``. "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd":
+                PEFT's ways to thin out the updates before they are added up, then as "svd". One adapter
+                alone is scaled, exact, by any of them.
+            svd_rank: The most that a module keeps; None: the largest rank that it has among ``adapters``.
+            svd_clamp: Not supported, for it would cost the factors their orthonormality.
+            svd_full_matrices: Without effect on the sum; there to be called as PEFT's LoRA is.
+            svd_driver: As ``svd_full_matrices``.
+            density: Part of the values that thinning out keeps, above 0 and at most 1.
+            majority_sign_method: "total" or "frequency": how "ties" chooses a sign.
 
         Raises:
-            TypeError: always.
+            ValueError: an adapter is unknown or trains more than its update (``modules_to_save``, ``bias``),
+                the new name is taken, or an argument is wrong; PEFT's ways that add factor to factor
+                ("linear", "ties", ...) are refused, for components of grown adapters do not correspond.
         """
-        raise TypeError(
-            "add_weighted_adapter is not supported for IncreLoRA adapters; export them with "
-            "increlora_rs.export_lora and combine the plain LoRA adapters."
-        )
+        for name in adapters:
+            if name not in self.peft_config:
+                raise ValueError(f"adapters: there is no {name!r}; the model has {list(self.peft_config)}.")
+        if adapter_name in self.peft_config:
+            raise ValueError(
+                f"adapter_name={adapter_name!r} is taken; give another, or delete_adapter it first."
+            )
+        if svd_clamp is not None:
+            raise ValueError(f"svd_clamp={svd_clamp!r} is not supported; leave it out.")
+        wish = WeightedSum(adapters, weights, combination_type, svd_rank, density, majority_sign_method)
+        layers = {
+            name: layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, AdaptedLayer) and any(adapter in layer.lora_A for adapter in adapters)
+        }
+        sums = {name: wish.of(layer) for name, layer in layers.items()}
+        ranks = {name: int(e.shape[0]) for name, (_, _, e) in sums.items()}
+        configs = {name: self.peft_config[name] for name in adapters}
+        self.peft_config[adapter_name] = combined_config(configs, ranks, rank_pattern(ranks))
+        trained = {id(parameter) for parameter in self.parameters() if parameter.requires_grad}
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        for name, factors in sums.items():
+            layer = layers[name]
+            for parameters, value in zip((layer.lora_A, layer.lora_B, layer.lora_E), factors, strict=True):
+                parameters[adapter_name].data = value.clone(memory_format=torch.contiguous_format)
+        # Injecting an adapter makes the active ones trainable.
+        for parameter in self.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter; see ``peft.LoraModel.delete_adapter``.
+
+        Raises:
+            ValueError: a scheduler is attached to it, or there is none of this name.
+        """
+        layers = adapted_layers(self.model, adapter_name).values()
+        if any(layer.probes[adapter_name].attached for layer in layers):
+            raise ValueError(
+                f"adapter_name={adapter_name!r}: a scheduler is attached to this adapter; call its detach() "
+                "first."
+            )
+        super().delete_adapter(adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -133,7 +221,7 @@ class IncreLoraModel(LoraModel):
             model, config, adapter_name, state_dict
         )
         expected: set[str] = set()
-        ranks: list[tuple[Linear, int]] = []
+        ranks: list[tuple[AdaptedLayer, int]] = []
         for name, layer in adapted_layers(model, adapter_name).items():
             keys = [f"{name}.lora_{factor}.{adapter_name}" for factor in "ABE"]
             expected.update(keys)
@@ -164,13 +252,19 @@ def short(name: str) -> str:
     return name.removeprefix(_PREFIX)
 
 
-def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, Linear]:
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLayer]:
     """The layers with adapter ``adapter_name``, by full module name, in model order."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, Linear) and adapter_name in module.lora_A
+        if isinstance(module, AdaptedLayer) and adapter_name in module.lora_A
     }
+
+
+def _kind(layer: AdaptedLayer) -> Kind:
+    if layer.kind == "convolution":
+        return tuple(layer.get_base_layer().kernel_size)
+    return "embedding" if layer.kind == "embedding" else "linear"
 
 
 def rank_pattern(ranks: dict[str, int]) -> dict[str, int]:
@@ -237,7 +331,9 @@ def _check_targets(model: nn.Module, targets: Any) -> None:
     )
     if unknown:
         linear = {
-            name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)
+            name.rsplit(".", 1)[-1]
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D))
         }
         raise ValueError(
             f"target_modules: {unknown} match no module of the base model; its linear layers are "

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import _core
+from . import _core, compiled
+from .autocast import compute_dtype, without_autocast
 from .cuda import stream
 
 # Backward passes after which a missing scheduler is noticed, and an optimizer that takes no step.
 _UNATTENDED_PASSES = 50
 _IDLE_PASSES = 1000
+
+_PLAIN = (nn.Parameter, Tensor)
 
 
 @dataclass
@@ -26,6 +28,8 @@ class Probe:
     Args:
         importance: float64 vector with a slot a module, to which every backward pass adds; None while
             the importance is not asked for.
+        collector: What a compiled graph knows of it: a leaf of which it is the gradient, None without a
+            scheduler. armed: is the importance asked for? A bool scalar on the CPU.
         scheduler: What makes the ranks grow, if anything does.
         unattended: Backward passes since the scheduler's optimizer took a step, or ever without one.
         layers: Number of layers that share the probe.
@@ -33,6 +37,8 @@ class Probe:
     """
 
     importance: Tensor | None = None
+    collector: Tensor | None = None
+    armed: Tensor | None = None
     scheduler: Any = None
     unattended: int = 0
     layers: int = 0
@@ -45,7 +51,26 @@ class Probe:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model has no scheduler.
-        return self.__dict__ | {"scheduler": None, "importance": None}
+        own = ("scheduler", "importance", "collector", "armed")
+        return self.__dict__ | dict.fromkeys(own)
+
+    def attach(self, scheduler: Any, importance: Tensor) -> None:
+        """Takes a scheduler, and the vector that it will ask for."""
+        self.scheduler = scheduler
+        self.collector = torch.zeros_like(importance, requires_grad=True)
+        # Autograd adds to the gradient in place.
+        self.collector.grad = importance
+        self.armed = torch.zeros((), dtype=torch.bool, device="cpu")
+
+    def arm(self, importance: Tensor | None) -> None:
+        """Asks the next backward passes for the importance, or no longer."""
+        self.importance = importance
+        if self.armed is not None:
+            self.armed.fill_(importance is not None)
+
+    def detach(self) -> None:
+        """Lets the scheduler go."""
+        self.scheduler = self.importance = self.collector = self.armed = None
 
     def new_slot(self) -> int:
         """Slot of one more layer."""
@@ -83,7 +108,7 @@ def adapter(
     b: Tensor,
     e: Tensor,
     *,
-    scale: float,
+    scale: float | Tensor,
     dropout: float = 0.0,
     inplace: bool = False,
     probe: Probe | None = None,
@@ -101,7 +126,7 @@ def adapter(
         b: Left vectors, (out, rows).
         e: Singular values of the active components, (active, 1); further rows of A and B are in
             reserve and count with ``RESERVE_E``.
-        scale: The scale s.
+        scale: The scale s; while torch.compile traces also float64 (1) that holds it.
         dropout: Probability with which an element of x is dropped.
         inplace: May y be overwritten?
         probe: Collects the module's importance in its slot ``slot`` where it asks for it.
@@ -122,6 +147,9 @@ def adapter(
         raise ValueError(
             f"y has shape {tuple(y.shape)} and x {tuple(x.shape)}; all dimensions but the last must agree"
         )
+    if torch.compiler.is_compiling():
+        x = x.to(compute_dtype(x))
+        return compiled.adapter(y, x, a, b, e, scale=scale, dropout=dropout, **_asked(probe, slot))
     result: Tensor = _Adapter.apply(y, x, a, b, e, scale, dropout, inplace, probe, slot)
     return result
 
@@ -134,7 +162,7 @@ def linear(
     b: Tensor,
     e: Tensor,
     *,
-    scale: float,
+    scale: float | Tensor,
     dropout: float = 0.0,
     probe: Probe | None = None,
     slot: int = 0,
@@ -157,15 +185,25 @@ def linear(
         ValueError: shapes or devices do not fit, or a number is out of range.
         TypeError: a dtype does not fit.
     """
+    if torch.compiler.is_compiling():
+        asked = _asked(probe, slot)
+        return compiled.linear(x, weight, bias, a, b, e, scale=scale, dropout=dropout, **asked)
     result: Tensor = _Linear.apply(x, weight, bias, a, b, e, scale, dropout, probe, slot)
     return result
 
 
-def fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Can :func:`linear` stand for the base layer: frozen, of one dtype with x, outside autocast?"""
+def fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool = False) -> bool:
+    """Can :func:`linear` stand for the base layer: frozen, of one dtype with x, outside autocast?
+
+    ``transposed``: ``weight`` is (in, out), to be handed over as its transpose.
+    """
     return (
-        x.dim() > 0
-        and x.shape[-1] == weight.shape[1]
+        # Subclasses (quantised, sharded) keep their numbers where Rust does not look.
+        type(weight) in _PLAIN
+        and type(x) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+        and x.dim() > 0
+        and x.shape[-1] == weight.shape[0 if transposed else 1]
         and x.dtype == weight.dtype
         and not weight.requires_grad
         and (bias is None or (bias.dtype == x.dtype and not bias.requires_grad))
@@ -174,18 +212,12 @@ def fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Context in which Rust's matrix products keep the dtype that they are given."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    return x.dtype
+def _asked(probe: Probe | None, slot: int) -> dict[str, Tensor | None]:
+    """The module's part of the probe, for a compiled graph."""
+    # Without gradients nobody asks, and the graph need not know whether there is a scheduler.
+    if probe is None or not torch.is_grad_enabled() or probe.collector is None:
+        return {"collector": None, "armed": None}
+    return {"collector": probe.collector.narrow(0, slot, 1), "armed": probe.armed}
 
 
 def _new_seed(dropout: float) -> int:
@@ -208,7 +240,7 @@ class _Adapter(torch.autograd.Function):
         probe: Probe | None,
         slot: int,
     ) -> Tensor:
-        ctx.dtype = _compute_dtype(x)
+        ctx.dtype = compute_dtype(x)
         flat = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
         if inplace and y.is_contiguous():
             ctx.mark_dirty(y)
@@ -216,7 +248,7 @@ class _Adapter(torch.autograd.Function):
         else:
             result = y.clone(memory_format=torch.contiguous_format)
         ctx.seed = _new_seed(dropout)
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             t, mask = _core.adapter_forward(
                 result.view(-1, y.shape[-1]), flat, a, b, e, scale, dropout, ctx.seed, stream(x.device)
             )
@@ -267,7 +299,7 @@ def _backward(ctx: Any, gy: Tensor, needs_x: bool) -> tuple[Tensor | None, Tenso
     if ctx.probe is not None:
         ctx.probe.count_backward(ctx.slot)
         importance = ctx.probe.importance
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         gx, ga, gb, ge = _core.adapter_backward(
             gy.reshape(-1, gy.shape[-1]),
             x.reshape(-1, x.shape[-1]).to(ctx.dtype),

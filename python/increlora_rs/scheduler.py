@@ -15,6 +15,7 @@ from torch import nn
 
 from .adapted import adapted_modules
 from .attachment import check_attachable, trainable_adapter, unwrapped_optimizer
+from .compiled import mark_growing
 from .cuda import stream
 from .distributed import average_, find_ddp, rebuild_buckets, shared_seed
 from .model import rank_pattern
@@ -151,11 +152,13 @@ class RankScheduler:
         else:
             self._restore(saved)
         self._probe = self._modules[0].layer.probes[self._adapter]
-        self._probe.scheduler = self
+        self._probe.attach(self, self._scores.importance)
         self._probe.reloaded = False
         for slot, module in enumerate(self._modules):
             module.layer.probes[self._adapter] = self._probe
             module.layer.slots[self._adapter] = slot
+            for parameter, dim, _ in module.parameters:
+                mark_growing(parameter, dim)
         self._handles = [
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
@@ -208,8 +211,7 @@ class RankScheduler:
             self._take_loaded()
         self._drop_reserves()
         self._rebuild_buckets()
-        self._probe.importance = None
-        self._probe.scheduler = None
+        self._probe.detach()
         self._group.pop(STATE_KEY, None)
 
     # Set-up.
@@ -288,7 +290,7 @@ class RankScheduler:
         """Asks the backward passes of the next step for the importance, if a growth will need it."""
         following = self.step + 1
         wanted = self._may_grow and self._scores.wanted(self.schedule.next_event(following) - following)
-        self._probe.importance = self._scores.importance if wanted else None
+        self._probe.arm(self._scores.importance if wanted else None)
 
     # Growth.
 

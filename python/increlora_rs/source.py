@@ -9,26 +9,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import LoraConfig
+from peft.utils import (
+    CONFIG_NAME,
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    PeftType,
+    get_peft_model_state_dict,
+)
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from .config import IncreLoraConfig
-from .files import check_weights_file
+from .files import load_weights
+from .kinds import Kind, lora_key, matrices
 from .model import check_factors, short
 from .peft_type import PEFT_TYPE
 
+# Adapters that can be read: what they are called, and their type.
+_KINDS = {IncreLoraConfig: ("IncreLoRA", PEFT_TYPE), LoraConfig: ("LoRA", PeftType.LORA)}
 _FACTOR = re.compile(r"^(?P<name>.+)\.lora_(?P<factor>[ABE])$")
 
 
 @dataclass
 class Factors:
-    """One module's update: ``scale * B diag(E) A``."""
+    """One module's update: ``scale * B diag(E) A``, with A (rank, in), B (out, rank), E (rank, 1)."""
 
     a: Tensor
     b: Tensor
     e: Tensor
     scale: float
+    kind: Kind = "linear"
 
     @property
     def rank(self) -> int:
@@ -56,6 +67,15 @@ class Adapter:
         return sum(module.rank for module in self.modules.values())
 
 
+@dataclass
+class LoraAdapter:
+    """A trained plain LoRA, as :class:`Adapter`; E is 1 everywhere."""
+
+    config: LoraConfig
+    modules: dict[str, Factors] = field(default_factory=dict)
+    others: dict[str, Tensor] = field(default_factory=dict)
+
+
 def read(source: nn.Module | str | os.PathLike[str], adapter_name: str = "default") -> Adapter:
     """The adapter of a model, or of a directory that ``save_pretrained`` wrote.
 
@@ -64,29 +84,85 @@ def read(source: nn.Module | str | os.PathLike[str], adapter_name: str = "defaul
         FileNotFoundError: the directory, or a file of it, is missing.
         TypeError: ``source`` is neither a model nor a path.
     """
+    config, tensors = _stored(source, adapter_name, IncreLoraConfig)
+    return _assemble(config, tensors)
+
+
+def read_lora(source: nn.Module | str | os.PathLike[str], adapter_name: str = "default") -> LoraAdapter:
+    """The plain LoRA of a model, or of a directory that ``save_pretrained`` wrote.
+
+    Raises:
+        ValueError: there is no LoRA adapter, or it is damaged.
+        FileNotFoundError, TypeError: as for :func:`read`.
+    """
+    config, tensors = _stored(source, adapter_name, LoraConfig)
+    lora = LoraAdapter(config)
+    found: dict[str, dict[str, Tensor]] = {}
+    embeddings = set()
+    for key, tensor in tensors.items():
+        parts = lora_key(key)
+        if parts is None:
+            lora.others[key] = tensor
+            continue
+        name, factor, embedding = short(parts[0]), *parts[1:]
+        found.setdefault(name, {})[factor] = tensor
+        if embedding:
+            embeddings.add(name)
+    for name in sorted(found, key=_natural):
+        a, b = _factors(name, found[name], "AB")
+        a, b, kind = matrices(a, b, name in embeddings)
+        e = a.new_ones(a.shape[0], 1)
+        _check_matrices(name, a, b, e)
+        lora.modules[name] = Factors(a, b, e, _lora_scale(config, name, int(a.shape[0])), kind)
+    if not lora.modules:
+        raise ValueError("model_or_adapter_dir: the adapter holds no module with lora_A and lora_B.")
+    return lora
+
+
+def _lora_scale(config: LoraConfig, name: str, rank: int) -> float:
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+    configured = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+    if rank != configured:
+        raise ValueError(
+            f"model_or_adapter_dir: lora_A of module {name!r} has {rank} rows, but the configuration makes "
+            f"its rank {configured}; the adapter is damaged."
+        )
+    return float(alpha / (rank**0.5 if config.use_rslora else rank))
+
+
+def _stored(
+    source: nn.Module | str | os.PathLike[str], adapter_name: str, kind: type[LoraConfig]
+) -> tuple[Any, dict[str, Tensor]]:
+    """Configuration, of type ``kind``, and tensors of the adapter of a model or a directory.
+
+    Raises:
+        ValueError, FileNotFoundError, TypeError: as for :func:`read`.
+    """
     if isinstance(source, nn.Module):
-        return _from_model(source, adapter_name)
+        return _of_model(source, adapter_name, kind)
     if isinstance(source, (str, os.PathLike)):
-        return _from_directory(Path(source))
+        return _of_directory(Path(source), kind)
     raise TypeError(
         f"model_or_adapter_dir: a {type(source).__name__} is neither a model nor the path of a saved adapter."
     )
 
 
-def _from_model(model: nn.Module, adapter_name: str) -> Adapter:
+def _of_model(model: nn.Module, adapter_name: str, kind: type[LoraConfig]) -> tuple[Any, dict[str, Tensor]]:
     configs: Any = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)
-    if not isinstance(config, IncreLoraConfig):
+    if getattr(config, "peft_type", None) != _KINDS[kind][1]:
         raise ValueError(
-            f"model_or_adapter_dir: the model has no IncreLoRA adapter {adapter_name!r}; its adapters "
-            f"are {list(configs)}."
+            f"model_or_adapter_dir: the model has no {_KINDS[kind][0]} adapter {adapter_name!r}; its "
+            f"adapters are {list(configs)}."
         )
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    return _assemble(config, tensors)
+    return config, {key: tensor.detach() for key, tensor in tensors.items()}
 
 
-def _from_directory(folder: Path) -> Adapter:
+def _of_directory(folder: Path, kind: type[LoraConfig]) -> tuple[Any, dict[str, Tensor]]:
     config_file, weights_file = folder / CONFIG_NAME, folder / SAFETENSORS_WEIGHTS_NAME
+    if not weights_file.exists() and (folder / WEIGHTS_NAME).exists():
+        weights_file = folder / WEIGHTS_NAME
     for path in (folder, config_file, weights_file):
         if not path.exists():
             raise FileNotFoundError(
@@ -99,43 +175,51 @@ def _from_directory(folder: Path) -> Adapter:
         raise ValueError(
             f"model_or_adapter_dir: {config_file} is not the configuration of an adapter: {error!r}."
         ) from error
-    if peft_type != PEFT_TYPE:
+    wanted = _KINDS[kind][1]
+    if peft_type != wanted:
         raise ValueError(
             f"model_or_adapter_dir: {folder} holds an adapter of type {peft_type!r}; only "
-            f"{PEFT_TYPE.value!r} can be read here."
+            f"{wanted.value!r} can be read here."
         )
-    check_weights_file(str(weights_file))
-    config = IncreLoraConfig.from_pretrained(str(folder))
-    return _assemble(config, load_file(weights_file))
+    return kind.from_pretrained(str(folder)), load_weights(weights_file)
 
 
 def _assemble(config: IncreLoraConfig, tensors: dict[str, Tensor]) -> Adapter:
-    found: dict[str, dict[str, Tensor]] = {}
     adapter = Adapter(config)
+    found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _FACTOR.match(key)
         if match is None:
-            adapter.others[key] = tensor.detach()
+            adapter.others[key] = tensor
         else:
-            found.setdefault(short(match["name"]), {})[match["factor"]] = tensor.detach()
+            found.setdefault(short(match["name"]), {})[match["factor"]] = tensor
     for name in sorted(found, key=_natural):
-        missing = sorted(set("ABE") - set(found[name]))
-        if missing:
-            raise ValueError(
-                f"model_or_adapter_dir: module {name!r} has no lora_{missing[0]}; the adapter is damaged."
-            )
-        a, b, e = (found[name][factor] for factor in "ABE")
-        if a.dim() != 2 or b.dim() != 2:
-            raise ValueError(
-                f"model_or_adapter_dir: lora_A and lora_B of module {name!r} have shapes "
-                f"{tuple(a.shape)} and {tuple(b.shape)}; they must be matrices."
-            )
-        check_factors(name, a, b, e, int(a.shape[1]), int(b.shape[0]))
+        a, b, e = _factors(name, found[name], "ABE")
+        _check_matrices(name, a, b, e)
         scale = config.scale(config.alpha_of(name), int(e.shape[0]))
-        adapter.modules[name] = Factors(a, b, e, scale)
+        adapter.modules[name] = Factors(a, b, e, scale, config.kind_of(name))
     if not adapter.modules:
         raise ValueError("model_or_adapter_dir: the adapter holds no module with lora_A, lora_B, lora_E.")
     return adapter
+
+
+def _factors(name: str, factors: dict[str, Tensor], wanted: str) -> list[Tensor]:
+    """The factors of one module in the order of ``wanted``."""
+    missing = sorted(set(wanted) - set(factors))
+    if missing:
+        raise ValueError(
+            f"model_or_adapter_dir: module {name!r} has no lora_{missing[0]}; the adapter is damaged."
+        )
+    return [factors[letter] for letter in wanted]
+
+
+def _check_matrices(name: str, a: Tensor, b: Tensor, e: Tensor) -> None:
+    if a.dim() != 2 or b.dim() != 2:
+        raise ValueError(
+            f"model_or_adapter_dir: lora_A and lora_B of module {name!r} have shapes "
+            f"{tuple(a.shape)} and {tuple(b.shape)}; they must be matrices."
+        )
+    check_factors(name, a, b, e, int(a.shape[1]), int(b.shape[0]))
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

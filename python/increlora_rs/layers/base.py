@@ -1,37 +1,47 @@
-"""One adapted linear layer: its parameters, its forward pass, merging, growing."""
+"""What every adapted layer has, whatever module it adapts: parameters, growth, merging, loading."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from ._core import RESERVE_E
-from .config import IncreLoraConfig
-from .ops import Probe, adapter, fits_linear, linear
-from .optimizer_state import watch
+from .._core import RESERVE_E
+from ..compiled import may_differ
+from ..config import IncreLoraConfig
+from ..ops import Probe
+from ..optimizer_state import watch
+from ..scales import Scales
+from .weight import changed_weight
 
 _PAPER_STD = 0.02
 
 
-class Linear(nn.Module, LoraLayer):
-    """A frozen ``nn.Linear`` with an update ``s B diag(E) A`` whose rank can grow.
+class AdaptedLayer(nn.Module, LoraLayer):
+    """A frozen module with an update ``s B diag(E) A`` of its weight whose rank can grow.
 
     For each adapter the parameters are ``lora_A`` (rows, in), ``lora_B`` (out, rows) and ``lora_E``
     (rank, 1), rows = rank + components in reserve. They keep their identity when they grow, so
-    optimizers and hooks that hold them stay valid.
+    optimizers and hooks that hold them stay valid. A subclass says what in and out are, and how the
+    update acts.
     """
+
+    # What the layer adapts: "linear", "transposed" (transformers' Conv1D), "embedding", "convolution".
+    kind: ClassVar[str]
+    # The modules whose output is fresh memory that the update may be added to in place.
+    plain_types: ClassVar[tuple[type[nn.Module], ...]] = ()
 
     in_features: int
     out_features: int
     r: dict[str, int]
     lora_alpha: dict[str, float]
-    scaling: dict[str, float]
+    scaling: Scales
     use_rslora: dict[str, bool]
     lora_dropout: nn.ModuleDict
     merged_adapters: list[str]
@@ -59,9 +69,12 @@ class Linear(nn.Module, LoraLayer):
         r: int,
         lora_alpha: float,
         probe: Probe,
+        quantization: QuantizationBackend | None = None,
     ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer)
+        self.quantization = quantization
+        self.scaling = Scales()
         self.lora_A = nn.ParameterDict({})
         self.lora_B = nn.ParameterDict({})
         self.lora_E = nn.ParameterDict({})
@@ -120,16 +133,24 @@ class Linear(nn.Module, LoraLayer):
         device = None if generator is None else generator.device
         a = torch.empty(n, self.in_features, device=device)
         b = torch.zeros(self.out_features, n, device=device)
-        init = self.configs[adapter_name].init_lora_weights
-        if init == "svd":
+        config = self.configs[adapter_name]
+        if config.init_lora_weights == "svd":
             a.normal_(0.0, _PAPER_STD, generator=generator)
             b.normal_(0.0, _PAPER_STD, generator=generator)
             return a, b, torch.zeros(n, 1, device=device)
+        self._fill(a, b, config, generator)
+        return a, b, torch.ones(n, 1, device=device)
+
+    def _fill(self, a: Tensor, b: Tensor, config: IncreLoraConfig, generator: torch.Generator | None) -> None:
+        """LoRA's initialisation of A, in place; B, which is 0, stays so unless the config wants it random."""
+        if config.init_lora_weights == "gaussian":
+            # LoRA divides by the rank; the rank at the end is r.
+            a.normal_(0.0, 1.0 / config.r, generator=generator)
+            return
         bound = 1.0 / math.sqrt(self.in_features)
         a.uniform_(-bound, bound, generator=generator)
-        if init is False:
+        if config.init_lora_weights is False:
             b.uniform_(-bound, bound, generator=generator)
-        return a, b, torch.ones(n, 1, device=device)
 
     def grow(self, adapter_name: str, components: int, generator: torch.Generator) -> None:
         """Makes ``components`` more components active: first those in reserve, then new ones.
@@ -209,43 +230,36 @@ class Linear(nn.Module, LoraLayer):
 
     def active_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """A (rank, in), B (out, rank), E (rank, 1) without the reserve: views of the parameters."""
-        rank = self.r[adapter_name]
-        a, b = self.lora_A[adapter_name], self.lora_B[adapter_name]
-        if a.shape[0] != rank:
+        a, b, e = self.lora_A[adapter_name], self.lora_B[adapter_name], self.lora_E[adapter_name]
+        rank = e.shape[0]
+        if may_differ(a.shape[0], rank):
             a, b = a[:rank], b[:, :rank]
-        return a, b, self.lora_E[adapter_name]
+        return a, b, e
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The update s B diag(E) A, (out, in), in the dtype of the adapter's parameters."""
+        """The update s B diag(E) A in the shape of the base weight, in the dtype of the parameters."""
         a, b, e = self.active_factors(adapter)
         wide = torch.promote_types(a.dtype, torch.float32)
         delta = (b.to(wide) * e.to(wide).view(-1)) @ a.to(wide) * self.scaling[adapter]
-        return delta.to(a.dtype)
+        return self._as_weight(delta).to(a.dtype)
+
+    def _as_weight(self, delta: Tensor) -> Tensor:
+        """A matrix (out, in) in the shape of the base weight."""
+        return delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the updates of the adapters (None: the active ones) to the base weight.
 
+        A quantised weight is dequantised and quantised anew, with a warning, where its library can.
+
         Raises:
-            ValueError: the base weight is quantised, or, with ``safe_merge``, the result is not
+            ValueError: the base weight cannot be changed, or, with ``safe_merge``, the result is not
                 finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.lora_A:
-                continue
-            weight = self.get_base_layer().weight
-            if not weight.is_floating_point():
-                raise ValueError(
-                    f"adapter {name!r} cannot be merged into a base weight of dtype {weight.dtype}; "
-                    "load the base model unquantised to merge."
-                )
-            delta = self.get_delta_weight(name)
-            if safe_merge and not torch.isfinite(weight.data + delta).all():
-                raise ValueError(
-                    f"merging adapter {name!r} gives weights that are not finite; the adapter holds "
-                    "NaN or infinite values."
-                )
-            weight.data += delta.to(weight.dtype)
-            self.merged_adapters.append(name)
+            if name in self.lora_A:
+                changed_weight(self, self.get_delta_weight(name), name, check_finite=safe_merge)
+                self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Takes all merged updates out of the base weight again."""
@@ -254,11 +268,10 @@ class Linear(nn.Module, LoraLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.lora_A:
-                weight = self.get_base_layer().weight
-                weight.data -= self.get_delta_weight(name).to(weight.dtype)
+                changed_weight(self, -self.get_delta_weight(name), name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Base layer plus the active adapters' updates; (..., in) to (..., out)."""
+        """Base layer plus the active adapters' updates."""
         self._check_forward_args(x, *args, **kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters and self.merged:
@@ -269,40 +282,49 @@ class Linear(nn.Module, LoraLayer):
         if adapter_names is not None:
             return self._mixed_batch(base(x, *args, **kwargs), x, adapter_names)
         names = [name for name in self.active_adapters if name in self.lora_A]
-        plain = _owns_output(base)
-        if names and plain and not args and not kwargs and fits_linear(x, base.weight, base.bias):
-            result = linear(x, base.weight, base.bias, **self._arguments(names[0]))
-            names = names[1:]
-        else:
+        fresh = type(base) in self.plain_types and not _hooked(base)
+        result = self._fused(x, names[0]) if names and fresh and not args and not kwargs else None
+        if result is None:
             result = base(x, *args, **kwargs)
-        for index, name in enumerate(names):
-            result = adapter(result, x, inplace=plain or index > 0, **self._arguments(name))
+        else:
+            names = names[1:]
+        for name in names:
+            result = self._added(result, x, name, inplace=fresh)
+            fresh = True
         return result
 
-    def _arguments(self, name: str) -> dict[str, Any]:
-        """What the operations take of an adapter."""
+    def _fused(self, x: Tensor, name: str) -> Tensor | None:
+        """The output of a plain base layer and its update by one operation; None where there is none."""
+        return None
+
+    def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
+        """``y``, which may be overwritten where ``inplace``, plus the update of adapter ``name`` for x."""
+        raise NotImplementedError
+
+    def _factors_in_use(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """A, B, E as the forward pass takes them: in training with the reserve, which learns."""
         if self.training:
-            a, b, e = self.lora_A[name], self.lora_B[name], self.lora_E[name]
-        else:
-            a, b, e = self.active_factors(name)
+            return self.lora_A[name], self.lora_B[name], self.lora_E[name]
+        return self.active_factors(name)
+
+    def _dropout(self, name: str) -> float:
         dropout = self.lora_dropout[name]
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return {
-            "a": a,
-            "b": b,
-            "e": e,
-            "scale": self.scaling[name],
-            "dropout": p,
-            "probe": self.probes[name],
-            "slot": self.slots[name],
-        }
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+    def _scale(self, name: str) -> float | Tensor:
+        # A number would become part of a compiled graph, which has to outlive the growth of the rank.
+        follows_rank = torch.compiler.is_compiling() and self.configs[name].scaling == "rank"
+        # PEFT's rescale_adapter_scale puts a plain dictionary in the place.
+        if follows_rank and isinstance(self.scaling, Scales):
+            return self.scaling.tensors[name]
+        return self.scaling[name]
 
     def _mixed_batch(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         result = result.clone()
         for name in dict.fromkeys(adapter_names):
             if name in self.lora_A:
                 rows = [i for i, other in enumerate(adapter_names) if other == name]
-                result[rows] = adapter(result[rows], x[rows], inplace=True, **self._arguments(name))
+                result[rows] = self._added(result[rows], x[rows], name, inplace=True)
         return result
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -328,9 +350,9 @@ class Linear(nn.Module, LoraLayer):
         return "increlora." + super().__repr__()
 
 
-def _owns_output(layer: nn.Module) -> bool:
-    """Is the output a fresh tensor that nobody else has seen?"""
-    return type(layer) is nn.Linear and not (
+def _hooked(layer: nn.Module) -> bool:
+    """Does anybody else see what the layer puts out?"""
+    return bool(
         layer._forward_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks

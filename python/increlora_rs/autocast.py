@@ -1,0 +1,24 @@
+"""What autocast asks of the adapter's operations: a dtype, settled before Rust is called."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Context in which Rust's matrix products keep the dtype that they are given."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the products with ``x``."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype

@@ -1,0 +1,49 @@
+"""Adapted ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..torch_ops import convolution
+from .base import AdaptedLayer
+
+
+class Convolution(AdaptedLayer):
+    """A frozen convolution of 1 to 3 dimensions; in is input channels times the size of the kernel.
+
+    A is a convolution with the base layer's kernel, stride, padding and dilation, and B one of kernel
+    size 1 after it.
+    """
+
+    kind: ClassVar[str] = "convolution"
+    plain_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, *args, **kwargs)
+        groups = self.get_base_layer().groups
+        if groups != 1:
+            raise ValueError(
+                f"the convolution has groups={groups}, and its update would mix them; only groups=1 is "
+                "supported: leave it out of target_modules."
+            )
+
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+        return module.in_channels * math.prod(module.kernel_size), module.out_channels
+
+    def _as_weight(self, delta: Tensor) -> Tensor:
+        return delta.view(self.get_base_layer().weight.shape)
+
+    def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
+        update = convolution(
+            x,
+            *self._factors_in_use(name),
+            base=self.get_base_layer(),
+            scale=self.scaling[name],
+            dropout=self._dropout(name),
+            probe=self.probes[name],
+            slot=self.slots[name],
+        )
+        return y.add_(update) if inplace else (y + update).to(y.dtype)

@@ -1,0 +1,81 @@
+"""Changing the weight of a base layer, plain or quantised, for merging."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.utils.quantization_utils import (
+    ForwardOnlyQuantizationBackend,
+    QuantizationBackend,
+    resolve_quantization_backend,
+)
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .base import AdaptedLayer
+
+# Formats whose modules compute ``W x + bias`` and nothing else.
+_LINEAR_BACKENDS = frozenset({"bnb 8bit", "bnb 4bit", "hqq", "torchao", "aqlm", "eetq", "gptq", "awq", "inc"})
+
+
+def quantization_of(base: nn.Module, **kwargs: Any) -> QuantizationBackend | None:
+    """PEFT's access to the weight of a quantised linear layer; None for every other module.
+
+    Args:
+        base: The module.
+        kwargs: What ``peft.utils.quantization_utils.get_quantization_kwargs`` gives for the model.
+    """
+    try:
+        backend = resolve_quantization_backend(base, **kwargs)
+    except ValueError:
+        # torchao's weight in a model that does not say how it was quantised, so that it can be used as
+        # it is but not be quantised anew.
+        return ForwardOnlyQuantizationBackend("torchao")
+    return backend if backend is not None and backend.backend_name in _LINEAR_BACKENDS else None
+
+
+def is_plain(weight: Any) -> bool:
+    """Is this a torch tensor itself, no subclass that keeps its numbers elsewhere?"""
+    return type(weight) in (nn.Parameter, Tensor)
+
+
+def changed_weight(
+    layer: AdaptedLayer, delta: Tensor, adapter_name: str, *, check_finite: bool = False
+) -> None:
+    """Adds ``delta``, of the shape of the base weight, to it.
+
+    Raises:
+        ValueError: the weight cannot be changed, or, with ``check_finite``, the result is not finite.
+    """
+    base: nn.Module = layer.get_base_layer()
+    backend = layer.quantization
+    weight: Any = getattr(base, "weight", None)
+    if backend is None and not (is_plain(weight) and weight.is_floating_point()):
+        _refuse(adapter_name, type(weight).__name__, getattr(weight, "dtype", None))
+    if backend is not None and not backend.supports_merge:
+        _refuse(adapter_name, backend.backend_name, getattr(weight, "dtype", None))
+    old = weight.data if backend is None else backend.get_base_weight(base)
+    if check_finite and not torch.isfinite(old + delta.to(old.device)).all():
+        raise ValueError(
+            f"merging adapter {adapter_name!r} gives weights that are not finite; the adapter holds NaN or "
+            "infinite values."
+        )
+    if backend is None:
+        weight.data += delta.to(weight.dtype)
+        return
+    warnings.warn(
+        f"the {backend.backend_name} weight of a {type(base).__name__} is quantised anew with the update of "
+        f"adapter {adapter_name!r} in it, and the outputs change by the rounding",
+        UserWarning,
+        stacklevel=4,
+    )
+    backend.set_base_weight(layer, (old.to(delta.dtype) + delta).to(old.dtype))
+
+
+def _refuse(adapter_name: str, what: str, dtype: Any) -> None:
+    raise ValueError(
+        f"adapter {adapter_name!r} cannot be merged into a base weight of type {what}, dtype {dtype}; load "
+        "the base model unquantised, and whole, to merge."
+    )

@@ -1,0 +1,205 @@
+"""Adapters on quantised linear layers, with the libraries that quantise, on the CPU."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from increlora_rs import IncreLoraConfig, attach
+from increlora_rs.model import adapted_layers
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+WIDTH = 64
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.second = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+def _replace(net, make):
+    for name in ("first", "second"):
+        setattr(net, name, make(getattr(net, name)))
+    return net
+
+
+def bnb_8bit(net):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+    def make(linear):
+        quantised = bnb.nn.Linear8bitLt(
+            WIDTH, WIDTH, bias=linear.bias is not None, has_fp16_weights=False, threshold=6.0
+        )
+        quantised.load_state_dict(linear.state_dict())
+        return quantised.to("cpu")
+
+    return _replace(net, make)
+
+
+def bnb_4bit(net):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+    def make(linear):
+        quantised = bnb.nn.Linear4bit(
+            WIDTH, WIDTH, bias=linear.bias is not None, compute_dtype=torch.float32, quant_type="nf4"
+        )
+        quantised.load_state_dict(linear.state_dict())
+        return quantised.to("cpu")
+
+    return _replace(net, make)
+
+
+def _torchao(net, config):
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    quantization.quantize_(
+        net, getattr(quantization, config)(), lambda module, name: name in ("first", "second")
+    )
+    return net
+
+
+def torchao_int8(net):
+    return _torchao(net, "Int8WeightOnlyConfig")
+
+
+def torchao_int8_dynamic(net):
+    return _torchao(net, "Int8DynamicActivationInt8WeightConfig")
+
+
+def hqq(net):
+    quantize = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed")
+    config = quantize.BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
+
+    def make(linear):
+        return quantize.HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu")
+
+    return _replace(net, make)
+
+
+FORMATS = {f.__name__: f for f in (bnb_8bit, bnb_4bit, torchao_int8, torchao_int8_dynamic, hqq)}
+
+
+def base(name):
+    torch.manual_seed(7)
+    net = Net()
+    # Rounding in 4 bits must not hide the update.
+    with torch.no_grad():
+        for linear in (net.first, net.second):
+            linear.weight.mul_(2.0)
+    return FORMATS[name](net).eval().requires_grad_(False)
+
+
+def adapted(name, **kwargs):
+    config = IncreLoraConfig(**({"r": 3, "lora_alpha": 6, "target_modules": ["first", "second"]} | kwargs))
+    net = base(name)
+    torch.manual_seed(3)
+    return get_peft_model(net, config)
+
+
+def batch(n=16):
+    torch.manual_seed(5)
+    x = torch.randn(n, WIDTH)
+    return x, torch.sin(3 * x[:, :4])
+
+
+def fill(model):
+    generator = torch.Generator().manual_seed(11)
+    for layer in adapted_layers(model, "default").values():
+        layer.grow("default", 2, generator)
+        with torch.no_grad():
+            layer.lora_B["default"].normal_(0.0, 0.3, generator=generator)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_output_is_the_quantised_layers_plus_the_update(name):
+    model = adapted(name)
+    fill(model)
+    x, _ = batch()
+    for layer in adapted_layers(model, "default").values():
+        update = layer.get_delta_weight("default").detach()
+        wanted = layer.get_base_layer()(x) + x @ update.T
+        assert (x @ update.T).abs().max() > 0.1
+        torch.testing.assert_close(layer(x).detach(), wanted.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_training_grows_to_its_budget_and_leaves_the_weight_alone(name, tmp_path):
+    model = adapted(name).train()
+    x, target = batch()
+    before = base(name)(x)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    scheduler = attach(model, optimizer, total_steps=30)
+    losses = []
+    for _ in range(30):
+        loss = nn.functional.mse_loss(model(x), target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert scheduler.total_rank == scheduler.budget == 6
+    assert min(scheduler.scores.values()) > 0.0
+    assert losses[-1] < 0.6 * losses[0]
+    model.eval()
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), before)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(name), tmp_path)
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_gradients_reach_the_input_through_the_quantised_layer(name):
+    model = adapted(name)
+    fill(model)
+    layer = next(iter(adapted_layers(model, "default").values()))
+    x, _ = batch()
+    x.requires_grad_()
+    layer(x).square().sum().backward()
+    # The weight as the layer applies it.
+    weight = layer.get_base_layer()(torch.eye(WIDTH)) - layer.get_base_layer()(torch.zeros(1, WIDTH))
+    whole = weight.detach().T + layer.get_delta_weight("default").detach()
+    wanted = 2 * layer(x).detach() @ whole
+    assert (x.grad - wanted).norm() < 0.05 * wanted.norm()
+
+
+@pytest.mark.parametrize("name", ["bnb_8bit", "bnb_4bit", "hqq"])
+def test_merging_quantises_anew_with_a_warning(name):
+    model = adapted(name)
+    fill(model)
+    x, _ = batch()
+    with torch.no_grad():
+        plain, wanted = base(name)(x), model(x)
+    with pytest.warns(UserWarning, match="quantised anew"):
+        merged = model.merge_and_unload()
+    with torch.no_grad():
+        error = (merged(x) - wanted).norm() / (wanted - plain).norm()
+    assert type(merged.first) is type(base(name).first)
+    assert error < (0.1 if name == "bnb_8bit" else 0.3)
+
+
+@pytest.mark.parametrize("name", ["torchao_int8", "torchao_int8_dynamic"])
+def test_merging_into_a_weight_that_cannot_be_quantised_anew_is_refused_by_name(name):
+    model = adapted(name)
+    fill(model)
+    x, _ = batch()
+    before = model(x).detach()
+    with pytest.raises(ValueError, match=r"'default' cannot be merged .* torchao.*unquantised"):
+        model.merge_adapter()
+    torch.testing.assert_close(model(x).detach(), before)
+
+
+@pytest.mark.parametrize("name", ["bnb_8bit", "bnb_4bit"])
+def test_a_copy_gives_the_same_output(name):
+    model = adapted(name)
+    fill(model)
+    x, _ = batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        twin = copy.deepcopy(model)
+    torch.testing.assert_close(twin(x), model(x))
