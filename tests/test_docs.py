@@ -78,6 +78,8 @@ ACCEPTED = {
     "lora_alpha": {"lora_alpha": 16},
     "lora_dropout": {"lora_dropout": 0.1},
     "bias": {"bias": "all"},
+    "fan_in_fan_out": {"fan_in_fan_out": True},
+    "trainable_token_indices": {"trainable_token_indices": [1, 2]},
     "use_rslora": {"use_rslora": True},
     "modules_to_save": {"modules_to_save": ["classifier"]},
     "init_lora_weights": {"init_lora_weights": "svd"},
@@ -163,7 +165,7 @@ FRAGMENTS = [
 
 def messages():
     """All constant parts of the package's strings."""
-    for path in (ROOT / "python" / "increlora_rs").glob("*.py"):
+    for path in (ROOT / "python" / "increlora_rs").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 yield node.value

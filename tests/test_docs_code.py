@@ -128,7 +128,8 @@ PRELUDES = {
     },
     ("export.md", 0): saved_adapter,
     ("export.md", 1): lambda make_bert, names: {"base": make_bert()},
-    ("export.md", 4): lambda make_bert, names: {"fresh_base": make_bert()},
+    ("export.md", 5): lambda make_bert, names: {"fresh_base": make_bert()},
+    ("export.md", 6): lambda make_bert, names: {"another_base": make_bert()},
     ("troubleshooting.md", 0): lambda make_bert, names: {
         "base": make_bert(),
         "config": increlora_rs.IncreLoraConfig(r=2, target_modules=["query", "value"]),
@@ -140,6 +141,7 @@ PRELUDES = {
         "base": make_bert(),
         "PeftModel": peft.PeftModel,
     },
+    ("troubleshooting.md", 2): lambda make_bert, names: {"batches": batches(1)},
 }
 
 
@@ -173,7 +175,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, make_bert, folder):
 PRODUCED = {
     "README.md": ["adapter", "lora", "ranks.png"],
     "quickstart.md": ["adapter", "lora", "ranks.png"],
-    "export.md": ["lora", "lora16", "merged"],
+    "export.md": ["growing", "lora", "lora16", "lora2", "merged"],
 }
 
 
