@@ -15,9 +15,11 @@ from ._core import RESERVE_E  # noqa: E402
 from .callback import IncreLoraCallback  # noqa: E402
 from .config import IncreLoraConfig  # noqa: E402
 from .export import export_lora  # noqa: E402
+from .growth import GrowthHistory, growth_history  # noqa: E402
 from .model import IncreLoraModel  # noqa: E402
+from .plots import plot_growth, plot_ranks, plot_scores  # noqa: E402
 from .registration import register  # noqa: E402
-from .report import plot_ranks, rank_table  # noqa: E402
+from .report import module_table, rank_table  # noqa: E402
 from .scheduler import RankScheduler, attach  # noqa: E402
 
 register()
@@ -25,12 +27,17 @@ register()
 __version__ = version("increlora_rs")
 __all__ = [
     "RESERVE_E",
+    "GrowthHistory",
     "IncreLoraCallback",
     "IncreLoraConfig",
     "IncreLoraModel",
     "RankScheduler",
     "attach",
     "export_lora",
+    "growth_history",
+    "module_table",
+    "plot_growth",
     "plot_ranks",
+    "plot_scores",
     "rank_table",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from peft import LoraConfig
@@ -15,6 +15,9 @@ from peft.utils.other import get_pattern_key
 from . import arguments
 from .files import check_weights_file
 from .peft_type import PEFT_TYPE
+
+if TYPE_CHECKING:
+    from .growth import GrowthHistory
 
 # Options of LoraConfig that mean here what they mean there. Every other one raises unless it is left
 # at its default, also one that a later PEFT may add.
@@ -128,6 +131,8 @@ class IncreLoraConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
+        # Not a field, for it has a file of its own: how the ranks of the model with this adapter grew.
+        self.growth: GrowthHistory | None = None
         self._take_plain_numbers()
         self._refuse_unsupported()
         # Before PEFT's own checks, which answer to the inits that LoraConfig knows.

@@ -55,6 +55,11 @@ class Adapter:
         """Sum of the ranks."""
         return sum(module.rank for module in self.modules.values())
 
+    @property
+    def budget(self) -> int:
+        """Total rank that the training aimed at."""
+        return self.config.r * len(self.modules)
+
 
 def read(source: nn.Module | str | os.PathLike[str], adapter_name: str = "default") -> Adapter:
     """The adapter of a model, or of a directory that ``save_pretrained`` wrote.
