@@ -8,8 +8,11 @@ import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import peft
 import pytest
 import torch
+from increlora_rs import IncreLoraConfig, attach
+from increlora_rs.attachment import schedulers_of
 from increlora_rs.model import adapted_layers, short
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
@@ -120,6 +123,32 @@ def grow():
                     factors[adapter_name].normal_(0.0, 0.3, generator=generator)
                 layer.lora_E[adapter_name].uniform_(0.5, 1.5, generator=generator)
         return {name: layer.r[adapter_name] for name, layer in layers.items()}
+
+    return run
+
+
+@pytest.fixture
+def train_bert(make_bert):
+    """``train_bert(steps=12)``: a BERT whose ranks grew in a training, from 4 to a budget of 12 on 4
+    modules, 2 of them at each of the steps 4, 6, 8 and 10. Gives model, optimizer, scheduler; given a model
+    and an optimizer, goes on."""
+
+    def run(steps=12, model=None, optimizer=None, **config):
+        if model is None:
+            torch.manual_seed(0)
+            settings = {"r": 3, "target_modules": ["query", "value"], "tinit": 3, "deltaT": 2, "top_h": 2}
+            model = peft.get_peft_model(make_bert(), IncreLoraConfig(**(settings | config)))
+        if optimizer is None:
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+        running = schedulers_of(model)
+        scheduler = running[0] if running else attach(model, optimizer, total_steps=12)
+        while scheduler.step < steps:
+            generator = torch.Generator().manual_seed(scheduler.step)
+            ids = torch.randint(5, 99, (4, 8), generator=generator)
+            model(input_ids=ids, labels=ids[:, 0] % 3).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model, optimizer, scheduler
 
     return run
 

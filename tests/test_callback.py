@@ -2,12 +2,14 @@
 
 import shutil
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from increlora_rs import IncreLoraCallback, IncreLoraConfig
+import transformers
+from increlora_rs import IncreLoraCallback, IncreLoraConfig, growth_history
 from increlora_rs.adapted import adapted_modules
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -89,6 +91,149 @@ def test_every_training_log_has_total_rank_and_orth_reg(make_trainer):
     assert [log["step"] for log in logged] == [4, 8, 12, 16, 20, 24]
     assert [log["total_rank"] for log in logged] == [6, 10, 14, 18, 18, 18]
     assert logged[-1]["orth_reg"] == pytest.approx(callback.scheduler.orth_reg)
+
+
+class Reporter(TrainerCallback):
+    """What a reporting integration does: listens to the log."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.logs.append((state.global_step, dict(logs)))
+
+
+@pytest.fixture
+def reporter(monkeypatch):
+    """Stands in the next Trainer where TensorBoard and Weights & Biases do."""
+    reporter = Reporter()
+    monkeypatch.setattr(
+        transformers.trainer, "get_reporting_integration_callbacks", lambda report_to: [reporter]
+    )
+    return reporter
+
+
+def of_training(logs):
+    return [(step, log) for step, log in logs if "loss" in log]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_reporting_integrations_hear_total_rank_and_orth_reg(make_trainer, reporter, times):
+    trainer, _ = make_trainer()
+    assert trainer.callback_handler.callbacks.index(reporter) == 1
+    for _ in range(times):
+        reporter.logs.clear()
+        trainer.train()
+    logged = [log for log in trainer.state.log_history if "loss" in log]
+    heard = of_training(reporter.logs)
+    assert [step for step, _ in heard] == [4, 8, 12, 16, 20, 24]
+    assert [log["total_rank"] for _, log in heard] == [log["total_rank"] for log in logged]
+    assert [log["orth_reg"] for _, log in heard] == [log["orth_reg"] for log in logged]
+    assert not any(key.startswith("increlora/") for _, log in heard for key in log)
+
+
+def test_log_ranks_reports_rank_and_score_of_every_module(make_trainer, reporter):
+    callback = IncreLoraCallback(log_ranks=True)
+    trainer, _ = make_trainer(callbacks=[callback])
+    trainer.train()
+    heard = of_training(reporter.logs)
+    assert len(heard) == 6
+    for _, log in heard:
+        ranks = {name: log[f"increlora/rank/{name}"] for name in callback.scheduler.ranks}
+        assert sum(ranks.values()) == log["total_rank"]
+        assert sum(key.startswith("increlora/") for key in log) == 12
+        assert all(isinstance(value, (int, float)) for value in log.values())
+    last = heard[-1][1]
+    assert {n: last[f"increlora/rank/{n}"] for n in callback.scheduler.ranks} == callback.scheduler.ranks
+    assert {n: last[f"increlora/score/{n}"] for n in callback.scheduler.scores} == callback.scheduler.scores
+    rows = callback.scheduler.history
+    at_8 = dict(heard)[8]
+    for row in rows[rows["step"] == 8]:
+        assert at_8[f"increlora/rank/{row['module']}"] == row["rank"]
+        assert at_8[f"increlora/score/{row['module']}"] == row["importance"]
+
+
+@pytest.mark.parametrize("order", ["passed", "added later"])
+def test_ranks_of_modules_are_neither_printed_nor_kept(make_trainer, reporter, capsys, order):
+    callback = IncreLoraCallback(log_ranks=True)
+    trainer, _ = make_trainer(callbacks=[callback] if order == "passed" else [])
+    if order == "added later":
+        trainer.add_callback(callback)
+    trainer.train()
+    assert "increlora/rank" in str(reporter.logs)
+    printed = capsys.readouterr().out
+    assert "total_rank" in printed
+    assert "increlora/" not in printed + str(trainer.state.log_history)
+
+
+def test_progress_bars_are_opened_once(make_trainer, reporter, monkeypatch):
+    opened = []
+    begin = transformers.ProgressCallback.on_train_begin
+
+    def counted(self, *args, **kwargs):
+        opened.append(self)
+        return begin(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.ProgressCallback, "on_train_begin", counted)
+    trainer, _ = make_trainer(callbacks=[], disable_tqdm=False)
+    trainer.add_callback(IncreLoraCallback(log_ranks=True))
+    trainer.train()
+    assert len(opened) == 1
+
+
+def test_the_other_callbacks_keep_their_order(make_trainer, reporter):
+    trainer, callback = make_trainer()
+    before = [c for c in trainer.callback_handler.callbacks if c is not callback]
+    trainer.train()
+    trainer.train()
+    after = trainer.callback_handler.callbacks
+    assert [c for c in after if c in before] == before
+    assert len(after) == len(before) + 2
+
+
+def test_a_callback_outside_of_a_handler_works_at_its_place(make_trainer):
+    trainer, callback = make_trainer(callbacks=[])
+    trainer.create_optimizer()
+    trainer.state.max_steps = 24
+    callback.on_train_begin(
+        trainer.args, trainer.state, trainer.control, model=trainer.model, optimizer=trainer.optimizer
+    )
+    logs = {"loss": 1.0}
+    callback.on_log(trainer.args, trainer.state, trainer.control, logs=logs)
+    assert logs["total_rank"] == 6
+    callback.on_train_end(trainer.args, trainer.state, trainer.control)
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is None, reason="needs tensorboard")
+def test_tensorboard_gets_the_scalars(make_trainer):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    callback = IncreLoraCallback(log_ranks=True)
+    trainer, _ = make_trainer(callbacks=[callback], report_to="tensorboard")
+    trainer.train()
+    (file,) = Path(trainer.args.output_dir).glob("runs/*/events*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    total = [(event.step, event.value) for event in events.Scalars("train/total_rank")]
+    assert total == [(4, 6), (8, 10), (12, 14), (16, 18), (20, 18), (24, 18)]
+    for name, rank in callback.scheduler.ranks.items():
+        assert events.Scalars(f"train/increlora/rank/{name}")[-1].value == rank
+        assert len(events.Scalars(f"train/increlora/score/{name}")) == 6
+
+
+def test_log_ranks_must_be_true_or_false():
+    with pytest.raises(TypeError, match="log_ranks='yes'"):
+        IncreLoraCallback(log_ranks="yes")
+
+
+def test_a_checkpoint_has_the_history_so_far(make_trainer):
+    trainer, _ = make_trainer(save_strategy="steps", save_steps=8)
+    trainer.train()
+    history = growth_history(Path(trainer.args.output_dir) / "checkpoint-8")
+    assert (history.steps, history.step) == ([8], 8)
+    whole = growth_history(trainer.model)
+    assert (whole.steps, whole.step) == ([8, 12, 16], 24)
+    assert whole.ranks[:1] == history.ranks
 
 
 def test_an_evaluation_log_holds_nothing_of_ours(make_trainer):

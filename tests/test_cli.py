@@ -1,6 +1,7 @@
 """The command line, and the demo and the example as a user runs them."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -31,6 +32,23 @@ def test_inspect_prints_the_ranks(saved, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "query" in printed
     assert "total 7 of a budget of 12" in printed
+    assert "0.attention.self.query 32x32 4 33.3%" in printed
+
+
+def test_inspect_by_layers_prints_ranks_alone(saved, capsys):
+    assert main(["inspect", str(saved), "--layers"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"│\s+0 │\s+4 │\s+1 │\s+5 │", printed)
+    assert "32x32" not in printed
+
+
+def test_inspect_fits_a_terminal(saved, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["inspect", str(saved)]) == 0
+    printed = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    assert "total 7 of a budget of 12" in printed
+    assert max(map(len, printed.splitlines())) <= 60
 
 
 def test_export_writes_a_plain_lora_and_names_the_rank_for_servers(saved, tmp_path, capsys):
@@ -73,6 +91,28 @@ def test_convert_writes_an_adapter_that_can_grow(saved, make_bert, tmp_path, cap
 def test_plot_draws_a_picture(saved, tmp_path):
     assert main(["plot", str(saved), str(tmp_path / "ranks.png")]) == 0
     assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("ranks", ["ranks, total 12 of 12"]),
+        ("growth", ["growth of the ranks, total 12 of 12", "optimizer step"]),
+        ("scores", ["scores at each growth", "optimizer step"]),
+    ],
+)
+def test_plot_draws_what_is_asked_for(train_bert, tmp_path, what, words):
+    train_bert()[0].save_pretrained(tmp_path / "adapter")
+    picture = tmp_path / "picture.svg"
+    assert main(["plot", str(tmp_path / "adapter"), str(picture), "--what", what]) == 0
+    assert [word for word in words if f"<!-- {word}" not in picture.read_text()] == []
+
+
+@pytest.mark.parametrize("what", ["growth", "scores"])
+def test_plot_without_a_history_says_how_to_get_one(saved, tmp_path, capsys, what):
+    assert main(["plot", str(saved), str(tmp_path / "picture.png"), "--what", what]) == 1
+    assert "Call save_pretrained on the model that was trained" in capsys.readouterr().err
+    assert not (tmp_path / "picture.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
-"""The table of ranks and its heat map, from models and from saved adapters."""
+"""The tables of ranks and of modules, from models and from saved adapters."""
 
 import io
+import math
 import re
-import struct
-import sys
 
 import pytest
-from increlora_rs import IncreLoraConfig, plot_ranks, rank_table
+import torch
+from increlora_rs import IncreLoraConfig, module_table, rank_table
 from peft import get_peft_model
 from rich.console import Console
 from torch import nn
@@ -166,50 +166,105 @@ def test_wide_table_is_printed_with_all_its_ranks(grow, kinds):
     assert numbers(str(rank_table(adapted))) == [[0, *ranks, sum(ranks)]]
 
 
-# The plot.
+# The modules.
 
 
-def png_size(path):
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    return struct.unpack(">II", data[16:24])
+def dense(model, name):
+    return model.get_submodule(f"base_model.model.{name}").get_delta_weight("default").double().detach()
 
 
-@pytest.mark.parametrize("layers", [2, 67])
-def test_plot_is_a_png_that_grows_with_the_layers(build, tmp_path, layers):
-    plot_ranks(build(layers), tmp_path / "ranks.png")
-    width, height = png_size(tmp_path / "ranks.png")
-    assert 40 * layers < width < 900 + 90 * layers
-    assert 200 < height < 1000
+@pytest.mark.parametrize("scaling", ["budget", "rank"])
+def test_norm_and_singular_values_are_those_of_the_dense_update(build, scaling):
+    model = build(3, lora_alpha=5, scaling=scaling)
+    table = module_table(model)
+    assert len(table.rows) == 9
+    for row in table.rows:
+        update = dense(model, row.name)
+        wanted = torch.linalg.svdvals(update)
+        assert row.norm == pytest.approx(update.norm().item(), rel=1e-5)
+        assert len(row.singular_values) == row.rank
+        assert row.singular_values == pytest.approx(wanted[: row.rank].tolist(), rel=1e-4, abs=1e-6)
+        assert wanted[row.rank :].abs().max() < 1e-5
 
 
-def test_plot_of_a_directory_is_that_of_its_model(build, tmp_path):
-    model = build(3)
+def test_shape_is_out_by_in(make_plain, grow):
+    model = get_peft_model(make_plain(), IncreLoraConfig(target_modules=["lin0", "lin1"]))
+    grow(model)
+    assert {row.name: row.shape for row in module_table(model).rows} == {"lin0": (20, 12), "lin1": (6, 20)}
+
+
+def test_module_rows_are_those_of_the_directory(build, tmp_path):
+    model = build(2)
     model.save_pretrained(tmp_path / "adapter")
-    plot_ranks(model, tmp_path / "model.png")
-    plot_ranks(str(tmp_path / "adapter"), str(tmp_path / "directory.png"))
-    assert (tmp_path / "model.png").read_bytes() == (tmp_path / "directory.png").read_bytes()
+    assert module_table(tmp_path / "adapter") == module_table(model)
 
 
-def test_plot_of_a_partly_adapted_model_is_drawn(build, tmp_path):
-    plot_ranks(build(2, head=True), tmp_path / "ranks.png")
-    assert min(png_size(tmp_path / "ranks.png")) > 200
+def test_update_of_a_fresh_adapter_is_0(make_plain):
+    model = get_peft_model(make_plain(), IncreLoraConfig(target_modules=["lin0"]))
+    (row,) = module_table(model).rows
+    assert (row.rank, row.norm, row.singular_values) == (1, 0.0, [0.0])
 
 
-def test_ending_gives_the_format(build, tmp_path):
-    plot_ranks(build(2), tmp_path / "ranks.svg")
-    assert "<svg" in (tmp_path / "ranks.svg").read_text()
+def cells(text):
+    """The words of each printed line that begins with a module's name, by that name."""
+    lines = [line.split() for line in text.splitlines()]
+    return {words[0]: words[1:] for words in lines if words and re.match(r"\d+\.", words[0])}
 
 
-def test_plot_without_matplotlib_says_what_to_install(build, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install .*increlora_rs\[plot\]"):
-        plot_ranks(build(2), tmp_path / "ranks.png")
+def test_printed_modules_have_shape_rank_share_norm_and_values(build):
+    table = module_table(build(4))
+    printed = cells(str(table))
+    assert len(printed) == 12
+    for row in table.rows:
+        shape, rank, share, norm, *values = printed[row.name.removeprefix("layers.")]
+        assert (shape, int(rank)) == ("16x16", row.rank)
+        assert float(share.rstrip("%")) == pytest.approx(100 * row.rank / 72, abs=0.05)
+        assert float(norm) == pytest.approx(row.norm, rel=0.01)
+        many = row.rank > 4
+        wanted = [*row.singular_values[:3], row.singular_values[-1]] if many else row.singular_values
+        assert [float(v) for v in values if v != "…"] == pytest.approx(wanted, rel=0.06)
+        assert ("…" in values) == many
 
 
-def test_plot_into_a_missing_directory_is_refused_by_path(build, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        plot_ranks(build(2), tmp_path / "nowhere" / "ranks.png")
+def test_totals_are_printed(build):
+    table = module_table(build(4))
+    total = sum(rank_of(k, kind) for k in range(4) for kind in KINDS)
+    norm = math.sqrt(sum(row.norm**2 for row in table.rows))
+    last = [line.split() for line in str(table).splitlines() if "12 modules" in line]
+    assert last == [["12", "modules", str(total), f"{100 * total / 72:.1f}%", f"{norm:.3g}"]]
+    assert f"total {total} of a budget of 72" in str(table)
+    assert "names go on from layers." in str(table)
+
+
+def test_one_module_is_printed_under_its_own_name(make_plain):
+    text = str(module_table(get_peft_model(make_plain(), IncreLoraConfig(target_modules=["lin0"]))))
+    assert "lin0" in text
+    assert "names go on" not in text
+
+
+@pytest.mark.parametrize("layers", [1, 34])
+def test_modules_can_be_told_apart_in_80_columns(grow, layers):
+    names = ["self_attention.query_key_value_projection", "block_sparse_mixture.down_projection"]
+    blocks = [
+        nn.ModuleDict({a: nn.ModuleDict({b: nn.Linear(300, 1100)}) for a, b in (n.split(".") for n in names)})
+        for _ in range(layers)
+    ]
+    model = nn.ModuleDict({"transformer": nn.ModuleDict({"h": nn.ModuleList(blocks)})})
+    adapted = get_peft_model(model, IncreLoraConfig(r=6, target_modules=[n.split(".")[1] for n in names]))
+    grow(adapted, dict.fromkeys([row.name for row in module_table(adapted).rows], 6))
+    out = io.StringIO()
+    Console(file=out, width=80).print(module_table(adapted))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    # A name is folded, not cut: its pieces stand one below the other at the left.
+    left = "".join(line[1:].split("  ")[0].strip() for line in lines)
+    for layer in range(layers):
+        for name in names:
+            assert (f"{layer}.{name}" if layers > 1 else name.split(".")[1]) in left
+    assert out.getvalue().count("1100x300") == 2 * layers
+
+
+# Two stacks.
 
 
 @pytest.mark.parametrize("stacks", [("encoder.block", "decoder.block"), ("vision.layers", "text.layers")])

@@ -16,9 +16,11 @@ from .callback import IncreLoraCallback  # noqa: E402
 from .config import IncreLoraConfig  # noqa: E402
 from .convert import convert_lora  # noqa: E402
 from .export import Export, export_lora  # noqa: E402
+from .growth import GrowthHistory, growth_history  # noqa: E402
 from .model import IncreLoraModel  # noqa: E402
+from .plots import plot_growth, plot_ranks, plot_scores  # noqa: E402
 from .registration import register  # noqa: E402
-from .report import plot_ranks, rank_table  # noqa: E402
+from .report import module_table, rank_table  # noqa: E402
 from .scheduler import RankScheduler, attach  # noqa: E402
 
 register()
@@ -27,6 +29,7 @@ __version__ = version("increlora_rs")
 __all__ = [
     "RESERVE_E",
     "Export",
+    "GrowthHistory",
     "IncreLoraCallback",
     "IncreLoraConfig",
     "IncreLoraModel",
@@ -34,6 +37,10 @@ __all__ = [
     "attach",
     "convert_lora",
     "export_lora",
+    "growth_history",
+    "module_table",
+    "plot_growth",
     "plot_ranks",
+    "plot_scores",
     "rank_table",
 ]

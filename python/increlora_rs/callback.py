@@ -8,6 +8,7 @@ from typing import Any
 from transformers import SchedulerType, TrainerCallback
 
 from .attachment import schedulers_of
+from .logging_order import speak_first
 from .scheduler import RankScheduler, attach
 
 
@@ -18,15 +19,25 @@ class IncreLoraCallback(TrainerCallback):
     Trainer. Its logs gain ``total_rank`` and ``orth_reg``. After training ``scheduler`` still holds
     the ranks and the history.
 
+    Args:
+        log_ranks: Give TensorBoard, Weights & Biases and whatever else ``report_to`` names the rank and
+            the score of every module at each logging step, as ``increlora/rank/NAME`` and
+            ``increlora/score/NAME`` (to which Trainer puts its ``train/``). They are not printed, nor
+            kept in ``trainer_state.json``.
+
     Raises:
         ValueError: at the start of the training, as :func:`increlora_rs.attach` does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, log_ranks: bool = False) -> None:
+        if not isinstance(log_ranks, bool):
+            raise TypeError(f"log_ranks={log_ranks!r} must be True or False.")
         self.scheduler: RankScheduler | None = None
+        self._log_ranks = log_ranks
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attaches the scheduler to the Trainer's optimizer."""
+        speak_first(self)
         optimizer = kwargs["optimizer"]
         for running in (self.scheduler, *schedulers_of(kwargs["model"])):
             # Left by a training that was interrupted.
@@ -51,7 +62,8 @@ class IncreLoraCallback(TrainerCallback):
             self.scheduler.step = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Adds ``total_rank`` and ``orth_reg`` to the log of a training step."""
+        """Adds ``total_rank`` and ``orth_reg``, and what ``log_ranks`` asks for, to the log of a training
+        step."""
         logs = kwargs.get("logs")
         if self.scheduler is None or logs is None or "loss" not in logs:
             return
@@ -59,6 +71,8 @@ class IncreLoraCallback(TrainerCallback):
         logs.update(ours)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(ours)
+        if self._log_ranks:
+            logs.update(self.scheduler.scalars())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Takes the scheduler off the optimizer."""

@@ -13,7 +13,10 @@ from rich.console import Console
 
 from .convert import convert_lora
 from .export import export_lora
-from .report import plot_ranks, rank_table
+from .plots import plot_growth, plot_ranks, plot_scores
+from .report import module_table, rank_table
+
+_PICTURES = {"ranks": plot_ranks, "growth": plot_growth, "scores": plot_scores}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,8 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--documents", type=int, default=None, help="use this many documents only")
     demo.set_defaults(run=_demo)
 
-    inspect = commands.add_parser("inspect", help="table of a saved adapter's ranks")
+    inspect = commands.add_parser("inspect", help="table of a saved adapter's modules")
     inspect.add_argument("directory", metavar="DIR", help="what save_pretrained wrote")
+    inspect.add_argument("--layers", action="store_true", help="ranks only, layer by layer")
     inspect.set_defaults(run=_inspect)
 
     export = commands.add_parser("export", help="write a saved adapter as a plain LoRA")
@@ -60,9 +64,15 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--r", type=int, default=None, help="average rank to grow to; default: what it has")
     convert.set_defaults(run=_convert)
 
-    plot = commands.add_parser("plot", help="heat map of a saved adapter's ranks")
+    plot = commands.add_parser("plot", help="picture of a saved adapter's ranks, growth or scores")
     plot.add_argument("directory", metavar="DIR", help="what save_pretrained wrote")
-    plot.add_argument("picture", metavar="PNG", help="where to draw")
+    plot.add_argument("picture", metavar="PNG", help="where to draw; the ending gives the format")
+    plot.add_argument(
+        "--what",
+        choices=tuple(_PICTURES),
+        default="ranks",
+        help="ranks by layer and module; their growth over the steps; the scores at each growth",
+    )
     plot.set_defaults(run=_plot)
     return parser
 
@@ -84,7 +94,13 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    Console().print(rank_table(options.directory))
+    table = (rank_table if options.layers else module_table)(options.directory)
+    console = Console()
+    if console.is_terminal:
+        console.print(table)
+    else:
+        # In a file or a pipe no width is given: nothing is folded.
+        print(table, end="")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -118,7 +134,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    plot_ranks(options.directory, options.picture)
+    _PICTURES[options.what](options.directory, options.picture)
     print(options.picture)
 
 

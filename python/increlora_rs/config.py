@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from peft import LoraConfig
@@ -17,6 +17,9 @@ from . import arguments
 from .files import check_weights_file
 from .kinds import Kind
 from .peft_type import PEFT_TYPE
+
+if TYPE_CHECKING:
+    from .growth import GrowthHistory
 
 # Options of LoraConfig that mean here what they mean there. Every other one raises unless it is left
 # at its default, also one that a later PEFT may add.
@@ -155,6 +158,8 @@ class IncreLoraConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
+        # Not a field, for it has a file of its own: how the ranks of the model with this adapter grew.
+        self.growth: GrowthHistory | None = None
         self._take_plain_numbers()
         self._refuse_unsupported()
         # Before PEFT's own checks, which answer to the inits that LoraConfig knows.

@@ -32,7 +32,8 @@ from transformers import (
 from .callback import IncreLoraCallback
 from .config import IncreLoraConfig
 from .export import export_lora
-from .report import plot_ranks, rank_table
+from .plots import plot_ranks
+from .report import rank_table
 
 _TARGETS = ["query", "key", "value", "dense"]
 _HELD_OUT = 0.3

@@ -1,4 +1,5 @@
-"""Makes IncreLoRA a method of PEFT: its classes, a save that is atomic, a load that names the file."""
+"""Makes IncreLoRA a method of PEFT: its classes, a save that is atomic and leaves a history and a model
+card, a load that names the file."""
 
 from __future__ import annotations
 
@@ -13,8 +14,10 @@ import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, register_peft_method
 
+from .card import write_section
 from .config import IncreLoraConfig
 from .files import check_weights_file, staged
+from .growth import write_history
 from .model import IncreLoraModel
 from .peft_type import PEFT_TYPE
 
@@ -41,6 +44,7 @@ def register() -> None:
     if not hasattr(peft.PeftModel.save_pretrained, "_increlora_atomic"):
         peft.PeftModel.save_pretrained = _atomic(peft.PeftModel.save_pretrained)
         peft.PeftModel.load_adapter = _checked(peft.PeftModel.load_adapter)
+        peft.PeftModel.create_or_update_model_card = _described(peft.PeftModel.create_or_update_model_card)
 
 
 def _atomic(save: Any) -> Any:
@@ -55,7 +59,7 @@ def _atomic(save: Any) -> Any:
 
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
-        ours = any(config.peft_type == PEFT_TYPE for config in self.peft_config.values())
+        ours = _adapters(self)
         given = signature.bind(self, save_directory, *args, **kwargs).arguments
         # A process that is not the main one writes nothing, and must not clear the main one's stage.
         if not ours or not given.get("is_main_process", True) or os.path.isfile(save_directory):
@@ -68,10 +72,36 @@ def _atomic(save: Any) -> Any:
                     copy = stage / card.relative_to(target)
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copy2(card, copy)
-            return save(self, str(stage), *args, **kwargs)
+            result = save(self, str(stage), *args, **kwargs)
+            saved = given.get("selected_adapters") or ours
+            ours = [name for name in ours if name in saved]
+            for name in ours:
+                write_history(self, name, stage if name == "default" else stage / name)
+            write_section(stage / "README.md", self, ours)
+            return result
 
     save_pretrained._increlora_atomic = True  # type: ignore[attr-defined]
     return save_pretrained
+
+
+def _described(write_card: Any) -> Any:
+    """``PeftModel.create_or_update_model_card`` that adds the section on the adapter: ``Trainer`` calls it
+    by itself, after ``save_pretrained``, on a card that it has written anew."""
+
+    @functools.wraps(write_card)
+    def create_or_update_model_card(self: Any, output_dir: str, *args: Any, **kwargs: Any) -> Any:
+        result = write_card(self, output_dir, *args, **kwargs)
+        ours = _adapters(self)
+        if ours:
+            write_section(Path(output_dir) / "README.md", self, ours)
+        return result
+
+    return create_or_update_model_card
+
+
+def _adapters(model: Any) -> list[str]:
+    """Names of the model's IncreLoRA adapters."""
+    return [name for name, config in model.peft_config.items() if config.peft_type == PEFT_TYPE]
 
 
 def _checked(load: Any) -> Any:

@@ -1,21 +1,20 @@
-"""Where the ranks went: a table and a heat map by layer and module."""
+"""Where the ranks went, as tables: by layer and kind of module, and module by module."""
 
 from __future__ import annotations
 
 import io
+import math
 import os
-import re
 from dataclasses import dataclass
-from typing import Any
 
+import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from .source import Adapter, read
-
-_OUTSIDE = "-"
-_LAYER = re.compile(r"\.(\d+)\.")
+from .places import in_order, places
+from .source import Factors, read
 
 
 @dataclass
@@ -33,6 +32,14 @@ class RankTable:
     kinds: list[str]
     ranks: dict[tuple[str, str], int]
     budget: int
+
+    @classmethod
+    def of(cls, ranks: dict[str, int], budget: int) -> RankTable:
+        """The table of ranks by full module name."""
+        place = places(ranks)
+        kinds = list(dict.fromkeys(kind for _, kind in place.values()))
+        cells = {place[name]: rank for name, rank in ranks.items()}
+        return cls(in_order(layer for layer, _ in place.values()), kinds, cells, budget)
 
     @property
     def total_rank(self) -> int:
@@ -52,11 +59,84 @@ class RankTable:
         return table
 
     def __str__(self) -> str:
-        out = io.StringIO()
         # Wide enough for every column at its least width: rich drops those that do not fit.
-        width = max(160, 7 * len(self.kinds) + 30)
-        Console(file=out, width=width, force_terminal=False, color_system=None).print(self.__rich__())
-        return out.getvalue()
+        return _plain(self.__rich__(), max(160, 7 * len(self.kinds) + 30))
+
+
+@dataclass
+class ModuleRow:
+    """One module's update dW = s B diag(E) A.
+
+    Args:
+        name: Full module name.
+        shape: (out, in) of dW.
+        rank: Number of components.
+        norm: Frobenius norm of dW.
+        singular_values: Those of dW that can differ from 0, ``rank`` in number, descending.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    norm: float
+    singular_values: list[float]
+
+
+@dataclass
+class ModuleTable:
+    """A row for each module, in natural order. ``print`` and rich both show it.
+
+    Args:
+        rows: The modules.
+        budget: Total rank that the training aimed at.
+    """
+
+    rows: list[ModuleRow]
+    budget: int
+
+    @property
+    def total_rank(self) -> int:
+        """Sum of the ranks."""
+        return sum(row.rank for row in self.rows)
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of all updates together."""
+        return math.hypot(*(row.norm for row in self.rows))
+
+    def share(self, rank: int) -> float:
+        """``rank`` in per cent of the budget."""
+        return 100.0 * rank / self.budget
+
+    def __rich__(self) -> Table:
+        stem = _common_stem([row.name for row in self.rows])
+        table = Table(
+            title=f"ranks, total {self.total_rank} of a budget of {self.budget}",
+            caption=f"names go on from {stem}" if stem else None,
+            box=box.SIMPLE,
+            show_footer=True,
+            footer_style="bold",
+        )
+        # Only names and singular values give way where the terminal is narrow, by a line more each.
+        table.add_column("module", f"{len(self.rows)} modules", overflow="fold", min_width=12)
+        table.add_column("out x in", no_wrap=True, justify="right")
+        table.add_column("rank", str(self.total_rank), no_wrap=True, justify="right")
+        table.add_column("budget", f"{self.share(self.total_rank):.1f}%", no_wrap=True, justify="right")
+        table.add_column("|dW|", f"{self.norm:.3g}", no_wrap=True, justify="right")
+        table.add_column("singular values", overflow="fold", min_width=8)
+        for row in self.rows:
+            table.add_row(
+                row.name.removeprefix(stem),
+                "x".join(map(str, row.shape)),
+                str(row.rank),
+                f"{self.share(row.rank):.1f}%",
+                f"{row.norm:.3g}",
+                _leading(row.singular_values),
+            )
+        return table
+
+    def __str__(self) -> str:
+        return _plain(self.__rich__(), 100 + max(len(row.name) for row in self.rows))
 
 
 def rank_table(
@@ -67,84 +147,53 @@ def rank_table(
     Raises:
         ValueError, FileNotFoundError, TypeError: as for :func:`increlora_rs.export_lora`.
     """
-    return _table(read(model_or_adapter_dir, adapter_name))
+    adapter = read(model_or_adapter_dir, adapter_name)
+    return RankTable.of({name: module.rank for name, module in adapter.modules.items()}, adapter.budget)
 
 
-def plot_ranks(
-    model_or_adapter_dir: nn.Module | str | os.PathLike[str],
-    path: str | os.PathLike[str],
-    adapter_name: str = "default",
-) -> None:
-    """Draws the heat map of :func:`rank_table` to ``path``; its ending gives the format.
+def module_table(
+    model_or_adapter_dir: nn.Module | str | os.PathLike[str], adapter_name: str = "default"
+) -> ModuleTable:
+    """Shape, rank, norm and singular values of each module's update, of a model or a saved adapter.
+
+    Costs O((in + out) r^2) a module: no update is formed as a matrix.
 
     Raises:
-        ImportError: matplotlib is not installed.
         ValueError, FileNotFoundError, TypeError: as for :func:`increlora_rs.export_lora`.
     """
-    table = rank_table(model_or_adapter_dir, adapter_name)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('plot_ranks needs matplotlib: pip install "increlora_rs[plot]"') from error
-    rows, columns = len(table.kinds), len(table.layers)
-    longest = max(len(kind) for kind in table.kinds)
-    figure = Figure(figsize=(2.2 + 0.075 * longest + 0.45 * columns, 1.6 + 0.4 * rows), dpi=150)
-    axes: Any = figure.add_subplot()
-    largest = max(table.ranks.values())
-    grid = [[table.ranks.get((layer, kind), float("nan")) for layer in table.layers] for kind in table.kinds]
-    image = axes.imshow(grid, cmap="viridis", vmin=0, vmax=largest, aspect="auto")
-    for y, kind in enumerate(table.kinds):
-        for x, layer in enumerate(table.layers):
-            rank = table.ranks.get((layer, kind))
-            if rank is not None:
-                colour = "black" if rank > 0.6 * largest else "white"
-                axes.text(x, y, str(rank), ha="center", va="center", color=colour, fontsize=8)
-    axes.set_xticks(range(columns), table.layers)
-    axes.set_yticks(range(rows), table.kinds)
-    axes.set_xlabel("layer")
-    axes.set_title(f"ranks, total {table.total_rank} of {table.budget}", fontsize=10)
-    figure.colorbar(image, ax=axes, label="rank")
-    figure.savefig(path, bbox_inches="tight")
+    adapter = read(model_or_adapter_dir, adapter_name)
+    rows = []
+    for name, module in adapter.modules.items():
+        values = singular_values(module)
+        shape = (int(module.b.shape[0]), int(module.a.shape[1]))
+        rows.append(ModuleRow(name, shape, module.rank, math.hypot(*values), values))
+    return ModuleTable(rows, adapter.budget)
 
 
-def _table(adapter: Adapter) -> RankTable:
-    places = {name: _place(name) for name in adapter.modules}
-    if len(set(places.values())) < len(places):
-        # Two stacks of layers, an encoder's and a decoder's: the stack's name tells them apart.
-        places = {name: _place(name, with_stack=True) for name in adapter.modules}
-    short = _shortest([kind for _, kind in places.values()])
-    layers: dict[str, None] = {}
-    ranks = {}
-    for name, (layer, kind) in places.items():
-        layers[layer] = None
-        ranks[layer, short[kind]] = adapter.modules[name].rank
-    numbers = sorted((layer for layer in layers if layer != _OUTSIDE), key=int)
-    budget = adapter.config.r * len(adapter.modules)
-    if _OUTSIDE in layers:
-        numbers.append(_OUTSIDE)
-    return RankTable(numbers, list(short.values()), ranks, budget)
+def singular_values(module: Factors) -> list[float]:
+    """The ``rank`` leading singular values of ``s B diag(E) A``, in float64, descending."""
+    a, b, e = (factor.cpu().to(torch.float64) for factor in (module.a, module.b, module.e))
+    # With B diag(E) = Q R and A' = P T, Q and P orthonormal, the values are those of the small R T'.
+    left = torch.linalg.qr(b * (module.scale * e.view(-1)), mode="r").R
+    right = torch.linalg.qr(a.T, mode="r").R
+    values: list[float] = torch.linalg.svdvals(left @ right.T).tolist()
+    return values
 
 
-def _place(name: str, with_stack: bool = False) -> tuple[str, str]:
-    """A module's layer number ("-" outside of layers) and its name within the layer, if wished with the
-    name of the stack of layers."""
-    found = _LAYER.search(f".{name}.")
-    if found is None:
-        return _OUTSIDE, name
-    inside = f".{name}."[found.end() :].strip(".")
-    if with_stack or not inside:
-        inside = f"{name[: max(found.start() - 1, 0)]}.{inside}".strip(".")
-    return found.group(1), inside or name
+def _leading(values: list[float]) -> str:
+    """The first values and the last: is every component in use?"""
+    shown = [f"{value:.2g}" for value in values]
+    return " ".join(shown if len(shown) <= 4 else [*shown[:3], "…", shown[-1]])
 
 
-def _shortest(kinds: list[str]) -> dict[str, str]:
-    """Each name's shortest ending that no other name has, e.g. ``query`` for ``attention.self.query``."""
-    short = {}
-    distinct = list(dict.fromkeys(kinds))
-    for kind in distinct:
-        parts = kind.split(".")
-        endings = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
-        others = [f".{other}" for other in distinct if other != kind]
-        unique = (e for e in endings if not any(other.endswith(f".{e}") for other in others))
-        short[kind] = next(unique, kind)
-    return short
+def _common_stem(names: list[str]) -> str:
+    """What all names begin with, to its last dot."""
+    first, last = min(names), max(names)
+    end = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
+    return first[: first.rfind(".", 0, end) + 1]
+
+
+def _plain(table: Table, width: int) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width, force_terminal=False, color_system=None).print(table)
+    return out.getvalue()

@@ -18,6 +18,7 @@ from .attachment import check_attachable, trainable_adapter, unwrapped_optimizer
 from .compiled import mark_growing
 from .cuda import stream
 from .distributed import average_, find_ddp, rebuild_buckets, shared_seed
+from .growth import GrowthHistory
 from .model import rank_pattern
 from .planning import caps_of, new_schedule, ranks_of, schedule_of, total_steps_of
 from .restart import LrSchedule, RestartWarmup
@@ -142,6 +143,7 @@ class RankScheduler:
         self.restored = False
         self._may_grow = False
         self._history: list[tuple[int, int, int, float]] = []
+        self._growth = GrowthHistory(list(self.ranks), self.budget, list(self.ranks.values()))
         self._expected: list[tuple[int, int]] | None = None
         self._seed = shared_seed(torch.initial_seed(), self._modules[0].a.device)
         self._scores = Scores(self._modules, self._config, scaler)
@@ -196,6 +198,12 @@ class RankScheduler:
         kinds = [("step", "i8"), ("module", f"U{width}"), ("rank", "i8"), ("importance", "f8")]
         rows = [(step, self._modules[k].name, rank, score) for step, k, rank, score in self._history]
         return np.array(rows, dtype=kinds)
+
+    def scalars(self) -> dict[str, float]:
+        """Rank and score of every module as of the last step, as ``increlora/rank/NAME`` and
+        ``increlora/score/NAME``: for TensorBoard's ``add_scalar``, for ``wandb.log``."""
+        ranks: dict[str, float] = {f"increlora/rank/{name}": rank for name, rank in self.ranks.items()}
+        return ranks | {f"increlora/score/{name}": score for name, score in self.scores.items()}
 
     def detach(self) -> None:
         """Takes the hooks off the optimizer and stops growing; the adapter stays as it is, without
@@ -280,6 +288,7 @@ class RankScheduler:
             self._restart.correct(self.step)
         if self._may_grow and self.schedule.is_event(self.step):
             self._grow()
+        self._growth.step = self.step
         self._arm()
 
     def _update_may_grow(self) -> None:
@@ -310,6 +319,8 @@ class RankScheduler:
             module = self._modules[k]
             module.grow(components, self._generator(k, "grow"))
             self._history.append((self.step, k, module.rank, float(scores[k])))
+        self._growth.add(self.step, list(self.ranks.values()), scores.tolist())
+        self._config.growth = self._growth
         self._update_may_grow()
         if self._may_grow:
             self._fill_reserves(k for k, _ in chosen)
@@ -378,6 +389,7 @@ class RankScheduler:
             "e_births": [list(module.e_births) for module in self._modules],
             "reserve": [module.reserve_factors() for module in self._modules],
             "history": [list(row) for row in self._history],
+            "growth": self._growth.state(),
         }
 
     def _after_load(self, *_: Any) -> None:
@@ -429,6 +441,7 @@ class RankScheduler:
         self._restart.was_linear = saved["was_linear"]
         self._scores.restore(saved["scores"])
         self._history = [(int(s), int(k), int(r), float(i)) for s, k, r, i in saved["history"]]
+        self._restore_growth(saved)
         for k, module in enumerate(self._modules):
             module.row_births = list(saved["row_births"][k])
             module.e_births = list(saved["e_births"][k])
@@ -439,6 +452,17 @@ class RankScheduler:
         self._expected = list(zip(saved["ranks"], births, strict=True))
         self._update_may_grow()
         self._rebuild_buckets()
+
+    def _restore_growth(self, saved: dict[str, Any]) -> None:
+        first_ranks = [births.count(0) for births in saved["e_births"]]
+        self._growth = GrowthHistory(list(self.ranks), self.budget, first_ranks)
+        if "growth" in saved:
+            self._growth.restore(saved["growth"])
+        else:
+            self._growth.rebuild(self._history)
+        self._growth.step = self.step
+        if self._growth.steps:
+            self._config.growth = self._growth
 
     def _check_loaded(self) -> None:
         """Before a step: do births and optimizer state fit parameters that were loaded meanwhile?"""

@@ -66,6 +66,11 @@ class Adapter:
         """Sum of the ranks."""
         return sum(module.rank for module in self.modules.values())
 
+    @property
+    def budget(self) -> int:
+        """Total rank that the training aimed at."""
+        return self.config.r * len(self.modules)
+
 
 @dataclass
 class LoraAdapter:
