@@ -60,7 +60,7 @@ def make_bert():
             hidden_size=hidden,
             num_hidden_layers=layers,
             num_attention_heads=4,
-            intermediate_size=48,
+            intermediate_size=width + width // 2,
             max_position_embeddings=32,
             num_labels=3,
             initializer_range=0.2,
@@ -76,15 +76,15 @@ def make_bert():
 def make_llama():
     """Builds a Llama of 2 layers; the same weights at every call."""
 
-    def build():
+    def build(width=32):
         config = LlamaConfig(
             vocab_size=99,
-            hidden_size=32,
+            hidden_size=width,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
             initializer_range=0.2,
-            intermediate_size=48,
+            intermediate_size=width + width // 2,
             max_position_embeddings=32,
         )
         return seeded(lambda: LlamaForCausalLM(config))

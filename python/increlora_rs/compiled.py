@@ -33,6 +33,9 @@ def mark_growing(parameter: nn.Parameter, dim: int) -> None:
     known = [source for source in config.dynamic_sources.split(",") if source]
     if not set(_GROWING) <= set(known):
         config.dynamic_sources = ",".join(dict.fromkeys([*known, *_GROWING]))
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # It splits a graph by the sizes of parameters, and fails on those that it does not know.
+        torch._dynamo.config.optimize_ddp = False
     torch._dynamo.decorators.mark_unbacked(parameter, dim)
 
 

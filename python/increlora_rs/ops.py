@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from . import _core, compiled
@@ -18,7 +19,8 @@ from .cuda import stream
 _UNATTENDED_PASSES = 50
 _IDLE_PASSES = 1000
 
-_PLAIN = (nn.Parameter, Tensor)
+# FakeTensor: what torch.export traces with.
+_PLAIN = (nn.Parameter, Tensor, FakeTensor)
 
 
 @dataclass
