@@ -60,7 +60,7 @@ def make_bert():
             hidden_size=hidden,
             num_hidden_layers=layers,
             num_attention_heads=4,
-            intermediate_size=width + width // 2,
+            intermediate_size=48,
             max_position_embeddings=32,
             num_labels=3,
             initializer_range=0.2,
