@@ -90,9 +90,10 @@ class IncreLoraModel(LoraModel):
         their own: what is merged is the update of the layer alone."""
         used = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
         for name, layer in self.model.named_modules():
-            weight = layer.get_base_layer().weight if isinstance(layer, AdaptedLayer) else None
+            base: Any = layer.get_base_layer() if isinstance(layer, AdaptedLayer) else None
+            weight = getattr(base, "weight", None)
             if isinstance(weight, nn.Parameter) and used[id(weight)] > 1:
-                layer.get_base_layer().weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+                base.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
                 warnings.warn(
                     f"the weight of {name!r} is tied to another module's, which the adapter leaves alone; to "
                     "merge, the module gets a weight of its own",

@@ -283,12 +283,22 @@ class AdaptedLayer(nn.Module, LoraLayer):
         result = self._fused(x, names[0]) if names and fresh and not args and not kwargs else None
         if result is None:
             result = base(x, *args, **kwargs)
+            if self.training and x.requires_grad and not result.requires_grad and torch.is_grad_enabled():
+                raise ValueError(self._no_gradient())
         else:
             names = names[1:]
         for name in names:
             result = self._added(result, x, name, inplace=fresh)
             fresh = True
         return result
+
+    def _no_gradient(self) -> str:
+        base = self.get_base_layer()
+        what = type(getattr(base, "weight", base)).__name__
+        return (
+            f"the base layer {type(base).__name__} ({what}) passes no gradient on to its input, so modules "
+            "before it would not learn; quantise it in another way, weights only, to train."
+        )
 
     def _fused(self, x: Tensor, name: str) -> Tensor | None:
         """The output of a plain base layer and its update by one operation; None where there is none."""

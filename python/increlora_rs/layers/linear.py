@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..ops import adapter, fits_linear, linear
 from .base import AdaptedLayer
+from .weight import restore_layout
 
 
 class Linear(AdaptedLayer):
@@ -16,6 +17,12 @@ class Linear(AdaptedLayer):
 
     kind: ClassVar[str] = "linear"
     plain_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+
+    def train(self, mode: bool = True) -> Linear:
+        """Sets training or evaluation, as ``torch.nn.Module.train`` does."""
+        if mode and self.quantization is not None:
+            restore_layout(self.get_base_layer())
+        return super().train(mode)
 
     def _fused(self, x: Tensor, name: str) -> Tensor | None:
         base = self.base_layer

@@ -41,6 +41,14 @@ def is_plain(weight: Any) -> bool:
     return type(weight) in (nn.Parameter, Tensor)
 
 
+def restore_layout(base: nn.Module) -> None:
+    """Takes a 4-bit weight of bitsandbytes out of the layout that an evaluation on some CPUs gives it, which
+    passes no gradient on and cannot be dequantised; only a look at the state undoes it."""
+    state = getattr(getattr(base, "weight", None), "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        base.state_dict()
+
+
 def changed_weight(
     layer: AdaptedLayer, delta: Tensor, adapter_name: str, *, check_finite: bool = False
 ) -> None:
@@ -56,6 +64,7 @@ def changed_weight(
         _refuse(adapter_name, type(weight).__name__, getattr(weight, "dtype", None))
     if backend is not None and not backend.supports_merge:
         _refuse(adapter_name, backend.backend_name, getattr(weight, "dtype", None))
+    restore_layout(base)
     old = weight.data if backend is None else backend.get_base_weight(base)
     if check_finite and not torch.isfinite(old + delta.to(old.device)).all():
         raise ValueError(
