@@ -76,15 +76,15 @@ def make_bert():
 def make_llama():
     """Builds a Llama of 2 layers; the same weights at every call."""
 
-    def build(width=32):
+    def build():
         config = LlamaConfig(
             vocab_size=99,
-            hidden_size=width,
+            hidden_size=32,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
             initializer_range=0.2,
-            intermediate_size=width + width // 2,
+            intermediate_size=48,
             max_position_embeddings=32,
         )
         return seeded(lambda: LlamaForCausalLM(config))

@@ -9,7 +9,7 @@ import torch
 from increlora_rs import RESERVE_E, IncreLoraConfig, attach
 from increlora_rs.layers import AdaptedLayer
 from increlora_rs.model import adapted_layers
-from increlora_rs.ops import Probe
+from increlora_rs.ops import Probe, fits_linear
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional
@@ -616,3 +616,17 @@ def test_fan_in_fan_out_follows_the_modules():
 def test_fan_in_fan_out_without_a_conv1d_is_refused():
     with pytest.raises(ValueError, match="fan_in_fan_out=True is for Conv1D"):
         adapted("linear", fan_in_fan_out=True)
+
+
+class Wrapped(torch.Tensor):
+    """A tensor of another class, as quantised and sharded weights are."""
+
+
+def test_only_tensors_of_torchs_own_classes_go_to_the_operation_that_reads_raw_memory():
+    x, weight, bias = SIGNAL(2, 6), nn.Parameter(SIGNAL(9, 6), requires_grad=False), SIGNAL(9)
+    assert fits_linear(x, weight, bias)
+    assert fits_linear(x, weight.t(), bias, transposed=True)
+    for index in range(3):
+        tensors = [x, weight, bias]
+        tensors[index] = tensors[index].detach().as_subclass(Wrapped)
+        assert not fits_linear(*tensors)

@@ -9,7 +9,13 @@ from increlora_rs import IncreLoraConfig, attach
 from increlora_rs.model import adapted_layers
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TorchAoConfig,
+)
 
 WIDTH = 64
 
@@ -242,9 +248,20 @@ def _transformers_config(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bnb_8bit", "bnb_4bit", "torchao_int8", "torchao_int4"])
-def test_a_model_that_transformers_quantised_trains_is_saved_and_merges(name, make_llama, tokens, tmp_path):
-    # bitsandbytes evaluates no 4-bit weight narrower than its blocks of 64 on some CPUs.
-    make_llama(width=128).save_pretrained(tmp_path / "base")
+def test_a_model_that_transformers_quantised_trains_is_saved_and_merges(name, tokens, tmp_path):
+    torch.manual_seed(7)
+    # bitsandbytes takes blocks of 64 in a row.
+    llama = LlamaConfig(
+        vocab_size=99,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(llama).save_pretrained(tmp_path / "base")
 
     def load():
         return AutoModelForCausalLM.from_pretrained(
@@ -276,5 +293,4 @@ def test_a_model_that_transformers_quantised_trains_is_saved_and_merges(name, ma
             change = (model(tokens).logits - wanted).norm()
         with pytest.warns(UserWarning, match="quantised anew"):
             merged = model.merge_and_unload()
-        # The rounding of four bits is a good part of so small a change.
-        assert (merged(tokens).logits - wanted).norm() < 0.6 * change
+        assert (merged(tokens).logits - wanted).norm() < 0.4 * change

@@ -93,9 +93,7 @@ class IncreLoraModel(LoraModel):
         their own: what is merged is the update of the layer alone."""
         used = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
         for name, layer in self.model.named_modules():
-            if not isinstance(layer, AdaptedLayer):
-                continue
-            base = layer.get_base_layer()
+            base: Any = layer.get_base_layer() if isinstance(layer, AdaptedLayer) else None
             weight = getattr(base, "weight", None)
             if isinstance(weight, nn.Parameter) and used[id(weight)] > 1:
                 base.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)

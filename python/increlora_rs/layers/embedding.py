@@ -15,7 +15,7 @@ from .base import AdaptedLayer
 class Embedding(AdaptedLayer):
     """A frozen ``nn.Embedding``, integers (...) to (..., out): in is the number of embeddings.
 
-    As in LoRA, A starts at 0 and B random, and nothing is dropped. A embedding that shares its weight
+    As in LoRA, A starts at 0 and B random, and nothing is dropped. An embedding that shares its weight
     with another module is adapted by itself.
     """
 
