@@ -185,6 +185,13 @@ def test_a_plain_lora_of_the_same_peft_model_is_refused_by_peft(two):
         two.add_adapter("plain", LoraConfig(target_modules=["query"]))
 
 
+def test_an_adapter_on_top_of_a_plain_lora_is_refused_with_the_way_out(make_bert):
+    inner = get_peft_model(make_bert(), LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match=r"plain LoRA already, at '.*query'.*merge_and_unload"):
+        get_peft_model(inner, configure())
+    assert type(get_peft_model(inner.merge_and_unload(), configure())) is PeftModel
+
+
 # Going on from a finished adapter.
 
 

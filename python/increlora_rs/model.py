@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class IncreLoraModel(LoraModel):
         config.module_kinds = module_kinds({short(name): _kind(layer) for name, layer in layers.items()})
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        _check_no_lora(model)
         self._probe = Probe()
         if isinstance(peft_config.target_modules, (list, set, tuple)):
             _check_targets(model, peft_config.target_modules)
@@ -320,6 +321,16 @@ def check_factors(name: str, a: Tensor, b: Tensor, e: Tensor, in_features: int, 
             raise ValueError(
                 f"{factor} of module {name!r} holds {bad} values that are NaN or infinite; the adapter "
                 "is damaged, or its training diverged: take an earlier checkpoint."
+            )
+
+
+def _check_no_lora(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, AdaptedLayer):
+            raise ValueError(
+                f"the model has a plain LoRA already, at {name!r}; what is saved of both would not load. "
+                "Call merge_and_unload() on it first, or convert it by increlora_rs.convert_lora and load it "
+                "as a second adapter."
             )
 
 
