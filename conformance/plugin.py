@@ -1,0 +1,165 @@
+"""The pytest plugin: in PEFT's tests ``LoraConfig`` means ``IncreLoraConfig``; their outcomes are counted."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from increlora_rs import IncreLoraConfig
+from peft import PeftConfig
+
+from . import expectations
+from .counts import Counts
+from .growth import grow_new_adapters
+
+_NOT_OURS = "makes no LoraConfig"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--grown", action="store_true", help="new adapters have grown unequally")
+    parser.addoption("--counts", type=Path, help="JSON file for the counts")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The tests import the class from here: their tables of cases, their conditions and the bodies of
+    # those without a table all mean ours then.
+    peft.LoraConfig = IncreLoraConfig
+    utilities = importlib.import_module("peft_tests.testing_utils")
+    # It would look models up on the hub the first time; ours lie in the working directory.
+    utilities.hub_online_once = contextlib.nullcontext
+    grown = config.getoption("grown")
+    if grown:
+        grow_new_adapters()
+    config.pluginmanager.register(_Conformance(config.getoption("counts"), "grown" if grown else "fresh"))
+
+
+class _Conformance:
+    """Selects the tests that are about LoRA, and sorts their outcomes by expectation."""
+
+    def __init__(self, counts_file: Path | None, state: str) -> None:
+        self.state = state
+        self.counts = Counts()
+        self.counts_file = counts_file
+        self.trimmed: set[str] = set()
+        #: The test that runs, and whether it has made a configuration of ours.
+        self.running: pytest.Item | None = None
+        self.made = False
+        #: Configurations that were refused while a module was imported, with the refusal.
+        self.refused: list[tuple[IncreLoraConfig, str]] = []
+        self._watch_configurations()
+
+    def _watch_configurations(self) -> None:
+        check = IncreLoraConfig.__post_init__
+
+        @functools.wraps(check)
+        def watched(config: IncreLoraConfig) -> None:
+            self.made = True
+            try:
+                check(config)
+            except ValueError as error:
+                reason = expectations.refusal(error)
+                if self.running is not None or reason is None:
+                    raise
+                # One refused row of a table must not keep the module from being imported.
+                self.refused.append((config, reason))
+
+        IncreLoraConfig.__post_init__ = watched
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Leaves the rows of LoRA in a module's tables: there are 18,000 of other methods."""
+        module = metafunc.module
+        if module.__name__ not in self.trimmed:
+            self.trimmed.add(module.__name__)
+            for table in vars(module).values():
+                if isinstance(table, list):
+                    table[:] = [row for row in table if _may_be_ours(row)]
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        kept = [item for item in items if _may_be_ours(_parameters(item))]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
+        for item in kept:
+            given = list(_flat(_parameters(item)))
+            for refused, reason in self.refused:
+                if any(value is refused for value in given):
+                    item.add_marker(pytest.mark.skip(reason=reason))
+            if reason := expectations.excluded(item.nodeid):
+                item.add_marker(pytest.mark.skip(reason=reason))
+            if reason := expectations.expected_failure(item.nodeid, self.state):
+                item.add_marker(pytest.mark.xfail(strict=True, reason=reason))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self.running, self.made = item, False
+        try:
+            return (yield)
+        finally:
+            self.running = None
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Iterator[pytest.TestReport]:
+        report = yield
+        if not self.made and not _names_ours(_parameters(item)):
+            if report.failed:
+                _turn(report, "skipped", _NOT_OURS)
+            return report
+        if (
+            report.failed
+            and call.excinfo is not None
+            and (reason := expectations.refusal(call.excinfo.value))
+        ):
+            _turn(report, "skipped", reason)
+        elif report.skipped and not hasattr(report, "wasxfail"):
+            given = report.longrepr[2].removeprefix("Skipped: ")
+            if (reason := expectations.skip(given)) is None:
+                _turn(report, "failed", f"a skip that is not expected: {given}")
+            else:
+                _turn(report, "skipped", reason)
+        self.counts.add(report)
+        return report
+
+    def pytest_sessionfinish(self) -> None:
+        if self.counts_file is not None:
+            self.counts_file.write_text(json.dumps(self.counts.by_family), encoding="utf-8")
+
+
+def _turn(report: pytest.TestReport, outcome: Any, reason: str) -> None:
+    report.outcome = outcome
+    path, line, _ = report.location
+    report.longrepr = (path, line or 0, reason) if outcome == "skipped" else reason
+
+
+def _parameters(item: pytest.Item) -> Any:
+    return list(item.callspec.params.values()) if hasattr(item, "callspec") else []
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _flat(part)
+    else:
+        yield value
+
+
+def _methods(value: Any) -> set[type]:
+    """The configuration classes that stand in a row of a table or among a test's parameters."""
+    kinds = (part if isinstance(part, type) else type(part) for part in _flat(value))
+    return {kind for kind in kinds if issubclass(kind, PeftConfig)}
+
+
+def _names_ours(value: Any) -> bool:
+    return IncreLoraConfig in _methods(value)
+
+
+def _may_be_ours(value: Any) -> bool:
+    return not _methods(value) or _names_ours(value)
