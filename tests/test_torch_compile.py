@@ -282,6 +282,33 @@ def test_two_active_adapters(make_plain, plain_input, grow):
     assert torch.equal(compiled(plain_input), model(plain_input))
 
 
+class Signal(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb, self.conv, self.lin = nn.Embedding(20, 9), nn.Conv1d(9, 14, 3, padding=1), nn.Linear(14, 6)
+
+    def forward(self, x):
+        ids = (10 * x.sigmoid()).long()
+        return self.lin(self.conv(self.emb(ids).transpose(1, 2)).tanh().mean(-1))
+
+
+def test_embeddings_and_convolutions_train_outside_of_the_graphs():
+    def make():
+        torch.manual_seed(3)
+        config = IncreLoraConfig(r=3, lora_alpha=6, target_modules=["emb", "conv", "lin"], top_h=1, deltaT=5)
+        return peft.get_peft_model(Signal(), config)
+
+    expected = train(make())
+    model = make()
+    counter = CompileCounterWithBackend("aot_eager")
+    got = train(model, torch.compile(model, backend=counter))
+    assert counter.frame_count >= 1
+    assert got["history"] == expected["history"]
+    assert got["total_rank"] == got["budget"]
+    for ours, theirs in zip(got["parameters"], expected["parameters"], strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def llama_rows(n=32):
     ids = torch.randint(0, 99, (n, 7), generator=torch.Generator().manual_seed(4))
     return [{"input_ids": row, "labels": row} for row in ids]

@@ -21,6 +21,8 @@ _CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3
 _WEIGHT_GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 
+# A graph would take the rank for fixed, and miss the importance: compiled models leave it here.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def embedding(
     ids: Tensor,
     a: Tensor,
@@ -50,6 +52,7 @@ def embedding(
     return _observed(update, _embedding_importance, scale, probe, slot, ids, a, b, e)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def convolution(
     x: Tensor,
     a: Tensor,
