@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from .weight import changed_weight
 _PAPER_STD = 0.02
 
 
-class AdaptedLayer(nn.Module, LoraLayer):
+class AdaptedLayer(nn.Module, LoraLayer, ABC):
     """A frozen module with an update ``s B diag(E) A`` of its weight whose rank can grow.
 
     For each adapter the parameters are ``lora_A`` (rows, in), ``lora_B`` (out, rows) and ``lora_E``
@@ -307,9 +308,9 @@ class AdaptedLayer(nn.Module, LoraLayer):
         """The output of a plain base layer and its update by one operation; None where there is none."""
         return None
 
+    @abstractmethod
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
         """``y``, which may be overwritten where ``inplace``, plus the update of adapter ``name`` for x."""
-        raise NotImplementedError
 
     def _factors_in_use(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """A, B, E as the forward pass takes them: in training with the reserve, which learns."""
