@@ -165,6 +165,16 @@ def test_deleting_another_adapter_leaves_the_growing_one_growing(two, tokens):
     assert scheduler.total_rank == 12
 
 
+def test_nothing_of_a_deleted_adapter_is_left(two):
+    layers = list(adapted_layers(two, "other").values())
+    two.delete_adapter("other")
+    assert layers
+    for layer in layers:
+        kept = {n: v for n, v in vars(layer).items() if isinstance(v, dict) and not n.startswith("_")}
+        assert {"r", "scaling", "use_rslora", "configs"} <= set(kept)
+        assert [name for name, values in kept.items() if "other" in values] == []
+
+
 def test_the_last_adapter_can_be_deleted(two, make_bert, tokens):
     two.delete_adapter("other")
     two.delete_adapter("default")

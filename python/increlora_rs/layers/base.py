@@ -56,6 +56,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         "r",
         "lora_alpha",
         "scaling",
+        "use_rslora",
         "lora_dropout",
         "configs",
         "probes",
