@@ -53,6 +53,7 @@ class _Conformance:
         self.made = False
         #: Configurations that were refused while a module was imported, with the refusal.
         self.refused: list[tuple[IncreLoraConfig, str]] = []
+        self.own_reasons: set[str] = set()
         self._watch_configurations()
 
     def _watch_configurations(self) -> None:
@@ -87,14 +88,24 @@ class _Conformance:
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
         for item in kept:
-            given = list(_flat(_parameters(item)))
-            for refused, reason in self.refused:
-                if any(value is refused for value in given):
-                    item.add_marker(pytest.mark.skip(reason=reason))
-            if reason := expectations.excluded(item.nodeid):
+            if reason := expectations.excluded(item.nodeid) or self._refused_argument(item):
+                self.own_reasons.add(reason)
                 item.add_marker(pytest.mark.skip(reason=reason))
-            if reason := expectations.expected_failure(item.nodeid, self.state):
+            elif reason := expectations.expected_failure(item.nodeid, self.state):
                 item.add_marker(pytest.mark.xfail(strict=True, reason=reason))
+
+    def _refused_argument(self, item: pytest.Item) -> str | None:
+        """Why a configuration among the test's parameters, made or to be made, is refused."""
+        for value in _flat(_parameters(item)):
+            config = value
+            if isinstance(value, dict) and _names_ours(_parameters(item)):
+                # What is wrong with it otherwise, or that it is something else, is the test's business.
+                with contextlib.suppress(ValueError, TypeError):
+                    config = IncreLoraConfig(**value)
+            for refused, reason in self.refused:
+                if config is refused:
+                    return reason
+        return None
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
@@ -121,7 +132,8 @@ class _Conformance:
             _turn(report, "skipped", reason)
         elif report.skipped and not hasattr(report, "wasxfail"):
             given = report.longrepr[2].removeprefix("Skipped: ")
-            if (reason := expectations.skip(given)) is None:
+            reason = given if given in self.own_reasons else expectations.skip(given)
+            if reason is None:
                 _turn(report, "failed", f"a skip that is not expected: {given}")
             else:
                 _turn(report, "skipped", reason)
