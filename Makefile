@@ -39,13 +39,13 @@ bench: build ## measure everything (some 25 minutes, on a quiet machine); BENCH=
 	python -m benches $(BENCH)
 	$(WITH_TORCH) cargo bench --quiet
 
-conformance: build ## run PEFT's own tests on IncreLoraConfig, fresh and grown (not all pass yet)
+conformance: build ## run PEFT's own tests on IncreLoraConfig, fresh and grown
 	python -m conformance
 
 docs: $(INSTALLED) ## build the site into target/site; a warning is an error
 	mkdocs build --strict
 
-test: lint docs test-rust test-python ## everything that CI runs
+test: lint docs test-rust test-python conformance ## everything that CI runs
 
 test-rust: $(INSTALLED)
 	$(WITH_TORCH) cargo test --release --quiet

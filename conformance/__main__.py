@@ -58,6 +58,8 @@ def _start(state: str, tests: Path, models: Path, to_pytest: Sequence[str]) -> s
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(archive.WORK / "cache"),
         "PEFT_DEBUG_WITH_TORCH_COMPILE": "1",
+        # The states run beside each other, and the models are small.
+        "OMP_NUM_THREADS": "1",
         # On a GPU other tests would run than those that are counted.
         "CUDA_VISIBLE_DEVICES": "",
     }

@@ -35,9 +35,15 @@ class Counts:
         elif hasattr(report, "wasxfail"):
             _count(counts["xfailed"], report.wasxfail.removeprefix("reason: "))
         elif report.skipped:
-            _count(counts["skipped"], report.longrepr[2])
+            _count(counts["skipped"], reason_of_skip(report))
         elif report.when == "call":
             counts["passed"] += 1
+
+
+def reason_of_skip(report: pytest.TestReport) -> str:
+    """The words of a skip."""
+    assert isinstance(report.longrepr, tuple)
+    return report.longrepr[2]
 
 
 def _count(counts: dict[str, int], reason: str) -> None:

@@ -13,6 +13,7 @@ from .counts import FAMILIES
 
 PATH = Path(__file__).parent.parent / "docs" / "conformance.md"
 Counts = dict[str, dict[str, dict[str, Any]]]
+_PACKAGES = {"peft": "PEFT", "transformers": "Transformers", "torch": "torch", "bitsandbytes": "bitsandbytes"}
 
 _HEAD = """\
 # PEFT's own tests
@@ -28,9 +29,9 @@ adapter has gained 0, 1 or 2 components a module before the test gets it.
 
 This file is written by `python -m conformance --write`. A run fails if a test fails, if a test that must
 fail passes, if a skip has a reason that `conformance/expectations.py` does not know, if fewer tests of a
-family pass than stand here and, with the same PEFT, if anything else here has changed.
+family pass than stand here and, with the same packages, if anything else here has changed.
 
-The counts are those of PEFT {peft}.
+{packages}
 
 | family | state | passed | skipped | must fail |
 | --- | --- | ---: | ---: | ---: |
@@ -51,7 +52,7 @@ _MUST_FAIL = "These run, and are expected to fail; one that passes fails the run
 
 def render(counts: Counts) -> str:
     """The document for counts by state, family and outcome."""
-    text = _HEAD.format(peft=version("peft"))
+    text = _HEAD.format(packages=_packages())
     text += "".join(_row(*row) for row in _summary(counts))
     text += "".join(_row(f"**{state}**", "", *_totals(counts, state)) for state in counts)
     text += _REASONS.format(title="Skipped", text=_SKIPPED) + _reasons(counts, "skipped")
@@ -73,7 +74,7 @@ def compare(counts: Counts) -> list[str]:
             complaints.append(
                 f"{family}, {state}: {passed.get((family, state), 0)} tests passed, at least {minimum} must"
             )
-    if f"PEFT {version('peft')}." in recorded and recorded != render(counts):
+    if _packages() in recorded and recorded != render(counts):
         complaints.append(
             f"{PATH.name} is not what this run gives; look at the difference, and write it anew with "
             "`python -m conformance --write` if it is right:"
@@ -82,6 +83,12 @@ def compare(counts: Counts) -> list[str]:
             recorded.splitlines(), render(counts).splitlines(), lineterm="", n=0
         )
     return complaints
+
+
+def _packages() -> str:
+    """The sentence that says what the counts belong to."""
+    shown = ", ".join(f"{name} {version(package)}" for package, name in _PACKAGES.items())
+    return f"The counts are those of {shown}."
 
 
 def _summary(counts: Counts) -> Iterator[tuple[str, str, int, int, int]]:

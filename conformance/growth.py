@@ -28,7 +28,7 @@ def grow_new_adapters() -> None:
             ranks = {short(n): m.r[adapter_name] for n, m in adapted_layers(model, adapter_name).items()}
             self.peft_config[adapter_name].rank_pattern = rank_pattern(ranks)
 
-    IncreLoraModel.inject_adapter = inject_grown
+    IncreLoraModel.inject_adapter = inject_grown  # type: ignore[method-assign]
 
 
 def _grow(model: nn.Module, adapter_name: str) -> None:

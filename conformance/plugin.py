@@ -6,7 +6,7 @@ import contextlib
 import functools
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from increlora_rs import IncreLoraConfig
 from peft import PeftConfig
 
 from . import expectations
-from .counts import Counts
+from .counts import Counts, reason_of_skip
 from .growth import grow_new_adapters
 
 _NOT_OURS = "makes no LoraConfig"
@@ -31,8 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # The tests import the class from here: their tables of cases, their conditions and the bodies of
     # those without a table all mean ours then.
     peft.LoraConfig = IncreLoraConfig
-    utilities = importlib.import_module("peft_tests.testing_utils")
     # It would look models up on the hub the first time; ours lie in the working directory.
+    utilities: Any = importlib.import_module("peft_tests.testing_utils")
     utilities.hub_online_once = contextlib.nullcontext
     grown = config.getoption("grown")
     if grown:
@@ -71,7 +71,7 @@ class _Conformance:
                 # One refused row of a table must not keep the module from being imported.
                 self.refused.append((config, reason))
 
-        IncreLoraConfig.__post_init__ = watched
+        IncreLoraConfig.__post_init__ = watched  # type: ignore[method-assign, assignment]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
@@ -108,7 +108,7 @@ class _Conformance:
         return None
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         self.running, self.made = item, False
         try:
             return (yield)
@@ -118,9 +118,12 @@ class _Conformance:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
-    ) -> Iterator[pytest.TestReport]:
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
-        if not self.made and not _names_ours(_parameters(item)):
+        left_out = (
+            report.skipped and not hasattr(report, "wasxfail") and self._is_ours(reason_of_skip(report))
+        )
+        if not self.made and not left_out and not _names_ours(_parameters(item)):
             if report.failed:
                 _turn(report, "skipped", _NOT_OURS)
             return report
@@ -131,14 +134,17 @@ class _Conformance:
         ):
             _turn(report, "skipped", reason)
         elif report.skipped and not hasattr(report, "wasxfail"):
-            given = report.longrepr[2].removeprefix("Skipped: ")
-            reason = given if given in self.own_reasons else expectations.skip(given)
+            given = reason_of_skip(report).removeprefix("Skipped: ")
+            reason = given if self._is_ours(given) else expectations.skip(given)
             if reason is None:
                 _turn(report, "failed", f"a skip that is not expected: {given}")
             else:
                 _turn(report, "skipped", reason)
         self.counts.add(report)
         return report
+
+    def _is_ours(self, words: str) -> bool:
+        return words.removeprefix("Skipped: ") in self.own_reasons
 
     def pytest_sessionfinish(self) -> None:
         if self.counts_file is not None:

@@ -3,6 +3,7 @@
 import json
 import re
 import timeit
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -21,6 +22,11 @@ from peft import (
 )
 from safetensors.torch import load_file
 from torch import nn
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 RANKS = {
     "bert.encoder.layer.0.attention.self.query": 1,
@@ -495,10 +501,17 @@ def test_all_linear_takes_every_linear_module_but_the_head(make_llama):
     assert {name.rsplit(".", 1)[-1] for name in names_of(model)} == set(kinds)
 
 
-def test_unknown_target_module_is_refused_with_the_modules_there_are(make_bert):
-    with pytest.raises(ValueError, match=r"q_proj.*query") as error:
-        get_peft_model(make_bert(), configure("default", target_modules=["query", "q_proj"]))
-    assert "target_modules" in str(error.value)
+def test_unknown_target_modules_are_refused_with_the_modules_there_are(make_bert):
+    with pytest.raises(ValueError, match="target_modules") as error:
+        get_peft_model(make_bert(), configure("default", target_modules=["q_proj", "v_proj"]))
+    assert "'q_proj', 'v_proj'" in str(error.value)
+    assert "'query'" in str(error.value)
+
+
+def test_target_modules_for_several_architectures_are_taken_and_the_unknown_are_told(make_bert):
+    with pytest.warns(UserWarning, match=r"target_modules: \['q_proj'\] match no module"):
+        model = get_peft_model(make_bert(), configure("default", target_modules=["query", "q_proj"]))
+    assert set(ranks_of(model)) == set(layer_names([0, 1], ["query"]))
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], r".*q_proj", []])
@@ -510,7 +523,7 @@ def test_no_target_module_found_is_refused(make_bert, targets):
 def test_refused_targets_leave_the_model_as_it_was(make_bert, tokens):
     base = make_bert()
     with pytest.raises(ValueError):
-        get_peft_model(base, configure("default", target_modules=["query", "q_proj"]))
+        get_peft_model(base, configure("default", target_modules=["q_proj"]))
     assert [m for m in base.modules() if isinstance(m, Linear)] == []
 
 
@@ -635,3 +648,78 @@ def test_optimizer_trains_what_grew(trained, tokens):
     trained(tokens, labels=torch.tensor([0, 1])).loss.backward()
     optimizer.step()
     assert all(not torch.equal(old, new) for old, new in zip(before, parameters, strict=True))
+
+
+# The user's configuration.
+
+
+def test_a_configuration_is_told_of_the_modules_as_peft_tells_it_and_serves_again(make_bert, grow, tmp_path):
+    config = configure("default", target_modules=None)
+    first = get_peft_model(make_bert(), config)
+    assert config.target_modules == {"query", "value"}
+    grow(first, RANKS)
+    first.save_pretrained(tmp_path)
+    assert not config.rank_pattern
+    assert set(ranks_of(get_peft_model(make_bert(), config)).values()) == {1}
+
+
+def test_a_configuration_to_load_with_is_the_models_own(saved, make_bert, form):
+    config = IncreLoraConfig.from_pretrained(saved)
+    assert PeftModel.from_pretrained(make_bert(), saved, config=config).peft_config["default"] is config
+
+
+def test_a_layer_class_of_ones_own_is_refused_by_name():
+    class Own(nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match=r"custom_modules=.*Own.* is not supported by IncreLoraConfig"):
+        IncreLoraConfig()._register_custom_module({nn.Linear: Own})
+
+
+@pytest.mark.parametrize(
+    ("task", "build", "head"),
+    [
+        ("TOKEN_CLS", AutoModelForTokenClassification, "classifier"),
+        ("QUESTION_ANS", AutoModelForQuestionAnswering, "qa_outputs"),
+        ("SEQ_CLS", AutoModelForSequenceClassification, "classifier"),
+    ],
+)
+def test_the_head_of_a_task_is_trained_saved_and_loaded(bert_dir, tokens, tmp_path, task, build, head):
+    def base():
+        torch.manual_seed(1)
+        return build.from_pretrained(bert_dir, num_labels=2, ignore_mismatched_sizes=True)
+
+    config = configure("default", task_type=task)
+    model = get_peft_model(base(), config)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
+    assert trained == {f"base_model.model.{head}.modules_to_save.default.{p}" for p in ("weight", "bias")}
+    with torch.no_grad():
+        getattr(model.base_model.model, head).modules_to_save["default"].weight.add_(1.0)
+    model.save_pretrained(tmp_path)
+    model.eval()
+    loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens)[0], model(tokens)[0])
+        assert not torch.equal(loaded(tokens)[0], base().eval()(tokens)[0])
+    again = get_peft_model(base(), config)
+    assert {n for n, p in again.named_parameters() if p.requires_grad and ".lora_" not in n} == trained
+
+
+def resized(embeddings):
+    torch.manual_seed(embeddings)
+    return nn.Sequential(OrderedDict(emb=nn.Embedding(embeddings, 8), lin=nn.Linear(8, 8)))
+
+
+def test_sizes_that_do_not_fit_are_refused_or_left_out_as_asked(grow, tmp_path):
+    model = get_peft_model(resized(20), IncreLoraConfig(target_modules=["emb", "lin"], r=3))
+    grow(model, {"emb": 2, "lin": 3})
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"size mismatch: lora_A of module 'emb'.*\(2, 20\).*\(2, 25\)"):
+        PeftModel.from_pretrained(resized(25), tmp_path)
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
+        loaded = PeftModel.from_pretrained(resized(25), tmp_path, ignore_mismatched_sizes=True)
+    assert ranks_of(loaded) == {"emb": 2, "lin": 3}
+    saved, found = model.state_dict(), loaded.state_dict()
+    for name in ("lin.lora_A", "lin.lora_B", "lin.lora_E", "emb.lora_B", "emb.lora_E"):
+        key = f"base_model.model.{name}.default"
+        assert torch.equal(found[key], saved[key])

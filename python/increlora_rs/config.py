@@ -247,6 +247,17 @@ class IncreLoraConfig(LoraConfig):
         divisor = float(self.r if self.scaling == "budget" else max(rank, 1))
         return lora_alpha / (divisor**0.5 if self.use_rslora else divisor)
 
+    def _register_custom_module(self, mapping: dict[Any, Any]) -> None:
+        """LoRA layers of one's own, which would not grow.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"custom_modules={mapping!r} is not supported by IncreLoraConfig; leave such modules out of "
+            "target_modules, or use LoraConfig."
+        )
+
     def _take_plain_numbers(self) -> None:
         """NumPy's numbers become Python's, which the configuration file can hold."""
         for option in dataclasses.fields(self):

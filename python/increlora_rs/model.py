@@ -7,6 +7,7 @@ import functools
 import re
 import warnings
 from collections import Counter
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ from .ops import Probe
 from .weighted import WeightedSum, combined_config
 
 _PREFIX = "base_model.model."
+
+
+# PEFT adds the head of these to the user's ``modules_to_save`` when the adapter is in the model already.
+_HEAD_NAMED_LATE = ("TOKEN_CLS", "QUESTION_ANS")
 
 
 class IncreLoraModel(LoraModel):
@@ -42,15 +47,21 @@ class IncreLoraModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Puts the adapter into ``model``; see ``peft.LoraModel.inject_adapter``."""
-        # The ranks that an adapter reaches stand in its configuration: the user's own, which may serve
-        # for another model, stays as it is.
-        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        given = config = self.peft_config[adapter_name]
+        if not given.inference_mode:
+            # The ranks that an adapter reaches stand in its configuration: the user's own, which may
+            # serve for another model, is told of the modules only.
+            config = self.peft_config[adapter_name] = copy.deepcopy(given)
         if config.fan_in_fan_out and not any(isinstance(module, Conv1D) for module in model.modules()):
             raise ValueError(
                 "fan_in_fan_out=True is for Conv1D of transformers, of which the model has none; leave it "
                 "out: it is set by itself where it is needed."
             )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        given.target_modules = config.target_modules
+        if given.task_type in _HEAD_NAMED_LATE:
+            given.modules_to_save = given.modules_to_save or []
+            config.modules_to_save = given.modules_to_save
         layers = adapted_layers(model, adapter_name)
         config.fan_in_fan_out = any(isinstance(layer, TransposedLinear) for layer in layers.values())
         config.module_kinds = module_kinds({short(name): _kind(layer) for name, layer in layers.items()})
@@ -234,7 +245,11 @@ class IncreLoraModel(LoraModel):
                     "it was saved from another base model, or with other target_modules."
                 )
             a, b, e = (mapped[key] for key in keys)
-            check_factors(short(name), a, b, e, layer.in_features, layer.out_features)
+            sizes = (layer.in_features, layer.out_features)
+            if ignores_mismatched_sizes.get():
+                # PEFT leaves out, with a warning, what does not fit.
+                sizes = (int(a.shape[-1]), int(b.shape[0]))
+            check_factors(short(name), a, b, e, *sizes)
             ranks.append((layer, int(e.shape[0])))
         extra = sorted(k for k in mapped if re.search(r"\.lora_[ABE](\.|$)", k) and k not in expected)
         if extra:
@@ -247,6 +262,10 @@ class IncreLoraModel(LoraModel):
         for layer, rank in ranks:
             layer.resize(adapter_name, rank)
         return mapped
+
+
+#: Is ``ignore_mismatched_sizes=True`` the wish of the load that runs? PEFT does not pass it on.
+ignores_mismatched_sizes: ContextVar[bool] = ContextVar("ignores_mismatched_sizes", default=False)
 
 
 def short(name: str) -> str:
@@ -302,6 +321,10 @@ def _dotted(name: str, dots: tuple[int, ...]) -> str:
     return "".join(letters)
 
 
+class SizeMismatchError(ValueError, RuntimeError):
+    """Tensors do not fit the model: bad input to this library, and a RuntimeError where torch tells it."""
+
+
 def check_factors(name: str, a: Tensor, b: Tensor, e: Tensor, in_features: int, out_features: int) -> None:
     """Raises ValueError unless A, B, E are finite and fit a module of the given size."""
     rank = e.shape[0] if e.dim() else 0
@@ -311,9 +334,9 @@ def check_factors(name: str, a: Tensor, b: Tensor, e: Tensor, in_features: int, 
         ("lora_B", b, (out_features, rank)),
     ):
         if tuple(tensor.shape) != want or rank < 1:
-            raise ValueError(
-                f"{factor} of module {name!r} has shape {tuple(tensor.shape)} in the adapter, but the "
-                f"model needs {want}, with a rank of 1 or more; the adapter was saved from another "
+            raise SizeMismatchError(
+                f"size mismatch: {factor} of module {name!r} has shape {tuple(tensor.shape)} in the adapter, "
+                f"but the model needs {want}, with a rank of 1 or more; the adapter was saved from another "
                 "base model, or is damaged."
             )
         if tensor.device.type != "meta" and not torch.isfinite(tensor).all():
@@ -341,7 +364,13 @@ def _check_targets(model: nn.Module, targets: Any) -> None:
         for target in targets
         if not any(name == target or name.endswith(f".{target}") for name in names)
     )
-    if unknown:
+    if unknown and len(unknown) < len(targets):
+        warnings.warn(
+            f"target_modules: {unknown} match no module of the base model; the other names do.",
+            UserWarning,
+            stacklevel=2,
+        )
+    elif unknown:
         linear = {
             name.rsplit(".", 1)[-1]
             for name, module in model.named_modules()

@@ -151,7 +151,7 @@ def adapter(
         )
     if torch.compiler.is_compiling():
         x = x.to(compute_dtype(x))
-        return compiled.adapter(y, x, a, b, e, scale=scale, dropout=dropout, **_asked(probe, slot))
+        return compiled.adapter(y, x, a, b, e, scale=scale, dropout=dropout, **asked_of(probe, slot))
     result: Tensor = _Adapter.apply(y, x, a, b, e, scale, dropout, inplace, probe, slot)
     return result
 
@@ -188,7 +188,7 @@ def linear(
         TypeError: a dtype does not fit.
     """
     if torch.compiler.is_compiling():
-        asked = _asked(probe, slot)
+        asked = asked_of(probe, slot)
         return compiled.linear(x, weight, bias, a, b, e, scale=scale, dropout=dropout, **asked)
     result: Tensor = _Linear.apply(x, weight, bias, a, b, e, scale, dropout, probe, slot)
     return result
@@ -214,7 +214,7 @@ def fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: b
     )
 
 
-def _asked(probe: Probe | None, slot: int) -> dict[str, Tensor | None]:
+def asked_of(probe: Probe | None, slot: int) -> dict[str, Tensor | None]:
     """The module's part of the probe, for a compiled graph."""
     # Without gradients nobody asks, and the graph need not know whether there is a scheduler.
     if probe is None or not torch.is_grad_enabled() or probe.collector is None:

@@ -18,7 +18,7 @@ from .card import write_section
 from .config import IncreLoraConfig
 from .files import check_weights_file, staged
 from .growth import write_history
-from .model import IncreLoraModel
+from .model import IncreLoraModel, ignores_mismatched_sizes
 from .peft_type import PEFT_TYPE
 
 
@@ -114,6 +114,10 @@ def _checked(load: Any) -> Any:
         if known is not None and known.peft_type == PEFT_TYPE:
             folder = os.path.join(str(model_id), kwargs.get("subfolder") or "")
             check_weights_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
-        return load(self, model_id, adapter_name, *args, **kwargs)
+        before = ignores_mismatched_sizes.set(bool(kwargs.get("ignore_mismatched_sizes", False)))
+        try:
+            return load(self, model_id, adapter_name, *args, **kwargs)
+        finally:
+            ignores_mismatched_sizes.reset(before)
 
     return load_adapter

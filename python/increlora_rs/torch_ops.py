@@ -1,5 +1,5 @@
-"""Updates of embeddings and convolutions as torch's own operations, and their importance
-``sum |dW * dLoss/d(dW)|``, which the backward pass adds up."""
+"""Updates of embeddings and convolutions as differentiable operations of torch's, whose backward pass adds
+up their importance."""
 
 from __future__ import annotations
 
@@ -11,25 +11,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from ._core import RESERVE_E
+from . import compiled_torch_ops, updates
 from .autocast import without_autocast
-from .ops import Probe
-
-_CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
-_WEIGHT_GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
+from .ops import Probe, asked_of
 
 
-# A graph would take the rank for fixed, and miss the importance: compiled models leave it here.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def embedding(
     ids: Tensor,
     a: Tensor,
     b: Tensor,
     e: Tensor,
     *,
-    scale: float,
+    scale: float | Tensor,
     padding_idx: int | None = None,
     scale_grad_by_freq: bool = False,
     probe: Probe | None = None,
@@ -47,12 +41,21 @@ def embedding(
     Returns:
         Tensor (*ids, out) of the dtype of the parameters, under autocast of autocast's.
     """
-    t = functional.embedding(ids, a.t(), padding_idx=padding_idx, scale_grad_by_freq=scale_grad_by_freq)
-    update = t @ _scaled_b(a, b, e, scale).t()
-    return _observed(update, _embedding_importance, scale, probe, slot, ids, a, b, e)
+    if torch.compiler.is_compiling():
+        return compiled_torch_ops.embedding(
+            ids,
+            a,
+            b,
+            e,
+            scale=scale,
+            padding_idx=padding_idx,
+            scale_grad_by_freq=scale_grad_by_freq,
+            **asked_of(probe, slot),
+        )
+    update = updates.embedding(ids, a, b, e, float(scale), padding_idx, scale_grad_by_freq)
+    return _observed(update, updates.embedding_importance, float(scale), probe, slot, ids, a, b, e)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def convolution(
     x: Tensor,
     a: Tensor,
@@ -60,7 +63,7 @@ def convolution(
     e: Tensor,
     *,
     base: Any,
-    scale: float,
+    scale: float | Tensor,
     dropout: float = 0.0,
     probe: Probe | None = None,
     slot: int = 0,
@@ -80,52 +83,13 @@ def convolution(
     """
     if dropout > 0.0:
         x = functional.dropout(x, dropout)
-    dims = len(base.kernel_size)
-    kernel = a.to(x.dtype).view(-1, *base.weight.shape[1:])
-    mix = _scaled_b(a, b, e, scale).to(x.dtype).view(*b.shape, *[1] * dims)
-    update = _CONVOLUTIONS[dims](base._conv_forward(x, kernel, None), mix)
-    importance = functools.partial(_convolution_importance, base)
-    return _observed(update, importance, scale, probe, slot, x, a, b, e)
-
-
-def _scaled_b(a: Tensor, b: Tensor, e: Tensor, scale: float) -> Tensor:
-    """``P = s B diag(E)``, so that dW = P A: (out, rows); the reserve's E is a constant."""
-    reserve = a.shape[0] - e.shape[0]
-    e = e.view(-1)
-    if reserve:
-        e = torch.cat([e, e.new_full((reserve,), RESERVE_E)])
-    return b * (e * scale)
-
-
-def _embedding_importance(gy: Tensor, scale: float, ids: Tensor, a: Tensor, b: Tensor, e: Tensor) -> Tensor:
-    # Rows of dW that no id asks for have no gradient. Those that are asked for, each once: ids in order,
-    # numbered without counting them, for which a GPU would have to be waited for.
-    in_order, order = ids.flatten().sort()
-    number = torch.zeros_like(in_order)
-    number[1:] = (in_order[1:] != in_order[:-1]).cumsum(0)
-    asked_for = torch.zeros_like(in_order).scatter_(0, number, in_order)
-    wide = torch.promote_types(gy.dtype, torch.float32)
-    flat = gy.reshape(-1, gy.shape[-1]).to(wide)
-    gradient = torch.zeros_like(flat).index_add_(0, number, flat[order])
-    delta = a[:, asked_for].t() @ _scaled_b(a, b, e, scale).t()
-    return (delta * gradient).abs().sum(dtype=torch.float64)
-
-
-def _convolution_importance(
-    base: Any, gy: Tensor, scale: float, x: Tensor, a: Tensor, b: Tensor, e: Tensor
-) -> Tensor:
-    dims = len(base.kernel_size)
-    if x.dim() == dims + 1:
-        x, gy = x.unsqueeze(0), gy.unsqueeze(0)
-    padding = base.padding
-    if base.padding_mode != "zeros" or isinstance(padding, str):
-        mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
-        x, padding = functional.pad(x, base._reversed_padding_repeated_twice, mode=mode), 0
-    gradient = _WEIGHT_GRADIENTS[dims](
-        x.to(gy.dtype), base.weight.shape, gy, base.stride, padding, base.dilation
-    )
-    delta = _scaled_b(a, b, e, scale) @ a
-    return (delta.view_as(gradient) * gradient).abs().sum(dtype=torch.float64)
+    geometry, x = updates.geometry_of(base, x)
+    if torch.compiler.is_compiling():
+        asked = asked_of(probe, slot)
+        return compiled_torch_ops.convolution(x, a, b, e, geometry=geometry, scale=scale, **asked)
+    update = updates.convolution(x, a, b, e, float(scale), geometry)
+    importance = functools.partial(updates.convolution_importance, geometry)
+    return _observed(update, importance, float(scale), probe, slot, x, a, b, e)
 
 
 def _observed(

@@ -41,7 +41,7 @@ class Convolution(AdaptedLayer):
             x,
             *self._factors_in_use(name),
             base=self.get_base_layer(),
-            scale=self.scaling[name],
+            scale=self._scale(name),
             dropout=self._dropout(name),
             probe=self.probes[name],
             slot=self.slots[name],

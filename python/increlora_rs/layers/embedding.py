@@ -55,7 +55,7 @@ class Embedding(AdaptedLayer):
         update = embedding(
             x,
             *self._factors_in_use(name),
-            scale=self.scaling[name],
+            scale=self._scale(name),
             padding_idx=base.padding_idx,
             scale_grad_by_freq=base.scale_grad_by_freq,
             probe=self.probes[name],

@@ -68,8 +68,8 @@ def changed_weight(
     old = weight.data if backend is None else backend.get_base_weight(base)
     if check_finite and not torch.isfinite(old + delta.to(old.device)).all():
         raise ValueError(
-            f"merging adapter {adapter_name!r} gives weights that are not finite; the adapter holds NaN or "
-            "infinite values."
+            f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: some of "
+            "them are not finite. Merge without it, or load an earlier checkpoint of it."
         )
     if backend is None:
         weight.data += delta.to(weight.dtype)
