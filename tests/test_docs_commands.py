@@ -19,7 +19,7 @@ def commands():
     """(page, words) of every command in a shell block or in the text."""
     found = {}
     for path in PAGES:
-        text = path.read_text()
+        text = path.read_text().replace("\\\n", " ")
         lines = [line for block in SHELL.findall(text) for line in block.splitlines()] + INLINE.findall(text)
         for line in lines:
             for part in " ".join(shlex.split(line, comments=True)).split(" && "):

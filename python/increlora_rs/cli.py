@@ -1,4 +1,5 @@
-"""Command line: ``increlora-rs demo | inspect DIR | export DIR OUT | convert LORA OUT | plot``."""
+"""Command line: ``increlora-rs demo | inspect DIR | export DIR OUT | convert LORA OUT | plot |
+compare``."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from .compare.command import add_arguments as add_compare_arguments
 from .convert import convert_lora
 from .export import export_lora
 from .plots import plot_growth, plot_ranks, plot_scores
@@ -34,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="increlora-rs", description="LoRA adapters whose ranks grow during training."
     )
-    commands = parser.add_subparsers(required=True, metavar="{demo,inspect,export,convert,plot}")
+    commands = parser.add_subparsers(required=True, metavar="{demo,inspect,export,convert,plot,compare}")
 
     demo = commands.add_parser("demo", help="fine-tune MiniLM on BBC news, beside plain LoRA")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results")
@@ -74,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         help="ranks by layer and module; their growth over the steps; the scores at each growth",
     )
     plot.set_defaults(run=_plot)
+
+    compare = commands.add_parser("compare", help="methods side by side on tasks, at the same budget")
+    add_compare_arguments(compare)
     return parser
 
 

@@ -1,0 +1,10 @@
+"""Methods side by side on the same tasks, at the same budget of ranks: ``increlora-rs compare``.
+
+The protocol: every method gets the same learning rates to try, on the same trial seeds. The learning
+rate with the best official metric on the development set after the last epoch is a method's own, and
+all seeds are trained at it. Nothing else is tuned: model, data, order of the batches, the classifier's
+first weights, alpha, dropout, schedule and number of steps are the same for all. Where a task has a test
+set, it is measured once after each training and never chosen by.
+
+A run is one line of JSON, written when the run is over; a killed comparison goes on after the last one.
+"""

@@ -1,0 +1,230 @@
+"""The methods that are compared: what each makes of a budget, and how it is varied.
+
+``increlora:orth_reg_weight=0.1,restart_warmup=false`` is a method with options of its configuration
+replaced. Two more options are the comparison's own: ``growth_end=0.3`` (growth is over at 30 % of the
+steps) and ``e_lr=10`` (E is trained at ten times the learning rate).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, TaskType
+from transformers import TrainerCallback
+
+from ..callback import IncreLoraCallback
+from ..config import IncreLoraConfig
+from ..model import rank_pattern
+from .callbacks import AdaLoraCallback, GrowthCallback
+
+# Whose final ranks the methods of given ranks start with.
+SOURCE = "increlora"
+_OWN_OPTIONS = ("growth_end", "e_lr")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a configuration is made from.
+
+    Args:
+        r: Average rank that every method ends with.
+        total_steps: Optimizer steps.
+        seed: Of the run.
+        shared: Arguments that all configurations take: alpha, dropout, target modules.
+        given: Rank by full module name, for the methods that start with another run's.
+    """
+
+    r: int
+    total_steps: int
+    seed: int
+    shared: dict[str, Any]
+    given: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A method ready for a training: its configuration, callbacks, and E's learning rate as a multiple."""
+
+    config: PeftConfig
+    callbacks: list[TrainerCallback]
+    e_lr: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method with its options.
+
+    Args:
+        name: One of :func:`names`.
+        options: What is replaced, by option.
+    """
+
+    name: str
+    options: dict[str, Any]
+
+    def __str__(self) -> str:
+        options = ",".join(f"{name}={_text(value)}" for name, value in sorted(self.options.items()))
+        return f"{self.name}:{options}" if options else self.name
+
+    @property
+    def wants_ranks(self) -> bool:
+        """Does it start with the final ranks of a run of ``increlora``?"""
+        return self.name.endswith("-given")
+
+    def prepare(self, setting: Setting) -> Prepared:
+        """Configuration and callbacks for a training.
+
+        Raises:
+            ValueError, TypeError: an option is unknown to the method, or its value wrong.
+        """
+        config = _FORMS[self.name](setting)
+        replaced = {name: value for name, value in self.options.items() if name not in _OWN_OPTIONS}
+        known = {option.name for option in dataclasses.fields(config) if option.init} - {"peft_type"}
+        for name in replaced:
+            if name not in known:
+                raise ValueError(
+                    f"--methods {self}: {name!r} is neither an option of {type(config).__name__} nor one of "
+                    f"{', '.join(_OWN_OPTIONS)}."
+                )
+        return Prepared(
+            _FORMS[self.name](setting, **replaced), self._callbacks(config, setting), self._e_lr(config)
+        )
+
+    def _callbacks(self, config: PeftConfig, setting: Setting) -> list[TrainerCallback]:
+        end = self.options.get("growth_end")
+        if not isinstance(config, IncreLoraConfig):
+            if end is not None:
+                raise ValueError(f"--methods {self}: growth_end is for methods whose ranks grow.")
+            return [AdaLoraCallback()] if isinstance(config, AdaLoraConfig) else []
+        if end is not None and not (isinstance(end, (int, float)) and 0.1 < end <= 1.0):
+            raise ValueError(
+                f"--methods {self}: growth_end={end!r} must be above 0.1, where it begins, to 1."
+            )
+        if end is None and not self.name.endswith("-random"):
+            return [IncreLoraCallback()]
+        seed = setting.seed if self.name.endswith("-random") else None
+        return [GrowthCallback(random_seed=seed, growth_end=end)]
+
+    def _e_lr(self, config: PeftConfig) -> float:
+        factor = self.options.get("e_lr", 1.0)
+        if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not factor > 0:
+            raise ValueError(f"--methods {self}: e_lr={factor!r} must be a number above 0.")
+        if factor != 1.0 and not isinstance(config, (IncreLoraConfig, AdaLoraConfig)):
+            raise ValueError(f"--methods {self}: e_lr is for methods that have an E.")
+        return float(factor)
+
+
+def names() -> list[str]:
+    """The methods that there are."""
+    return list(_FORMS)
+
+
+def parse_methods(text: str) -> list[Method]:
+    """The methods of ``lora,increlora:beta1=0.9,top_h=4,adalora``: a piece with "=" alone goes on with
+    the method before it.
+
+    Raises:
+        ValueError: a method is unknown, there twice, or there is none.
+    """
+    pieces: list[list[str]] = []
+    for piece in filter(None, (piece.strip() for piece in text.split(","))):
+        if "=" in piece and ":" not in piece and pieces:
+            pieces[-1].append(piece)
+        else:
+            pieces.append(piece.split(":", 1))
+    methods = [_parse(name.strip(), options) for name, *options in pieces]
+    shown = [str(method) for method in methods]
+    if not methods or len(set(shown)) < len(shown):
+        raise ValueError(f"--methods {text!r}: give one or more methods, each once, of {', '.join(names())}.")
+    return methods
+
+
+def _parse(name: str, options: list[str]) -> Method:
+    if name not in _FORMS:
+        raise ValueError(f"--methods: {name!r} is unknown; there are {', '.join(names())}.")
+    parsed = {}
+    for option in options:
+        key, sign, value = (part.strip() for part in option.partition("="))
+        if not key or not sign or not value:
+            raise ValueError(f"--methods {name}: {option!r} is no option; write name=value.")
+        parsed[key] = _value(value)
+    return Method(name, parsed)
+
+
+def _value(text: str) -> Any:
+    """JSON, or the text itself where it is none; None as Python writes it."""
+    text = {"None": "null", "True": "true", "False": "false"}.get(text, text)
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+# The forms. Every one ends with r components a module on average.
+
+
+def _lora(setting: Setting, **options: Any) -> PeftConfig:
+    return LoraConfig(**({"task_type": TaskType.SEQ_CLS, "r": setting.r} | setting.shared | options))
+
+
+def _rslora(setting: Setting, **options: Any) -> PeftConfig:
+    return _lora(setting, **({"use_rslora": True} | options))
+
+
+def _adalora(setting: Setting, **options: Any) -> PeftConfig:
+    # As its authors do on GLUE: half as much again to start with, pruned from some 15 % of the steps
+    # until half of them are left; the mask changes 500 times at most.
+    total = setting.total_steps
+    values = {
+        "task_type": TaskType.SEQ_CLS,
+        "init_r": math.ceil(1.5 * setting.r),
+        "target_r": setting.r,
+        "total_step": total,
+        "tinit": round(0.15 * total),
+        "tfinal": max(1, round(0.5 * total)),
+        "deltaT": max(1, total // 500),
+        "orth_reg_weight": 0.1,
+    }
+    return AdaLoraConfig(**(values | setting.shared | options))
+
+
+def _increlora(setting: Setting, **options: Any) -> PeftConfig:
+    return IncreLoraConfig(**({"task_type": TaskType.SEQ_CLS, "r": setting.r} | setting.shared | options))
+
+
+def _paper(setting: Setting, **options: Any) -> PeftConfig:
+    values = {"task_type": TaskType.SEQ_CLS, "r": setting.r} | setting.shared
+    return IncreLoraConfig.paper(**(values | options))
+
+
+def _increlora_given(setting: Setting, **options: Any) -> PeftConfig:
+    return _increlora(setting, **({"rank_pattern": rank_pattern(setting.given)} | options))
+
+
+def _lora_given(setting: Setting, **options: Any) -> PeftConfig:
+    # Alpha by module, so that every module has the scale alpha / r, as it has in IncreLoRA's default form.
+    alpha = setting.shared["lora_alpha"] / setting.r
+    ranks = rank_pattern(setting.given)
+    alphas = {name: alpha * rank for name, rank in ranks.items()}
+    return _lora(setting, **({"rank_pattern": ranks, "alpha_pattern": alphas} | options))
+
+
+_FORMS: dict[str, Callable[..., PeftConfig]] = {
+    "lora": _lora,
+    "rslora": _rslora,
+    "adalora": _adalora,
+    "increlora": _increlora,
+    "paper": _paper,
+    "increlora-random": _increlora,
+    "increlora-given": _increlora_given,
+    "lora-given": _lora_given,
+}

@@ -1,0 +1,182 @@
+"""One run: a method trained on a task by Trainer, and what is kept of it."""
+
+from __future__ import annotations
+
+import math
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from peft import get_peft_model
+from peft.tuners.adalora import AdaLoraLayer
+from torch import nn
+from transformers import (
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
+
+from ..model import short
+from .base_model import BaseModel
+from .callbacks import StepClock
+from .methods import Method, Setting
+from .metrics import measure, official
+from .results import Record
+from .tasks import Task
+
+_ADAPTER = "default"
+_PACKAGES = ("increlora_rs", "torch", "transformers", "peft", "accelerate")
+# Steps at the start that the time of a step leaves out, where there are enough.
+_WARM_UP = 5
+
+
+def steps_of(rows: int, config: dict[str, Any]) -> int:
+    """Optimizer steps of a training on so many rows."""
+    return math.ceil(rows / config["batch"]) * int(config["epochs"])
+
+
+def train(
+    method: Method,
+    config: dict[str, Any],
+    task: Task,
+    base: BaseModel,
+    given: dict[str, int],
+    advance: Callable[[], None],
+) -> Record:
+    """Trains and measures.
+
+    Args:
+        method: The method.
+        config: All that determines the result, as the command makes it.
+        given: Final ranks of another run, for methods that start with them.
+        advance: Called after every optimizer step.
+
+    Returns:
+        ``epochs`` (the metrics on the development set after each), ``test``, ``parameters``, ``ranks``,
+        ``total_rank``, ``budget``, ``seconds_a_step`` (median), ``seconds``, ``versions``, ``device``,
+        ``threads``.
+    """
+    start = time.perf_counter()
+    shared = {name: config[name] for name in ("lora_alpha", "lora_dropout", "target_modules")}
+    steps = steps_of(len(task.train), config)
+    prepared = method.prepare(Setting(config["r"], steps, config["seed"], shared, given))
+    model = get_peft_model(base.classifier(task, config["seed"], config["base_dropout"]), prepared.config)
+    data = task.encoded(base.tokenizer, config["max_length"])
+    clock, names = StepClock(advance), official(task)
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        outputs, gold = (np.asarray(part) for part in (prediction.predictions, prediction.label_ids))
+        return measure(names, outputs, gold)
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _Trainer(
+            prepared.e_lr,
+            model=model,
+            args=_arguments(folder, config),
+            train_dataset=data["train"],
+            eval_dataset=data["dev"],
+            data_collator=DataCollatorWithPadding(base.tokenizer),
+            compute_metrics=metrics,
+            callbacks=[*prepared.callbacks, clock],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        logged = [log for log in trainer.state.log_history if "eval_loss" in log]
+        test = trainer.predict(data["test"]).metrics if data["test"] else {}
+    ranks = final_ranks(model)
+    seconds = clock.seconds[_WARM_UP:] if len(clock.seconds) > 2 * _WARM_UP else clock.seconds
+    return {
+        "epochs": [{name: log[f"eval_{name}"] for name in names} for log in logged],
+        "test": {name: test[f"test_{name}"] for name in names} if test else None,
+        "parameters": count_parameters(model),
+        "ranks": ranks,
+        "total_rank": sum(ranks.values()),
+        "budget": config["r"] * len(ranks),
+        "steps": len(clock.seconds),
+        "seconds_a_step": float(np.median(seconds)),
+        "seconds": time.perf_counter() - start,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def final_ranks(model: nn.Module) -> dict[str, int]:
+    """Rank of every adapted module by full name; AdaLoRA's are its components that are not masked."""
+    return {short(name): _rank(layer) for name, layer in _adapted(model).items()}
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Trainable numbers: ``adapter`` (those of the components that are left at the end), ``held`` (with
+    those that AdaLoRA masked but still trains) and ``head`` (the classifier)."""
+    trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    head = sum(count for name, count in trainable.items() if ".modules_to_save." in name)
+    held = sum(trainable.values()) - head
+    masked = 0
+    for layer in _adapted(model).values():
+        if isinstance(layer, AdaLoraLayer):
+            factors = (layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER], layer.lora_E[_ADAPTER])
+            rank = int(layer.lora_E[_ADAPTER].numel())
+            masked += sum(factor.numel() for factor in factors) // rank * (rank - _rank(layer))
+    return {"adapter": held - masked, "held": held, "head": head}
+
+
+def _adapted(model: nn.Module) -> dict[str, Any]:
+    return {name: m for name, m in model.named_modules() if _ADAPTER in getattr(m, "lora_A", ())}
+
+
+def _rank(layer: Any) -> int:
+    if isinstance(layer, AdaLoraLayer):
+        return int(torch.count_nonzero(layer.lora_E[_ADAPTER]))
+    return int(layer.r[_ADAPTER])
+
+
+def _arguments(folder: str, config: dict[str, Any]) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=folder,
+        num_train_epochs=config["epochs"],
+        per_device_train_batch_size=config["batch"],
+        per_device_eval_batch_size=64,
+        # Less padding, for all methods alike.
+        train_sampling_strategy="group_by_length",
+        bf16=config["precision"] == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
+        learning_rate=config["lr"],
+        # A share of the steps, below 1.
+        warmup_steps=config["warmup"],
+        eval_strategy="epoch",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        seed=config["seed"],
+    )
+
+
+class _Trainer(Trainer):
+    """Trains E at ``e_lr`` times the learning rate."""
+
+    def __init__(self, e_lr: float, **arguments: Any) -> None:
+        self._e_lr = e_lr
+        super().__init__(**arguments)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Trainer's optimizer; E in groups of its own if its learning rate is."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if self._e_lr == 1.0:
+            return optimizer
+        e = {id(p) for name, p in self.model.named_parameters() if ".lora_E." in name}
+        for group in list(optimizer.param_groups):
+            own = [p for p in group["params"] if id(p) in e]
+            if own:
+                group["params"] = [p for p in group["params"] if id(p) not in e]
+                optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * self._e_lr})
+        return optimizer
