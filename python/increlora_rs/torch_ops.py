@@ -16,6 +16,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from ._core import RESERVE_E
 from .autocast import without_autocast
 from .ops import Probe
+from .sketch import Sketch
 
 _CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _WEIGHT_GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
@@ -49,7 +50,8 @@ def embedding(
     """
     t = functional.embedding(ids, a.t(), padding_idx=padding_idx, scale_grad_by_freq=scale_grad_by_freq)
     update = t @ _scaled_b(a, b, e, scale).t()
-    return _observed(update, _embedding_importance, scale, probe, slot, ids, a, b, e)
+    sketched = functools.partial(_add_embedding, padding_idx, scale_grad_by_freq)
+    return _observed(update, (_embedding_importance, sketched), scale, probe, slot, ids, a, b, e)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -78,14 +80,17 @@ def convolution(
     Returns:
         Tensor of the shape of the output of ``base`` and the dtype of x, under autocast of autocast's.
     """
+    seen = x
     if dropout > 0.0:
         x = functional.dropout(x, dropout)
+        # A sketch is of the gradient of the weight itself, which has no dropout before it.
+        seen = seen if probe is not None and probe.sketches is not None else x
     dims = len(base.kernel_size)
     kernel = a.to(x.dtype).view(-1, *base.weight.shape[1:])
     mix = _scaled_b(a, b, e, scale).to(x.dtype).view(*b.shape, *[1] * dims)
     update = _CONVOLUTIONS[dims](base._conv_forward(x, kernel, None), mix)
-    importance = functools.partial(_convolution_importance, base)
-    return _observed(update, importance, scale, probe, slot, x, a, b, e)
+    observers = functools.partial(_convolution_importance, base), functools.partial(_add_convolution, base)
+    return _observed(update, observers, scale, probe, slot, seen, a, b, e)
 
 
 def _scaled_b(a: Tensor, b: Tensor, e: Tensor, scale: float) -> Tensor:
@@ -114,6 +119,13 @@ def _embedding_importance(gy: Tensor, scale: float, ids: Tensor, a: Tensor, b: T
 def _convolution_importance(
     base: Any, gy: Tensor, scale: float, x: Tensor, a: Tensor, b: Tensor, e: Tensor
 ) -> Tensor:
+    gradient = _weight_gradient(base, gy, x)
+    delta = _scaled_b(a, b, e, scale) @ a
+    return (delta.view_as(gradient) * gradient).abs().sum(dtype=torch.float64)
+
+
+def _weight_gradient(base: Any, gy: Tensor, x: Tensor) -> Tensor:
+    """The gradient of the weight of the convolution ``base``, in its shape."""
     dims = len(base.kernel_size)
     if x.dim() == dims + 1:
         x, gy = x.unsqueeze(0), gy.unsqueeze(0)
@@ -121,26 +133,42 @@ def _convolution_importance(
     if base.padding_mode != "zeros" or isinstance(padding, str):
         mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
         x, padding = functional.pad(x, base._reversed_padding_repeated_twice, mode=mode), 0
-    gradient = _WEIGHT_GRADIENTS[dims](
+    gradient: Tensor = _WEIGHT_GRADIENTS[dims](
         x.to(gy.dtype), base.weight.shape, gy, base.stride, padding, base.dilation
     )
-    delta = _scaled_b(a, b, e, scale) @ a
-    return (delta.view_as(gradient) * gradient).abs().sum(dtype=torch.float64)
+    return gradient
+
+
+def _add_convolution(base: Any, sketch: Sketch, gy: Tensor, x: Tensor) -> None:
+    sketch.add_matrix(_weight_gradient(base, gy, x).flatten(1))
+
+
+def _add_embedding(
+    padding_idx: int | None, scale_grad_by_freq: bool, sketch: Sketch, gy: Tensor, ids: Tensor
+) -> None:
+    ids, gy = ids.flatten(), gy.reshape(-1, gy.shape[-1])
+    if scale_grad_by_freq:
+        counts = torch.zeros_like(sketch.omega[0]).index_add_(0, ids, sketch.omega.new_ones(len(ids)))
+        gy = gy / counts[ids, None]
+    if padding_idx is not None:
+        gy = gy.masked_fill((ids == padding_idx)[:, None], 0.0)
+    sketch.add_lookup(gy, ids)
 
 
 def _observed(
     update: Tensor,
-    importance: Callable[..., Tensor],
+    observers: tuple[Callable[..., Tensor], Callable[..., None]],
     scale: float,
     probe: Probe | None,
     slot: int,
     *tensors: Tensor,
 ) -> Tensor:
-    """``update`` itself, whose backward pass adds ``importance(gradient, scale, *tensors)`` to the probe's
-    slot where the probe asks for it."""
+    """``update`` itself, whose backward pass shows its gradient to one of the observers where the probe asks
+    for it: ``importance(gradient, scale, *tensors)`` is added to the probe's slot, ``sketched(sketch,
+    gradient, tensors[0])`` adds to the module's sketch."""
     if probe is None:
         return update
-    observed: Tensor = _Observed.apply(update, importance, scale, probe, slot, *tensors)
+    observed: Tensor = _Observed.apply(update, observers, scale, probe, slot, *tensors)
     return observed
 
 
@@ -149,13 +177,13 @@ class _Observed(torch.autograd.Function):
     def forward(
         ctx: Any,
         update: Tensor,
-        importance: Callable[..., Tensor],
+        observers: tuple[Callable[..., Tensor], Callable[..., None]],
         scale: float,
         probe: Probe,
         slot: int,
         *tensors: Tensor,
     ) -> Tensor:
-        ctx.importance, ctx.scale, ctx.probe, ctx.slot = importance, scale, probe, slot
+        ctx.observers, ctx.scale, ctx.probe, ctx.slot = observers, scale, probe, slot
         ctx.save_for_backward(*tensors)
         return update.view_as(update)
 
@@ -164,7 +192,11 @@ class _Observed(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         ctx.probe.count_backward(ctx.slot)
-        if ctx.probe.importance is not None:
-            with without_autocast(gy.device.type):
-                ctx.probe.importance[ctx.slot] += ctx.importance(gy, ctx.scale, *tensors)
+        importance, sketched = ctx.observers
+        sketch = ctx.probe.sketch(ctx.slot)
+        with without_autocast(gy.device.type):
+            if ctx.probe.importance is not None:
+                ctx.probe.importance[ctx.slot] += importance(gy, ctx.scale, *tensors)
+            if sketch is not None:
+                sketched(sketch, gy, tensors[0])
         return gy, None, None, None, None, *[None] * len(tensors)
