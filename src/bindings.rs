@@ -15,6 +15,7 @@ use crate::kernels::cuda;
 use crate::kernels::dropout::{self, Stream};
 use crate::orthogonality;
 
+mod sketch;
 mod step;
 
 /// Found in the file of the extension by `__init__`, which must not load an extension that was built
@@ -359,6 +360,7 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(orthogonality_value, module)?)?;
     module.add_function(wrap_pyfunction!(add_orthogonality_gradient_, module)?)?;
     module.add_function(wrap_pyfunction!(importance_window, module)?)?;
+    sketch::register(module)?;
     step::register(module)?;
     crate::kernels::cuda::bindings::register(module)
 }

@@ -12,6 +12,7 @@ pub mod importance;
 pub mod kernels;
 pub mod orthogonality;
 pub mod restart;
+pub mod sketch;
 pub mod step;
 
 use pyo3::prelude::*;

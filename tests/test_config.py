@@ -27,6 +27,8 @@ OWN_DEFAULTS = {
     "preserve_output": True,
     "importance_window": "auto",
     "importance_norm": "sqrt",
+    "importance": "sensitivity",
+    "init_new": "random",
 }
 
 PAPER = {
@@ -43,6 +45,8 @@ PAPER = {
     "preserve_output": False,
     "importance_window": None,
     "importance_norm": "sqrt",
+    "importance": "sensitivity",
+    "init_new": "random",
 }
 
 SUPPORTED = {
@@ -99,6 +103,9 @@ WRONG_VALUES = [
     ("init_lora_weights", None),
     ("scaling", "module"),
     ("importance_norm", "max"),
+    ("importance", "weights"),
+    ("importance", None),
+    ("init_new", "svd"),
     ("bias", "some"),
     ("advance_learning", "yes"),
     ("restart_warmup", 1),
@@ -312,6 +319,32 @@ def test_scale_divides_alpha_by_budget_or_rank(arguments, rank, scale):
     assert IncreLoraConfig(**arguments).scale(16, rank) == scale
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"init_new": "gradient"}, "init_new='gradient' needs importance='gradient', not 'sensitivity'"),
+        (
+            {"importance": "gradient", "importance_norm": "mean"},
+            "importance_norm='mean' does not apply to importance='gradient'",
+        ),
+        (
+            {"importance": "gradient", "init_new": "gradient", "init_lora_weights": "svd"},
+            "init_new='gradient' and advance_learning=True",
+        ),
+    ],
+)
+def test_options_that_contradict_each_other_are_both_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        IncreLoraConfig(**arguments)
+
+
+def test_the_paper_form_takes_the_gradient_importance_and_its_reserve_refuses_the_init():
+    assert IncreLoraConfig.paper(importance="gradient").uses_reserve
+    with pytest.raises(ValueError, match="advance_learning=True"):
+        IncreLoraConfig.paper(importance="gradient", init_new="gradient")
+    IncreLoraConfig.paper(importance="gradient", init_new="gradient", advance_learning=False)
+
+
 @pytest.mark.parametrize("load", [IncreLoraConfig.from_pretrained, PeftConfig.from_pretrained])
 @pytest.mark.parametrize(
     "config",
@@ -338,8 +371,9 @@ def test_scale_divides_alpha_by_budget_or_rank(arguments, rank, scale):
             importance_window=30,
             importance_norm="mean",
         ),
+        IncreLoraConfig(importance="gradient", init_new="gradient"),
     ],
-    ids=["default", "paper", "all set"],
+    ids=["default", "paper", "all set", "gradient"],
 )
 def test_saved_configuration_comes_back_equal(config, load, tmp_path):
     config.save_pretrained(tmp_path)

@@ -92,6 +92,10 @@ FORMS = {
     "the paper's": (IncreLoraConfig.paper, {}),
     "the paper's with dropout": (IncreLoraConfig.paper, {"lora_dropout": 0.2}),
     "rsLoRA's scale by rank": (IncreLoraConfig, {"scaling": "rank", "use_rslora": True}),
+    "along the gradient": (
+        IncreLoraConfig,
+        {"importance": "gradient", "init_new": "gradient", "lora_dropout": 0.2},
+    ),
 }
 
 
@@ -407,7 +411,7 @@ def test_a_model_exports_while_its_ranks_grow(make_llama, tokens):
     assert torch.equal(program.module()(tokens), Logits(model)(tokens))
 
 
-def operation_arguments(dropout, reserve):
+def operation_arguments(dropout, reserve, sketched):
     def matrix(*shape, **options):
         return torch.randn(*shape, dtype=torch.float64, **options)
 
@@ -415,16 +419,19 @@ def operation_arguments(dropout, reserve):
     e = matrix(3 - reserve, 1, requires_grad=True)
     seed = torch.tensor(7) if dropout else None
     factor = torch.tensor([1.5], dtype=torch.float64)
-    collector = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-    shared = (a, b, e, seed, factor, collector, torch.tensor(False), 0.5, dropout)
+    omega, psi = (matrix(2, 5), matrix(3, 4)) if sketched else (None, None)
+    size = 2 * 4 + 3 * 5 if sketched else 1
+    collector = torch.zeros(size, dtype=torch.float64, requires_grad=True)
+    shared = (a, b, e, seed, factor, collector, torch.tensor(sketched), omega, psi, 0.5, dropout)
     x = matrix(2, 6, 5, requires_grad=True)
     return (matrix(2, 6, 4, requires_grad=True), x, *shared), (x, matrix(4, 5), matrix(4), *shared)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("reserve", [0, 1])
-def test_the_operations_keep_to_the_rules_of_torch_library(dropout, reserve):
-    added, whole = operation_arguments(dropout, reserve)
+@pytest.mark.parametrize("sketched", [False, True])
+def test_the_operations_keep_to_the_rules_of_torch_library(dropout, reserve, sketched):
+    added, whole = operation_arguments(dropout, reserve, sketched)
     torch.library.opcheck(torch.ops.increlora.adapter_forward.default, added)
     torch.library.opcheck(torch.ops.increlora.linear_forward.default, whole)
 

@@ -66,10 +66,12 @@ FORMS = [
     {"lora_dropout": 0.25},
     {"scaling": "rank", "use_rslora": True},
     {"make": IncreLoraConfig.paper},
+    {"importance": "gradient", "lora_dropout": 0.25},
+    {"importance": "gradient", "init_new": "gradient"},
 ]
 
 
-@pytest.mark.parametrize("options", FORMS, ids=["default", "dropout", "scale by rank", "paper"])
+@pytest.mark.parametrize("options", FORMS, ids=["default", "dropout", "scale by rank", "paper", "sketch", "directions"])
 def test_one_compilation_serves_a_whole_training(options):
     history, expected = train(*[adapted(**options)] * 2)
     model = adapted(**options)

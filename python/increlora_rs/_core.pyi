@@ -21,6 +21,7 @@ __all__ = [
     "adapter_backward",
     "adapter_forward",
     "add_orthogonality_gradient_",
+    "add_to_sketch_",
     "cuda_add_grad_x",
     "cuda_add_orthogonality_gradient_",
     "cuda_apply_mask",
@@ -40,7 +41,9 @@ __all__ = [
     "linear_forward",
     "orthogonality",
     "restart_",
+    "sketched_triples",
     "smooth_",
+    "take_sketches_",
 ]
 
 RESERVE_E: float
@@ -158,6 +161,44 @@ def add_orthogonality_gradient_(
 ) -> Tensor:
     """Adds ``factor`` (a scalar tensor) times the gradient of :func:`orthogonality` to ``grad_a`` and
     ``grad_b`` in place; returns the value."""
+
+def add_to_sketch_(left: Tensor, right: Tensor, omega: Tensor, psi: Tensor, gy: Tensor, x: Tensor) -> None:
+    """Adds the gradient ``G = gy^T x`` (out, in), which is not formed, to a sketch of it, in place.
+
+    Args:
+        left: ``(G Omega)^T``, (k, out). right: ``Psi G``, (l, in).
+        omega: Omega^T, (k, in). psi: Psi, (l, out). All four have one dtype.
+        gy: (tokens, out). x: (tokens, in). Of any floating dtypes; the products are of the sketch's.
+    """
+
+def take_sketches_(
+    step: Tensor,
+    sum: Tensor,
+    steps: Tensor,
+    *,
+    scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """``sum += step / scale`` and ``steps += 1``, in place, unless a number of ``step`` is not finite or
+    ``found_inf`` is above 0; ``step`` becomes 0.
+
+    Args:
+        step, sum: Vectors of one dtype and length: sketches of one optimizer step, and of several.
+        steps: float64, one number.
+        scale: What the loss was multiplied by, one number. found_inf: One number.
+    """
+
+def sketched_triples(
+    left: Tensor, right: Tensor, psi: Tensor, a: Tensor, b: Tensor, count: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``count`` leading singular triples of the part of a sketched G (out, in) that is outside the span
+    of the rows of ``a`` (rows, in) and of the columns of ``b`` (out, rows'), ``(1 - P_B) G (1 - P_A)``.
+
+    Returns:
+        Singular values (count), left vectors (out, count), right vectors (count, in); float64 on the CPU.
+        Exact for a G of at most the sketch's rank k; 0 for triples that are not there, NaN where a number
+        that goes in is not finite.
+    """
 
 @final
 class Schedule:

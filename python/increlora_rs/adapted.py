@@ -64,9 +64,14 @@ class AdaptedModule:
         """Marks all rows as there from the start."""
         self.row_births, self.e_births = [0] * self.rows, [0] * self.rank
 
-    def grow(self, components: int, generator: torch.Generator) -> None:
+    def grow(
+        self,
+        components: int,
+        generator: torch.Generator,
+        directions: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """Makes more components active; :meth:`follow` comes after."""
-        self.layer.grow(self.adapter, components, generator)
+        self.layer.grow(self.adapter, components, generator, directions)
 
     def set_reserve(self, components: int, generator: torch.Generator | None = None) -> None:
         """Draws, or drops, components in reserve; :meth:`follow` comes after."""

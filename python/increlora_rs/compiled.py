@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_true
 from . import _core
 from .autocast import without_autocast
 from .cuda import prepare, stream
+from .sketch import length_of, pairs_of
 
 # Names by which torch.compile knows the adapter's parameters, and the dimension of their rows. Without
 # them it takes the shape of every parameter for fixed, whatever is marked.
@@ -57,17 +58,20 @@ def adapter(
     dropout: float,
     collector: Tensor | None,
     armed: Tensor | None,
+    omega: Tensor | None,
+    psi: Tensor | None,
 ) -> Tensor:
     """:func:`increlora_rs.ops.adapter` in a graph; ``x`` has the dtype of the product.
 
     Args:
         scale: The scale, or float64 (1) on the CPU that holds it.
-        collector: float64 (1), whose gradient is the module's importance; None where nobody asks.
-        armed: bool scalar on the CPU: is the importance to be computed in this backward pass?
+        collector: float64 (1), whose gradient is the module's importance; None where nobody asks. With
+            ``omega`` and ``psi``, of :class:`increlora_rs.sketch.Sketch`, it is that sketch's instead.
+        armed: bool scalar on the CPU: is the gradient to be computed in this backward pass?
     """
     constant, factor = _split(scale)
     result: Tensor = torch.ops.increlora.adapter_forward(
-        y, x, a, b, e, _seed(dropout), factor, collector, armed, constant, dropout
+        y, x, a, b, e, _seed(dropout), factor, collector, armed, omega, psi, constant, dropout
     )[0]
     return result
 
@@ -84,11 +88,13 @@ def linear(
     dropout: float,
     collector: Tensor | None,
     armed: Tensor | None,
+    omega: Tensor | None,
+    psi: Tensor | None,
 ) -> Tensor:
     """:func:`increlora_rs.ops.linear` in a graph; the rest as in :func:`adapter`."""
     constant, factor = _split(scale)
     result: Tensor = torch.ops.increlora.linear_forward(
-        x, weight, bias, a, b, e, _seed(dropout), factor, collector, armed, constant, dropout
+        x, weight, bias, a, b, e, _seed(dropout), factor, collector, armed, omega, psi, constant, dropout
     )[0]
     return result
 
@@ -101,7 +107,10 @@ def _seed(dropout: float) -> Tensor | None:
     return torch.randint(2**63 - 1, (), device="cpu") if dropout > 0.0 else None
 
 
-_SHARED = "Tensor? seed, Tensor? factor, Tensor? collector, Tensor? armed, float scale, float dropout"
+_SHARED = (
+    "Tensor? seed, Tensor? factor, Tensor? collector, Tensor? armed, Tensor? omega, Tensor? psi, "
+    "float scale, float dropout"
+)
 
 
 def _value(tensor: Tensor | None, default: Any) -> Any:
@@ -154,6 +163,8 @@ def _adapter_forward(
     factor: Tensor | None,
     collector: Tensor | None,
     armed: Tensor | None,
+    omega: Tensor | None,
+    psi: Tensor | None,
     scale: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,7 +185,7 @@ def _adapter_forward(
 
 
 @_adapter_forward.register_fake
-def _(y, x, a, b, e, seed, factor, collector, armed, scale, dropout):  # type: ignore[no-untyped-def]
+def _(y, x, a, b, e, seed, factor, collector, armed, omega, psi, scale, dropout):  # type: ignore[no-untyped-def]
     return y.new_empty(y.shape), *_kept(x, a.shape[0], dropout)
 
 
@@ -195,6 +206,8 @@ def _linear_forward(
     factor: Tensor | None,
     collector: Tensor | None,
     armed: Tensor | None,
+    omega: Tensor | None,
+    psi: Tensor | None,
     scale: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,7 +228,7 @@ def _linear_forward(
 
 
 @_linear_forward.register_fake
-def _(x, weight, bias, a, b, e, seed, factor, collector, armed, scale, dropout):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, a, b, e, seed, factor, collector, armed, omega, psi, scale, dropout):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], b.shape[0])), *_kept(x, a.shape[0], dropout)
 
 
@@ -223,7 +236,8 @@ def _(x, weight, bias, a, b, e, seed, factor, collector, armed, scale, dropout):
     "increlora::adapter_backward",
     mutates_args=(),
     schema="(Tensor gy, Tensor x, Tensor t, Tensor mask, Tensor a, Tensor b, Tensor e, Tensor? weight, "
-    "Tensor? seed, Tensor? factor, Tensor? armed, float scale, float dropout, bool needs_x)"
+    "Tensor? seed, Tensor? factor, Tensor? armed, Tensor? omega, Tensor? psi, float scale, float dropout, "
+    "bool needs_x)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _adapter_backward(
@@ -238,18 +252,23 @@ def _adapter_backward(
     seed: Tensor | None,
     factor: Tensor | None,
     armed: Tensor | None,
+    omega: Tensor | None,
+    psi: Tensor | None,
     scale: float,
     dropout: float,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    flat = x.reshape(-1, x.shape[-1])
-    importance = x.new_zeros(1, dtype=torch.float64)
+    flat_gy, flat = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1])
+    asked, wanted = _empty_asked(gy, x, omega, psi).zero_(), _value(armed, False)
     kept = None
     if mask.numel():
         kept = mask if _is_packed(x) else mask.view(flat.shape)
     with without_autocast(x.device.type):
+        if omega is not None and psi is not None and wanted:
+            left, right = pairs_of(asked, [(gy.shape[-1], x.shape[-1])], (len(omega), len(psi)))[0]
+            _core.add_to_sketch_(left, right, omega, psi, flat_gy, flat)
         gx, ga, gb, ge = _core.adapter_backward(
-            gy.reshape(-1, gy.shape[-1]),
+            flat_gy,
             flat,
             t,
             a,
@@ -259,29 +278,37 @@ def _adapter_backward(
             kept,
             dropout,
             needs_x,
-            importance if _value(armed, False) else None,
+            asked if omega is None and wanted else None,
             0,
             _value(seed, 0),
             weight,
             stream(x.device),
         )
-    return x.new_empty(0) if gx is None else gx.view(x.shape), ga, gb, ge, importance
+    return x.new_empty(0) if gx is None else gx.view(x.shape), ga, gb, ge, asked
+
+
+def _empty_asked(gy: Tensor, x: Tensor, omega: Tensor | None, psi: Tensor | None) -> Tensor:
+    """What the collector's gradient is: an importance, or a sketch."""
+    if omega is None or psi is None:
+        return x.new_empty(1, dtype=torch.float64)
+    size = length_of([(gy.shape[-1], x.shape[-1])], (omega.shape[0], psi.shape[0]))
+    return omega.new_empty(size)
 
 
 @_adapter_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    gy, x, t, mask, a, b, e, weight, seed, factor, armed, scale, dropout, needs_x
+    gy, x, t, mask, a, b, e, weight, seed, factor, armed, omega, psi, scale, dropout, needs_x
 ):
     gx = x.new_empty(x.shape if needs_x else 0)
-    importance = x.new_empty(1, dtype=torch.float64)
-    return gx, a.new_empty(a.shape), b.new_empty(b.shape), e.new_empty(e.shape), importance
+    asked = _empty_asked(gy, x, omega, psi)
+    return gx, a.new_empty(a.shape), b.new_empty(b.shape), e.new_empty(e.shape), asked
 
 
 def _save(ctx: Any, rest: list[Any], x: Tensor, weight: Tensor | None, output: Any) -> None:
-    a, b, e, seed, factor, collector, armed, ctx.scale, ctx.dropout = rest
+    a, b, e, seed, factor, collector, armed, omega, psi, ctx.scale, ctx.dropout = rest
     _, t, mask = output
     ctx.asked = collector is not None
-    ctx.save_for_backward(x, t, mask, a, b, e, weight, seed, factor, armed)
+    ctx.save_for_backward(x, t, mask, a, b, e, weight, seed, factor, armed, omega, psi)
 
 
 def _save_adapter(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -296,11 +323,11 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _gradients(ctx: Any, gy: Tensor, needs_x: bool) -> tuple[Tensor | None, ...]:
     """For x, and for the arguments from a to the last."""
-    gx, ga, gb, ge, importance = torch.ops.increlora.adapter_backward(
+    gx, ga, gb, ge, asked = torch.ops.increlora.adapter_backward(
         gy, *ctx.saved_tensors, ctx.scale, ctx.dropout, needs_x
     )
-    asked = importance if ctx.asked else None
-    return gx if needs_x else None, ga, gb, ge, None, None, asked, None, None, None
+    asked = asked if ctx.asked else None
+    return gx if needs_x else None, ga, gb, ge, None, None, asked, None, None, None, None, None
 
 
 def _adapter_gradients(ctx: Any, gy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

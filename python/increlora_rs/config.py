@@ -97,6 +97,15 @@ class IncreLoraConfig(LoraConfig):
             update does not shrink by it; False is the paper's behaviour.
         importance_window: Steps before each growth in which the importance is computed. "auto": as
             many as weigh 1e-3 or more in the smoothing; None: every step, as the paper does.
+        importance: What a module's importance is. "sensitivity": ``sum |dW * G|`` of what it has (eq. 6 of
+            the paper), G the gradient of its weight. "gradient": what a new component would gain, the
+            largest singular value of G outside the span of what the module has, from a small sketch of G
+            that the backward passes of the window before a growth add up. ``beta1`` and ``beta2`` then say
+            nothing but how long the window "auto" is, and ``importance_norm`` must be left at "sqrt": the
+            value of one component does not depend on the module's size.
+        init_new: What a new component starts from: "random" numbers, or the leading singular vectors of the
+            "gradient" that ``importance="gradient"`` chose by, as long as the random ones would be (B = 0
+            stays 0). Not with components in reserve.
         importance_norm: Divide a module's importance by "sqrt": sqrt(out in), as the authors' code
             does, or "mean": out in, as the paper prints.
         module_kinds: Kept by the library, for the export of a saved adapter: "embedding", or the size of
@@ -151,6 +160,13 @@ class IncreLoraConfig(LoraConfig):
     )
     importance_norm: Literal["sqrt", "mean"] = field(
         default="sqrt", metadata={"help": "Divide the importance by sqrt(out in) or out in."}
+    )
+    importance: Literal["sensitivity", "gradient"] = field(
+        default="sensitivity",
+        metadata={"help": "sum |dW * G| ('sensitivity') or what a new component gains ('gradient')."},
+    )
+    init_new: Literal["random", "gradient"] = field(
+        default="random", metadata={"help": "What new components start from."}
     )
     module_kinds: dict[str, Any] = field(
         default_factory=dict,
@@ -343,6 +359,8 @@ class IncreLoraConfig(LoraConfig):
     def _check_choices(self) -> None:
         arguments.choice("scaling", self.scaling, ("budget", "rank"))
         arguments.choice("importance_norm", self.importance_norm, ("sqrt", "mean"))
+        arguments.choice("importance", self.importance, ("sensitivity", "gradient"))
+        arguments.choice("init_new", self.init_new, ("random", "gradient"))
         arguments.choice("bias", self.bias, ("none", "all", "lora_only"))
         arguments.choice("advance_learning", self.advance_learning, (True, False, None))
         for name in ("restart_warmup", "preserve_output", "use_rslora", "fan_in_fan_out"):
@@ -352,4 +370,19 @@ class IncreLoraConfig(LoraConfig):
                 f"advance_learning=True needs init_lora_weights='svd', not "
                 f"{self.init_lora_weights!r}: with LoRA's init a new component starts at B = 0 and "
                 "there is nothing to keep in reserve."
+            )
+        if self.importance == "gradient" and self.importance_norm != "sqrt":
+            raise ValueError(
+                f"importance_norm={self.importance_norm!r} does not apply to importance='gradient', which is "
+                "the value of one component whatever the module's size; leave it out."
+            )
+        if self.init_new == "gradient" and self.importance != "gradient":
+            raise ValueError(
+                f"init_new='gradient' needs importance='gradient', not {self.importance!r}, which does not "
+                "look for directions; set both, or leave init_new out."
+            )
+        if self.init_new == "gradient" and self.uses_reserve:
+            raise ValueError(
+                "init_new='gradient' and advance_learning=True: a component in reserve was drawn long before "
+                "the growth that makes it count; set advance_learning=False, or leave init_new out."
             )

@@ -30,6 +30,12 @@ def average_(values: Tensor) -> None:
         values /= dist.get_world_size()
 
 
+def from_first_(values: Tensor) -> None:
+    """Replaces ``values`` by the first process's."""
+    if several_processes():
+        dist.broadcast(values, 0)
+
+
 def shared_seed(seed: int, device: torch.device) -> int:
     """The first process's seed, in every process."""
     if not several_processes():

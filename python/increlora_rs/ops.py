@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from . import _core, compiled
 from .autocast import compute_dtype, without_autocast
 from .cuda import stream
+from .sketch import Sketch
 
 # Backward passes after which a missing scheduler is noticed, and an optimizer that takes no step.
 _UNATTENDED_PASSES = 50
@@ -36,6 +37,8 @@ class Probe:
         unattended: Backward passes since the scheduler's optimizer took a step, or ever without one.
         layers: Number of layers that share the probe.
         reloaded: Did a layer take another rank from a checkpoint since the scheduler looked?
+        sketches: With ``importance="gradient"`` the sketch of each module's gradient, else None.
+        sketching: Are the backward passes to add to them?
     """
 
     importance: Tensor | None = None
@@ -45,6 +48,8 @@ class Probe:
     unattended: int = 0
     layers: int = 0
     reloaded: bool = False
+    sketches: list[Sketch] | None = None
+    sketching: bool = False
 
     @property
     def attached(self) -> bool:
@@ -54,7 +59,7 @@ class Probe:
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model has no scheduler.
         own = ("scheduler", "importance", "collector", "armed")
-        return self.__dict__ | dict.fromkeys(own)
+        return self.__dict__ | dict.fromkeys(own) | {"sketches": None, "sketching": False}
 
     def attach(self, scheduler: Any, importance: Tensor) -> None:
         """Takes a scheduler, and the vector that it will ask for."""
@@ -64,15 +69,20 @@ class Probe:
         self.collector.grad = importance
         self.armed = torch.zeros((), dtype=torch.bool, device="cpu")
 
-    def arm(self, importance: Tensor | None) -> None:
-        """Asks the next backward passes for the importance, or no longer."""
-        self.importance = importance
+    def arm(self, importance: Tensor | None, *, sketching: bool = False) -> None:
+        """Asks the next backward passes for the importance or the sketches, or no longer."""
+        self.importance, self.sketching = importance, sketching
         if self.armed is not None:
-            self.armed.fill_(importance is not None)
+            self.armed.fill_(importance is not None or sketching)
+
+    def sketch(self, slot: int) -> Sketch | None:
+        """The module's sketch, if the backward pass at hand is to add to it."""
+        return self.sketches[slot] if self.sketching and self.sketches is not None else None
 
     def detach(self) -> None:
         """Lets the scheduler go."""
-        self.scheduler = self.importance = self.collector = self.armed = None
+        self.scheduler = self.importance = self.collector = self.armed = self.sketches = None
+        self.sketching = False
 
     def new_slot(self) -> int:
         """Slot of one more layer."""
@@ -218,8 +228,12 @@ def asked_of(probe: Probe | None, slot: int) -> dict[str, Tensor | None]:
     """The module's part of the probe, for a compiled graph."""
     # Without gradients nobody asks, and the graph need not know whether there is a scheduler.
     if probe is None or not torch.is_grad_enabled() or probe.collector is None:
-        return {"collector": None, "armed": None}
-    return {"collector": probe.collector.narrow(0, slot, 1), "armed": probe.armed}
+        return dict.fromkeys(("collector", "armed", "omega", "psi"))
+    asked = {"collector": probe.collector.narrow(0, slot, 1), "armed": probe.armed}
+    if probe.sketches is None:
+        return asked | {"omega": None, "psi": None}
+    sketch = probe.sketches[slot]
+    return asked | {"collector": sketch.collector, "omega": sketch.omega, "psi": sketch.psi}
 
 
 def _new_seed(dropout: float) -> int:
@@ -297,14 +311,18 @@ class _Linear(torch.autograd.Function):
 
 def _backward(ctx: Any, gy: Tensor, needs_x: bool) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     x, t, mask, a, b, e, weight = ctx.saved_tensors
-    importance = None
+    importance = sketch = None
     if ctx.probe is not None:
         ctx.probe.count_backward(ctx.slot)
-        importance = ctx.probe.importance
+        importance, sketch = ctx.probe.importance, ctx.probe.sketch(ctx.slot)
+    flat_gy, flat = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1]).to(ctx.dtype)
     with without_autocast(x.device.type):
+        if sketch is not None:
+            # Before dropout: the gradient of the weight itself, and without the mask's noise.
+            sketch.add(flat_gy, flat)
         gx, ga, gb, ge = _core.adapter_backward(
-            gy.reshape(-1, gy.shape[-1]),
-            x.reshape(-1, x.shape[-1]).to(ctx.dtype),
+            flat_gy,
+            flat,
             t,
             a,
             b,

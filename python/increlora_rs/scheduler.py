@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import warnings
 from collections.abc import Iterable
@@ -18,11 +17,13 @@ from .attachment import check_attachable, trainable_adapter, unwrapped_optimizer
 from .compiled import mark_growing
 from .cuda import stream
 from .distributed import average_, find_ddp, rebuild_buckets, shared_seed
+from .gradient_scores import GradientScores
 from .growth import GrowthHistory
 from .model import rank_pattern
 from .planning import caps_of, new_schedule, ranks_of, schedule_of, total_steps_of
 from .restart import LrSchedule, RestartWarmup
 from .scores import Scores
+from .seeded import generator
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,8 @@ class RankScheduler:
         self._growth = GrowthHistory(list(self.ranks), self.budget, list(self.ranks.values()))
         self._expected: list[tuple[int, int]] | None = None
         self._seed = shared_seed(torch.initial_seed(), self._modules[0].a.device)
-        self._scores = Scores(self._modules, self._config, scaler)
+        scores = GradientScores if self._config.importance == "gradient" else Scores
+        self._scores = scores(self._modules, self._config, scaler)
         self._plan = self._scores.plan(self._modules)
         saved = self._group.get(STATE_KEY)
         if saved is None:
@@ -154,7 +156,7 @@ class RankScheduler:
         else:
             self._restore(saved)
         self._probe = self._modules[0].layer.probes[self._adapter]
-        self._probe.attach(self, self._scores.importance)
+        self._scores.attach(self._probe, self)
         self._probe.reloaded = False
         for slot, module in enumerate(self._modules):
             module.layer.probes[self._adapter] = self._probe
@@ -183,7 +185,8 @@ class RankScheduler:
 
     @property
     def scores(self) -> dict[str, float]:
-        """The smoothed scores S_k as of the last step (eq. 9 of the paper)."""
+        """The smoothed scores S_k as of the last step (eq. 9 of the paper); with
+        ``importance="gradient"`` sigma of every module as of the last growth, 0 before the first."""
         return dict(zip(self.ranks, self._scores.values().tolist(), strict=True))
 
     @property
@@ -193,7 +196,7 @@ class RankScheduler:
 
     @property
     def history(self) -> npt.NDArray[np.void]:
-        """A row for each growth: ``step``, ``module``, ``rank`` after it, ``importance`` (S_k)."""
+        """A row for each growth: ``step``, ``module``, ``rank`` after it, ``importance`` (its score)."""
         width = max(len(module.name) for module in self._modules)
         kinds = [("step", "i8"), ("module", f"U{width}"), ("rank", "i8"), ("importance", "f8")]
         rows = [(step, self._modules[k].name, rank, score) for step, k, rank, score in self._history]
@@ -231,6 +234,7 @@ class RankScheduler:
 
     def _start(self) -> None:
         self.schedule = new_schedule(self._config, self._modules, self._total_steps, self.budget)
+        self._scores.start(self._seed, self.schedule.add_r)
         for module in self._modules:
             module.start()
         steps = self._optimizer.state.get(self._modules[0].a, {}).get("step", 0)
@@ -267,18 +271,19 @@ class RankScheduler:
     def _take_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Between the backward pass and the optimizer's update."""
         smooth, weight = self._probe.importance is not None, self._config.orthogonality_weight
+        grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         if smooth or weight > 0.0:
             if smooth:
                 average_(self._scores.importance)
-            grad_scale = getattr(optimizer, "grad_scale", None)
             self._plan.take_gradients_(
                 smooth=smooth,
                 weight=weight,
                 loss_scale=self._scores.loss_scale() if smooth and grad_scale is None else None,
                 grad_scale=grad_scale,
-                found_inf=getattr(optimizer, "found_inf", None),
+                found_inf=found_inf,
                 stream=stream(self._scores.importance.device),
             )
+        self._scores.take_step(grad_scale, found_inf)
         self._restart.keep_old()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -299,12 +304,12 @@ class RankScheduler:
         """Asks the backward passes of the next step for the importance, if a growth will need it."""
         following = self.step + 1
         wanted = self._may_grow and self._scores.wanted(self.schedule.next_event(following) - following)
-        self._probe.arm(self._scores.importance if wanted else None)
+        self._scores.arm(self._probe, wanted)
 
     # Growth.
 
     def _grow(self) -> None:
-        scores = self._scores.values()
+        scores = self._scores.at_growth()
         if not scores.any():
             warnings.warn(
                 f"step {self.step}: the importance of every module is 0, so the first modules in model "
@@ -317,7 +322,7 @@ class RankScheduler:
         )
         for k, components in chosen:
             module = self._modules[k]
-            module.grow(components, self._generator(k, "grow"))
+            module.grow(components, self._generator(k, "grow"), self._scores.directions(k, components))
             self._history.append((self.step, k, module.rank, float(scores[k])))
         self._growth.add(self.step, list(self.ranks.values()), scores.tolist())
         self._config.growth = self._growth
@@ -345,9 +350,7 @@ class RankScheduler:
 
     def _generator(self, module: int, purpose: str) -> torch.Generator:
         """The same numbers in every process and after a resume."""
-        text = f"{self._seed}/{self.step}/{module}/{purpose}".encode()
-        seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
-        return torch.Generator().manual_seed(seed)
+        return generator(self._seed, self.step, module, purpose)
 
     def _fill_reserves(self, indices: Iterable[int]) -> None:
         if not self._config.uses_reserve or not self._may_grow:
@@ -384,6 +387,7 @@ class RankScheduler:
             "schedule": [schedule.tinit, schedule.deltaT, schedule.top_h, schedule.add_r],
             "adam_lead": self._restart.adam_lead,
             "was_linear": self._restart.was_linear,
+            "importance": self._config.importance,
             "scores": self._scores.state(),
             "row_births": [list(module.row_births) for module in self._modules],
             "e_births": [list(module.e_births) for module in self._modules],
@@ -439,6 +443,15 @@ class RankScheduler:
         )
         self._restart.adam_lead = saved["adam_lead"]
         self._restart.was_linear = saved["was_linear"]
+        kind = saved.get("importance", "sensitivity")
+        if kind != self._config.importance:
+            warnings.warn(
+                f"importance={self._config.importance!r}, but the run that is resumed had {kind!r}: the "
+                "scores start anew",
+                UserWarning,
+                stacklevel=2,
+            )
+        self._scores.start(self._seed, self.schedule.add_r)
         self._scores.restore(saved["scores"])
         self._history = [(int(s), int(k), int(r), float(i)) for s, k, r, i in saved["history"]]
         self._restore_growth(saved)

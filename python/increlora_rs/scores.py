@@ -13,6 +13,7 @@ from torch import Tensor
 from . import _core
 from .adapted import AdaptedModule
 from .config import IncreLoraConfig
+from .ops import Probe
 
 
 class Scores:
@@ -42,6 +43,28 @@ class Scores:
             self._watch(scaler)
         window = config.importance_window
         self._window = _core.importance_window(*self._betas) if window == "auto" else window
+
+    def start(self, seed: int, components: int) -> None:
+        """Before the first step: draws what is random, for growths by so many components."""
+
+    def attach(self, probe: Probe, scheduler: Any) -> None:
+        """Gives the layers what they add to."""
+        probe.attach(scheduler, self.importance)
+
+    def arm(self, probe: Probe, wanted: bool) -> None:
+        """Asks the next backward passes for the importance, or no longer."""
+        probe.arm(self.importance if wanted else None)
+
+    def take_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Before the optimizer acts: takes in what :meth:`plan` does not."""
+
+    def at_growth(self) -> npt.NDArray[np.float64]:
+        """The scores that a growth chooses by."""
+        return self.values()
+
+    def directions(self, k: int, components: int) -> tuple[Tensor, Tensor] | None:
+        """What new components of module ``k`` start from; None: random numbers."""
+        return None
 
     def wanted(self, steps_to_growth: int) -> bool:
         """Is the importance needed in a step that is so many steps before the next growth?"""
@@ -80,17 +103,20 @@ class Scores:
         def watched(*args: Any, **kwargs: Any) -> None:
             update(*args, **kwargs)
             if not self._stepped:
-                self.importance.zero_()
+                self._forget_step()
             self._stepped = False
 
         scaler.update = self._watched = watched
+
+    def _forget_step(self) -> None:
+        self.importance.zero_()
 
     def detach(self) -> None:
         """Gives the scaler its own ``update`` back, unless another scheduler has taken it since."""
         if self._scaler is not None and vars(self._scaler).get("update") is self._watched:
             del self._scaler.update
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Any]:
         """Copies of the vectors, for a checkpoint."""
         return {
             "importance": self.importance.clone(),

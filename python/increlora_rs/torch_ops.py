@@ -15,6 +15,9 @@ from torch.nn import functional
 from . import compiled_torch_ops, updates
 from .autocast import without_autocast
 from .ops import Probe, asked_of
+from .sketch import Sketch
+
+_Observers = tuple[Callable[..., Tensor], Callable[..., None]]
 
 
 def embedding(
@@ -53,7 +56,12 @@ def embedding(
             **asked_of(probe, slot),
         )
     update = updates.embedding(ids, a, b, e, float(scale), padding_idx, scale_grad_by_freq)
-    return _observed(update, updates.embedding_importance, float(scale), probe, slot, ids, a, b, e)
+
+    def sketched(sketch: Sketch, gy: Tensor, ids: Tensor) -> None:
+        updates.embedding_sketch(sketch, gy, ids, padding_idx, scale_grad_by_freq)
+
+    observers = updates.embedding_importance, sketched
+    return _observed(update, observers, float(scale), probe, slot, ids, a, b, e)
 
 
 def convolution(
@@ -81,30 +89,39 @@ def convolution(
     Returns:
         Tensor of the shape of the output of ``base`` and the dtype of x, under autocast of autocast's.
     """
+    seen = None
     if dropout > 0.0:
+        if probe is not None and probe.sketches is not None:
+            # A sketch is of the gradient of the weight itself, which has no dropout before it.
+            seen = updates.geometry_of(base, x)[1]
         x = functional.dropout(x, dropout)
     geometry, x = updates.geometry_of(base, x)
     if torch.compiler.is_compiling():
         asked = asked_of(probe, slot)
-        return compiled_torch_ops.convolution(x, a, b, e, geometry=geometry, scale=scale, **asked)
+        return compiled_torch_ops.convolution(x, seen, a, b, e, geometry=geometry, scale=scale, **asked)
     update = updates.convolution(x, a, b, e, float(scale), geometry)
-    importance = functools.partial(updates.convolution_importance, geometry)
-    return _observed(update, importance, float(scale), probe, slot, x, a, b, e)
+
+    def sketched(sketch: Sketch, gy: Tensor, x: Tensor) -> None:
+        sketch.add_matrix(updates.convolution_weight_gradient(geometry, gy, x))
+
+    observers = functools.partial(updates.convolution_importance, geometry), sketched
+    return _observed(update, observers, float(scale), probe, slot, x if seen is None else seen, a, b, e)
 
 
 def _observed(
     update: Tensor,
-    importance: Callable[..., Tensor],
+    observers: _Observers,
     scale: float,
     probe: Probe | None,
     slot: int,
     *tensors: Tensor,
 ) -> Tensor:
-    """``update`` itself, whose backward pass adds ``importance(gradient, scale, *tensors)`` to the probe's
-    slot where the probe asks for it."""
+    """``update`` itself, whose backward pass shows its gradient to one of the observers where the probe asks
+    for it: ``importance(gradient, scale, *tensors)`` is added to the probe's slot, ``sketched(sketch,
+    gradient, tensors[0])`` adds to the module's sketch."""
     if probe is None:
         return update
-    observed: Tensor = _Observed.apply(update, importance, scale, probe, slot, *tensors)
+    observed: Tensor = _Observed.apply(update, observers, scale, probe, slot, *tensors)
     return observed
 
 
@@ -113,13 +130,13 @@ class _Observed(torch.autograd.Function):
     def forward(
         ctx: Any,
         update: Tensor,
-        importance: Callable[..., Tensor],
+        observers: _Observers,
         scale: float,
         probe: Probe,
         slot: int,
         *tensors: Tensor,
     ) -> Tensor:
-        ctx.importance, ctx.scale, ctx.probe, ctx.slot = importance, scale, probe, slot
+        ctx.observers, ctx.scale, ctx.probe, ctx.slot = observers, scale, probe, slot
         ctx.save_for_backward(*tensors)
         return update.view_as(update)
 
@@ -128,7 +145,11 @@ class _Observed(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         ctx.probe.count_backward(ctx.slot)
-        if ctx.probe.importance is not None:
-            with without_autocast(gy.device.type):
-                ctx.probe.importance[ctx.slot] += ctx.importance(gy, ctx.scale, *tensors)
+        importance, sketched = ctx.observers
+        sketch = ctx.probe.sketch(ctx.slot)
+        with without_autocast(gy.device.type):
+            if ctx.probe.importance is not None:
+                ctx.probe.importance[ctx.slot] += importance(gy, ctx.scale, *tensors)
+            if sketch is not None:
+                sketched(sketch, gy, tensors[0])
         return gy, None, None, None, None, *[None] * len(tensors)

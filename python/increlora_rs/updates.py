@@ -1,5 +1,5 @@
 """The arithmetic of the updates of embeddings and convolutions: output, gradients, importance
-``sum |dW * dLoss/d(dW)|``. No autograd and no state."""
+``sum |dW * dLoss/d(dW)|``, sketch of the gradient. No autograd and no state."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.nn import grad as of
 
 from ._core import RESERVE_E
+from .sketch import Sketch
 
 CONVOLUTIONS: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _WEIGHT_GRADIENTS: dict[int, Any] = {1: of.conv1d_weight, 2: of.conv2d_weight, 3: of.conv3d_weight}
@@ -104,6 +105,19 @@ def embedding_importance(gy: Tensor, scale: float, ids: Tensor, a: Tensor, b: Te
     return (delta * gradient).abs().sum(dtype=torch.float64)
 
 
+def embedding_sketch(
+    sketch: Sketch, gy: Tensor, ids: Tensor, padding_idx: int | None, scale_grad_by_freq: bool
+) -> None:
+    """Adds the gradient of the weight to a sketch, as ``torch.nn.functional.embedding`` counts it."""
+    ids, gy = ids.flatten(), gy.reshape(-1, gy.shape[-1])
+    if scale_grad_by_freq:
+        counts = torch.zeros_like(sketch.omega[0]).index_add_(0, ids, sketch.omega.new_ones(len(ids)))
+        gy = gy / counts[ids, None]
+    if padding_idx is not None:
+        gy = gy.masked_fill((ids == padding_idx)[:, None], 0.0)
+    sketch.add_lookup(gy, ids)
+
+
 def convolution(x: Tensor, a: Tensor, b: Tensor, e: Tensor, scale: float, geometry: Geometry) -> Tensor:
     """``s B (E * (A x))`` with the convolution A, of the given geometry, and B, of kernel size 1."""
     convolve, (kernel, mix) = CONVOLUTIONS[len(geometry.kernel_size)], _kernels(x, a, b, e, scale, geometry)
@@ -137,12 +151,17 @@ def convolution_importance(
     geometry: Geometry, gy: Tensor, scale: float, x: Tensor, a: Tensor, b: Tensor, e: Tensor
 ) -> Tensor:
     """The importance that one backward pass adds, float64."""
+    delta = scaled_b(a, b, e, scale) @ a
+    return (delta * convolution_weight_gradient(geometry, gy, x)).abs().sum(dtype=torch.float64)
+
+
+def convolution_weight_gradient(geometry: Geometry, gy: Tensor, x: Tensor) -> Tensor:
+    """The gradient of the weight, as the matrix (out, in)."""
     dims = len(geometry.kernel_size)
     x, gy = _batched(dims, x, gy)
     shape = (gy.shape[1], x.shape[1], *geometry.kernel_size)
-    gradient = _WEIGHT_GRADIENTS[dims](x, shape, gy, *geometry[1:])
-    delta = scaled_b(a, b, e, scale) @ a
-    return (delta.view_as(gradient) * gradient).abs().sum(dtype=torch.float64)
+    gradient: Tensor = _WEIGHT_GRADIENTS[dims](x, shape, gy, *geometry[1:])
+    return gradient.flatten(1)
 
 
 def _kernels(

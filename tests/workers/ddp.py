@@ -26,6 +26,7 @@ SCENARIOS = {
     "unused parameters": {"find_unused_parameters": True},
     "bucket view": {"gradient_as_bucket_view": True},
     "comm hook": {},
+    "gradient": {},
 }
 
 
@@ -33,7 +34,8 @@ def model_for(scenario):
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(9, 14), nn.Tanh(), nn.Linear(14, 11), nn.Tanh(), nn.Linear(11, 6))
     make = IncreLoraConfig.paper if scenario == "paper" else IncreLoraConfig
-    config = make(r=3, lora_alpha=6, target_modules=TARGETS, top_h=1, deltaT=5)
+    options = {"importance": "gradient", "init_new": "gradient"} if scenario == "gradient" else {}
+    config = make(r=3, lora_alpha=6, target_modules=TARGETS, top_h=1, deltaT=5, **options)
     # In float64, so that only the method, not rounding, can make several processes differ from one.
     return peft.get_peft_model(model, config).double()
 

@@ -154,10 +154,18 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         if config.init_lora_weights is False:
             b.uniform_(-bound, bound, generator=generator)
 
-    def grow(self, adapter_name: str, components: int, generator: torch.Generator) -> None:
+    def grow(
+        self,
+        adapter_name: str,
+        components: int,
+        generator: torch.Generator,
+        directions: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """Makes ``components`` more components active: first those in reserve, then new ones.
 
-        Parameters keep their identity and lose their ``grad``; new rows stand at the end.
+        Parameters keep their identity and lose their ``grad``; new rows stand at the end. ``directions``
+        holds unit vectors, columns (out, n) and rows (n, in), that the first n new components take, each as
+        long as its random one is.
 
         Raises:
             ValueError: the adapter is merged, or the rank would pass min(in, out).
@@ -172,6 +180,9 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
             raise ValueError(f"rank {rank} is more than min(in, out) = {self.largest_rank}.")
         from_reserve = min(components, self.reserve(adapter_name))
         a, b, e = self._draw(adapter_name, components - from_reserve, generator)
+        if directions is not None:
+            _point(b, directions[0], 0)
+            _point(a, directions[1], 1)
         reserve_e = torch.full((from_reserve, 1), RESERVE_E, device=generator.device)
         config = self.configs[adapter_name]
         before = config.scale(self.lora_alpha[adapter_name], self.r[adapter_name])
@@ -370,6 +381,14 @@ def _hooked(layer: nn.Module) -> bool:
         or layer._backward_pre_hooks
         or nn.modules.module._global_forward_hooks
     )
+
+
+def _point(drawn: Tensor, directions: Tensor, dim: int) -> None:
+    """Gives vectors that lie along ``dim`` new directions, the first ones, and leaves their lengths."""
+    n = min(drawn.shape[1 - dim], directions.shape[1 - dim])
+    first = drawn.narrow(1 - dim, 0, n)
+    given = directions.narrow(1 - dim, 0, n).to(device=drawn.device, dtype=drawn.dtype)
+    first.copy_(given * first.norm(dim=dim, keepdim=True))
 
 
 def _append(parameter: nn.Parameter, rows: Tensor, dim: int) -> None:

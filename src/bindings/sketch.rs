@@ -1,0 +1,67 @@
+//! The sketch of a module's gradient as Python functions.
+
+use pyo3::prelude::*;
+use pyo3_tch::PyTensor;
+
+use crate::errors::detached;
+use crate::sketch;
+
+/// Adds the gradient `gy^T x` of one backward pass to a sketch, in place.
+#[pyfunction]
+fn add_to_sketch_(
+    py: Python<'_>,
+    left: PyTensor,
+    right: PyTensor,
+    omega: PyTensor,
+    psi: PyTensor,
+    gy: PyTensor,
+    x: PyTensor,
+) -> PyResult<()> {
+    let (mut left, mut right, omega, psi) = (left.0, right.0, omega.0, psi.0);
+    let (gy, x) = (gy.0, x.0);
+    detached(py, move || sketch::accumulate(&mut left, &mut right, &omega, &psi, &gy, &x))
+}
+
+/// Takes the sketches of one optimizer step into their sum, in place.
+#[pyfunction]
+#[pyo3(signature = (step, sum, steps, *, scale=None, found_inf=None))]
+fn take_sketches_(
+    py: Python<'_>,
+    step: PyTensor,
+    sum: PyTensor,
+    steps: PyTensor,
+    scale: Option<PyTensor>,
+    found_inf: Option<PyTensor>,
+) -> PyResult<()> {
+    let (mut step, mut sum, mut steps) = (step.0, sum.0, steps.0);
+    let (scale, overflow) = (scale.map(|scale| scale.0), found_inf.map(|found| found.0));
+    detached(py, move || {
+        sketch::take_step_(&mut step, &mut sum, &mut steps, scale.as_ref(), overflow.as_ref())
+    })
+}
+
+/// The leading singular triples of a sketched gradient outside the span of A and B.
+#[pyfunction]
+#[pyo3(signature = (left, right, psi, a, b, count=1))]
+fn sketched_triples(
+    py: Python<'_>,
+    left: PyTensor,
+    right: PyTensor,
+    psi: PyTensor,
+    a: PyTensor,
+    b: PyTensor,
+    count: i64,
+) -> PyResult<(PyTensor, PyTensor, PyTensor)> {
+    let (left, right, psi, a, b) = (left.0, right.0, psi.0, a.0, b.0);
+    detached(py, move || {
+        let found = sketch::triples(&left, &right, &psi, &a, &b, count)?;
+        Ok((PyTensor(found.sigma), PyTensor(found.u), PyTensor(found.v)))
+    })
+}
+
+/// Adds everything to the module.
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(add_to_sketch_, module)?)?;
+    module.add_function(wrap_pyfunction!(take_sketches_, module)?)?;
+    module.add_function(wrap_pyfunction!(sketched_triples, module)?)
+}

@@ -1,0 +1,182 @@
+"""The sketch of a module's gradient (src/sketch.rs) against the gradient itself and torch.linalg.svd."""
+
+import pytest
+import torch
+from increlora_rs import _core
+
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+K, ROWS = 8, 17
+NOTHING = {"a": torch.zeros(0, 40), "b": torch.zeros(60, 0)}
+
+
+def normal(*shape, seed=0, dtype=F64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+
+
+def new_sketch(out=60, features=40, dtype=F32, seed=1):
+    return {
+        "left": torch.zeros(K, out, dtype=dtype),
+        "right": torch.zeros(ROWS, features, dtype=dtype),
+        "omega": normal(K, features, seed=seed, dtype=dtype),
+        "psi": normal(ROWS, out, seed=seed + 1, dtype=dtype),
+    }
+
+
+def sketch_of(g, **kwargs):
+    """A sketch of G (out, in), as that of as many tokens as G has columns."""
+    sketch = new_sketch(*g.shape, **kwargs)
+    _core.add_to_sketch_(**sketch, gy=g.t().contiguous(), x=torch.eye(g.shape[1], dtype=g.dtype))
+    return sketch
+
+
+def triples_of(sketch, count=1, a=NOTHING["a"], b=NOTHING["b"]):
+    return _core.sketched_triples(sketch["left"], sketch["right"], sketch["psi"], a, b, count)
+
+
+def of_rank(rank, seed=5):
+    return normal(60, rank, seed=seed) @ normal(rank, 40, seed=seed + 1)
+
+
+def test_both_halves_are_products_with_the_gradient():
+    gy, x, sketch = normal(31, 60, seed=3), normal(31, 40, seed=4), new_sketch(dtype=F64)
+    _core.add_to_sketch_(**sketch, gy=gy, x=x)
+    g = gy.T @ x
+    assert torch.allclose(sketch["left"], (g @ sketch["omega"].T).T, atol=1e-10)
+    assert torch.allclose(sketch["right"], sketch["psi"] @ g, atol=1e-10)
+
+
+def test_sketches_of_micro_batches_add_up_to_that_of_the_batch():
+    gy, x = normal(64, 60, seed=3, dtype=F32), normal(64, 40, seed=4, dtype=F32)
+    whole, parts = new_sketch(), new_sketch()
+    _core.add_to_sketch_(**whole, gy=gy, x=x)
+    for rows in (slice(0, 10), slice(10, 50), slice(50, 64)):
+        _core.add_to_sketch_(**parts, gy=gy[rows], x=x[rows])
+    for half in ("left", "right"):
+        assert torch.allclose(parts[half], whole[half], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (torch.float16, F32), (F64, F64), (F32, BF16)])
+def test_any_dtype_is_added_as_the_sketchs_own(dtypes):
+    gy, x = normal(33, 60, seed=3, dtype=dtypes[0]), normal(33, 40, seed=4, dtype=dtypes[1])
+    sketch, wide = new_sketch(), new_sketch()
+    _core.add_to_sketch_(**sketch, gy=gy, x=x)
+    _core.add_to_sketch_(**wide, gy=gy.float(), x=x.float())
+    assert torch.equal(sketch["left"], wide["left"])
+    assert torch.equal(sketch["right"], wide["right"])
+
+
+def test_no_tokens_add_nothing():
+    sketch = new_sketch()
+    _core.add_to_sketch_(**sketch, gy=torch.zeros(0, 60), x=torch.zeros(0, 40))
+    assert not sketch["left"].any() and not sketch["right"].any()
+
+
+@pytest.mark.parametrize("rank", [1, 3, K])
+def test_a_gradient_of_low_rank_comes_back_whole(rank):
+    g = of_rank(rank)
+    sigma, u, v = triples_of(sketch_of(g.float()), count=rank)
+    want_u, want, want_v = torch.linalg.svd(g, full_matrices=False)
+    assert torch.allclose(sigma, want[:rank], rtol=1e-5)
+    for j in range(rank):
+        sign = torch.sign(u[:, j] @ want_u[:, j])
+        assert torch.allclose(sign * u[:, j], want_u[:, j], atol=1e-5)
+        assert torch.allclose(sign * v[j], want_v[j], atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_noisy_gradient_is_met_within_its_noise(seed):
+    # Singular values 10 and 6 over noise of a norm of 1 (Frobenius). The error of the reconstruction is a
+    # small multiple of the tail beyond the sketch's rank: 3 of it bound everything here.
+    signal = torch.linalg.qr(normal(60, 2, seed=7)).Q @ torch.diag(torch.tensor([10.0, 6.0], dtype=F64))
+    noise = normal(60, 40, seed=20 + seed)
+    g = signal @ torch.linalg.qr(normal(40, 2, seed=8)).Q.T + noise / noise.norm()
+    sigma, u, v = triples_of(sketch_of(g.float(), seed=30 + 2 * seed), count=2)
+    want_u, want, want_v = torch.linalg.svd(g)
+    tail = float(want[K:].norm())
+    assert float((sigma - want[:2]).abs().max()) < 3 * tail
+    assert float((u[:, 0] @ want_u[:, 0]).abs()) > 1 - (3 * tail / 4) ** 2
+    assert float((v[0] @ want_v[0]).abs()) > 1 - (3 * tail / 4) ** 2
+
+
+def test_the_span_of_both_factors_is_left_out():
+    g, a, b = of_rank(5), normal(3, 40, seed=11), normal(60, 2, seed=12)
+    b = torch.cat([b, b[:, :1] * 1e-6, torch.zeros(60, 1, dtype=F64)], 1)
+    left = torch.eye(60, dtype=F64) - b[:, :2] @ torch.linalg.pinv(b[:, :2])
+    right = torch.eye(40, dtype=F64) - torch.linalg.pinv(a) @ a
+    want = torch.linalg.svdvals(left @ g @ right)
+    sigma, u, v = triples_of(sketch_of(g, dtype=F64), count=6, a=a, b=b)
+    assert torch.allclose(sigma[:5], want[:5], rtol=1e-9)
+    assert sigma[5] == 0
+    assert torch.allclose((u * sigma) @ v, left @ g @ right, atol=1e-9)
+    assert float((a @ v[:5].T).abs().max()) < 1e-10
+    assert float((b.T @ u[:, :5]).abs().max()) < 1e-10
+
+
+def test_a_gradient_inside_the_span_is_worth_nothing():
+    g = of_rank(2)
+    u, _, v = torch.linalg.svd(g)
+    sigma, _, _ = triples_of(sketch_of(g.float()), count=2, a=v[:2].float(), b=u[:, :2].float())
+    assert not sigma.any()
+
+
+def test_a_module_smaller_than_the_sketch_is_exact():
+    g = normal(3, 5, seed=2)
+    sketch = sketch_of(g, dtype=F64)
+    a, b = torch.zeros(1, 5, dtype=F64), torch.zeros(3, 1, dtype=F64)
+    sigma, _, _ = triples_of(sketch, count=4, a=a, b=b)
+    assert torch.allclose(sigma[:3], torch.linalg.svdvals(g), rtol=1e-9)
+    assert sigma[3] == 0
+
+
+def test_nothing_in_the_sketch_is_worth_nothing():
+    sigma, u, v = triples_of(new_sketch(), count=2)
+    assert not sigma.any()
+    assert u.isfinite().all() and v.isfinite().all()
+
+
+@pytest.mark.parametrize("where", ["left", "right"])
+def test_what_is_not_finite_is_worth_nan(where):
+    sketch = sketch_of(of_rank(2).float())
+    sketch[where][0, 0] = float("inf")
+    assert triples_of(sketch)[0].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"left": torch.zeros(K, 59)}, ValueError, r"left has shape \[8, 59\]; it must be \[8, 60\]"),
+        ({"right": torch.zeros(ROWS)}, ValueError, r"right has shape \[17\]; it must be a matrix"),
+        ({"psi": torch.zeros(ROWS, 60, dtype=F64)}, TypeError, "psi has dtype Double; it must be Float"),
+        ({"gy": torch.zeros(2, 61)}, ValueError, r"gy has shape \[2, 61\]; it must be \[2, 60\]"),
+        ({"x": torch.zeros(2, 41)}, ValueError, r"x has shape \[2, 41\]; it must be \[2, 40\]"),
+        ({"x": torch.zeros(2, 40, dtype=torch.int64)}, TypeError, "x has dtype Int64"),
+    ],
+)
+def test_a_wrong_tensor_is_named(change, error, message):
+    with pytest.raises(error, match=message):
+        _core.add_to_sketch_(**(new_sketch() | {"gy": torch.zeros(2, 60), "x": torch.zeros(2, 40)} | change))
+
+
+def test_a_wrong_count_is_named():
+    with pytest.raises(ValueError, match="count is -1; give 0 or more"):
+        triples_of(new_sketch(), count=-1)
+
+
+def take(step, **kwargs):
+    step, total, steps = torch.tensor(step), torch.ones(2), torch.ones(1, dtype=F64)
+    _core.take_sketches_(step, total, steps, **kwargs)
+    assert not step.any()
+    return total.tolist(), float(steps)
+
+
+def test_a_step_is_taken_in_less_its_scale():
+    assert take([4.0, 8.0], scale=torch.tensor(4.0), found_inf=torch.tensor([0.0])) == ([2.0, 3.0], 2.0)
+
+
+@pytest.mark.parametrize("step", [[float("nan"), 1.0], [1.0, float("inf")]])
+def test_a_step_that_is_not_finite_is_left_out(step):
+    assert take(step) == ([1.0, 1.0], 1.0)
+
+
+def test_a_step_that_overflowed_is_left_out():
+    assert take([4.0, 8.0], found_inf=torch.tensor(1.0)) == ([1.0, 1.0], 1.0)
