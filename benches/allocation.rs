@@ -26,17 +26,18 @@ fn events(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("allocation");
     let wish = Wish { add_r: 1, ..Wish::default() };
     for modules in MODULES {
-        let (ranks, caps) = (vec![1; modules], vec![768; modules]);
+        let (ranks, caps, costs) = (vec![1; modules], vec![768; modules], vec![1; modules]);
         let budget = BUDGET_A_MODULE * modules as u64;
         group.bench_with_input(BenchmarkId::new("plan", modules), &modules, |bench, _| {
-            bench.iter(|| plan(black_box(&wish), STEPS, &ranks, &caps, budget));
+            bench.iter(|| plan(black_box(&wish), STEPS, &ranks, &caps, &costs, budget));
         });
-        let Ok(planned) = plan(&wish, STEPS, &ranks, &caps, budget) else {
+        let Ok(planned) = plan(&wish, STEPS, &ranks, &caps, &costs, budget) else {
             continue;
         };
         let scores = scores(modules);
         group.bench_with_input(BenchmarkId::new("choose", modules), &modules, |bench, _| {
-            bench.iter(|| choose(&planned.schedule, black_box(&scores), &ranks, &caps, budget));
+            let schedule = &planned.schedule;
+            bench.iter(|| choose(schedule, black_box(&scores), &ranks, &caps, &costs, budget));
         });
     }
     group.finish();

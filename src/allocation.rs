@@ -53,37 +53,46 @@ pub struct Wish {
     pub add_r: u64,
 }
 
-/// A schedule and the total rank that it is sure to reach, whatever modules are chosen.
+/// A schedule and how much of the budget it is sure to spend, whatever modules are chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Plan {
     /// The schedule.
     pub schedule: Schedule,
-    /// Total rank that is reached by the last step whatever modules are chosen.
+    /// What the components are sure to cost by the last step, whatever modules are chosen. The budget
+    /// itself stands for all that no further component fits into.
     pub reached: u64,
-    /// Total rank that no choice of modules passes.
+    /// Cost that no choice of modules passes.
     pub possible: u64,
 }
 
-/// Makes a schedule for `total_steps` optimizer steps that brings the total rank to `budget`.
+/// Makes a schedule for `total_steps` optimizer steps that spends `budget`.
 ///
-/// `ranks` and `caps` hold each module's first rank and the largest it may have. What the user left
+/// `ranks` and `caps` hold each module's first rank and the largest it may have, `costs` what a component
+/// of it takes of the budget: 1 everywhere where the budget is a total rank. What the user left
 /// open is chosen so: warm-up 10 % of the steps; events spread evenly until 60 % of the steps, at
 /// most 50 of them and at least 10 steps apart (closer only where the run has fewer steps than
-/// that); `top_h`, then `add_r`, just large enough that the budget is reached.
+/// that); `top_h`, then `add_r`, just large enough that the budget is spent even if only the cheapest
+/// modules are chosen.
 pub fn plan(
     wish: &Wish,
     total_steps: u64,
     ranks: &[u64],
     caps: &[u64],
+    costs: &[u64],
     budget: u64,
 ) -> Result<Plan> {
-    check_ranks(ranks, caps)?;
+    check_modules(ranks, caps, costs)?;
     at_least_one("total_steps", Some(total_steps))?;
     at_least_one("deltaT", wish.interval)?;
     at_least_one("top_h", wish.top_h)?;
     at_least_one("add_r", Some(wish.add_r))?;
-    let start = sum(ranks);
-    let need = budget.min(sum(caps)).saturating_sub(start);
+    let start = cost(ranks, costs);
+    let unspent = budget.min(cost(caps, costs)).saturating_sub(start);
+    // So many components spend it if they are the cheapest; fewer do if they are dearer.
+    let open = || (0..ranks.len()).filter(|&k| ranks[k] < caps[k]).map(|k| costs[k]);
+    let (cheapest, dearest) = (open().min().unwrap_or(1), open().max().unwrap_or(1));
+    let room = (0..ranks.len()).fold(0u64, |sum, k| sum.saturating_add(caps[k] - ranks[k]));
+    let need = unspent.div_ceil(cheapest).min(room);
 
     let mut end = share(total_steps, 3, 5).max(1);
     let warmup = wish.warmup.unwrap_or(share(total_steps, 1, 10).min(end - 1));
@@ -108,14 +117,21 @@ pub fn plan(
         Some(top_h) => schedule.top_h = top_h,
         None => raise_until_reached(&mut schedule, events, need, ranks, caps),
     }
-    let reached = start + worst_case(&schedule, all_events, need, ranks, caps);
+    let gained = worst_case(&schedule, all_events, need, ranks, caps);
+    let reached = match gained == need {
+        true => start + unspent,
+        false => start + unspent.min(gained.saturating_mul(cheapest)),
+    };
     let an_event = schedule.top_h.min(ranks.len() as u64).saturating_mul(schedule.add_r);
-    let possible = start + need.min(all_events.saturating_mul(an_event));
+    let most = all_events.saturating_mul(an_event).saturating_mul(dearest);
+    let possible = start + unspent.min(most);
     Ok(Plan { schedule, reached, possible })
 }
 
-fn sum(values: &[u64]) -> u64 {
-    values.iter().fold(0, |sum, &value| sum.saturating_add(value))
+/// What components cost together.
+fn cost(ranks: &[u64], costs: &[u64]) -> u64 {
+    let each = ranks.iter().zip(costs).map(|(rank, cost)| rank.saturating_mul(*cost));
+    each.fold(0, u64::saturating_add)
 }
 
 fn share(steps: u64, numerator: u64, denominator: u64) -> u64 {
@@ -129,7 +145,17 @@ fn at_least_one(name: &str, value: Option<u64>) -> Result<()> {
     Ok(())
 }
 
-fn check_ranks(ranks: &[u64], caps: &[u64]) -> Result<()> {
+fn check_modules(ranks: &[u64], caps: &[u64], costs: &[u64]) -> Result<()> {
+    if costs.len() != ranks.len() {
+        return Err(Error::Value(format!(
+            "costs has {} entries and ranks {}; give one of each a module",
+            costs.len(),
+            ranks.len()
+        )));
+    }
+    if costs.contains(&0) {
+        return Err(Error::Value("costs has a 0; give 1 or more for each module".into()));
+    }
     if ranks.len() != caps.len() {
         return Err(Error::Value(format!(
             "ranks has {} entries and caps {}; give one of each a module",
@@ -226,20 +252,22 @@ pub struct Growth {
     pub components: u64,
 }
 
-/// Chooses who grows at an event: the `top_h` modules of highest score that have room, each by
-/// `add_r`, never past a cap nor past `budget`.
+/// Chooses who grows at an event: the `top_h` modules of highest score for their cost that have room,
+/// each by `add_r`, never past a cap nor past `budget`.
 ///
-/// Equal scores go to the module that comes first in model order; a score that is not a number
-/// counts as the lowest. Where the budget leaves less than the whole event, the last module chosen
-/// gains fewer components, and those after it none.
+/// Equal values go to the module that comes first in model order; a score that is not a number
+/// counts as the lowest. Where the budget leaves less than the whole event, the event is the last: what is
+/// left goes to the modules that it still pays for, best first, until it pays for none. With costs of 1 the
+/// last module chosen gains fewer components, and those after it none.
 pub fn choose(
     schedule: &Schedule,
     scores: &[f64],
     ranks: &[u64],
     caps: &[u64],
+    costs: &[u64],
     budget: u64,
 ) -> Result<Vec<Growth>> {
-    check_ranks(ranks, caps)?;
+    check_modules(ranks, caps, costs)?;
     if scores.len() != ranks.len() {
         return Err(Error::Value(format!(
             "scores has {} entries and ranks {}; give one of each a module",
@@ -247,20 +275,53 @@ pub fn choose(
             ranks.len()
         )));
     }
-    let key = |k: &usize| if scores[*k].is_nan() { f64::NEG_INFINITY } else { scores[*k] + 0.0 };
+    let value = |k: usize| scores[k] / costs[k] as f64;
+    let key = |k: &usize| if value(*k).is_nan() { f64::NEG_INFINITY } else { value(*k) + 0.0 };
     let mut order: Vec<usize> = (0..ranks.len()).filter(|&k| ranks[k] < caps[k]).collect();
     order.sort_by(|a, b| key(b).total_cmp(&key(a)));
-    let mut left = budget.saturating_sub(sum(ranks));
-    let mut grown = Vec::new();
-    for module in order.into_iter().take(usize::try_from(schedule.top_h).unwrap_or(usize::MAX)) {
-        let components = schedule.add_r.min(caps[module] - ranks[module]).min(left);
-        if components == 0 {
-            break;
-        }
-        left -= components;
-        grown.push(Growth { module, components });
+    let mut purse = Purse { left: budget.saturating_sub(cost(ranks, costs)), grown: Vec::new() };
+    let top_h = usize::try_from(schedule.top_h).unwrap_or(usize::MAX);
+    let mut last = false;
+    for &module in order.iter().take(top_h) {
+        let wanted = schedule.add_r.min(caps[module] - ranks[module]);
+        last |= purse.buy(module, wanted, costs[module]) < wanted;
     }
-    Ok(grown)
+    while last {
+        let before = purse.left;
+        for &module in &order {
+            let room = caps[module] - ranks[module] - purse.gained(module);
+            purse.buy(module, schedule.add_r.min(room), costs[module]);
+        }
+        last = purse.left < before;
+    }
+    Ok(purse.grown)
+}
+
+/// What is left of a budget during an event, and what it has bought.
+struct Purse {
+    left: u64,
+    grown: Vec<Growth>,
+}
+
+impl Purse {
+    /// Gives `module` up to `wanted` components at `cost`; how many it could pay for.
+    fn buy(&mut self, module: usize, wanted: u64, cost: u64) -> u64 {
+        let components = wanted.min(self.left / cost);
+        self.left -= components * cost;
+        match self.grown.iter_mut().find(|growth| growth.module == module) {
+            Some(growth) => growth.components += components,
+            None if components > 0 => self.grown.push(Growth { module, components }),
+            None => {}
+        }
+        components
+    }
+
+    fn gained(&self, module: usize) -> u64 {
+        self.grown
+            .iter()
+            .find(|growth| growth.module == module)
+            .map_or(0, |growth| growth.components)
+    }
 }
 
 /// The smallest n with `max(beta1, beta2)^n < 1e-3`: an importance older than that weighs nothing.

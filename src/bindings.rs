@@ -239,12 +239,19 @@ fn add_orthogonality_gradient_(
 #[derive(PartialEq)]
 struct PySchedule {
     plan: allocation::Plan,
+    /// Of a component of each module; `None`: 1.
+    costs: Option<Vec<u64>>,
+}
+
+/// Costs of components of so many modules.
+fn costs_of(costs: Option<&Vec<u64>>, modules: usize) -> Vec<u64> {
+    costs.cloned().unwrap_or_else(|| vec![1; modules])
 }
 
 #[pymethods]
 impl PySchedule {
     #[new]
-    #[pyo3(signature = (total_steps, ranks, caps, budget, *, tinit=None, deltaT=None, top_h=None, add_r=1))]
+    #[pyo3(signature = (total_steps, ranks, caps, budget, *, tinit=None, deltaT=None, top_h=None, add_r=1, costs=None))]
     #[allow(non_snake_case, clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -256,11 +263,16 @@ impl PySchedule {
         deltaT: Option<u64>,
         top_h: Option<u64>,
         add_r: u64,
+        costs: Option<PyReadonlyArray1<'_, u64>>,
     ) -> PyResult<Self> {
         let wish = Wish { warmup: tinit, interval: deltaT, top_h, add_r };
         let (ranks, caps) = (vector("ranks", &ranks)?, vector("caps", &caps)?);
-        let plan = detached(py, || allocation::plan(&wish, total_steps, &ranks, &caps, budget))?;
-        Ok(Self { plan })
+        let costs = costs.map(|costs| vector("costs", &costs)).transpose()?;
+        let plan = detached(py, || {
+            let each = costs_of(costs.as_ref(), ranks.len());
+            allocation::plan(&wish, total_steps, &ranks, &caps, &each, budget)
+        })?;
+        Ok(Self { plan, costs })
     }
 
     #[getter]
@@ -312,7 +324,9 @@ impl PySchedule {
         let (scores, ranks) = (vector("scores", &scores)?, vector("ranks", &ranks)?);
         let caps = vector("caps", &caps)?;
         detached(py, || {
-            let grown = allocation::choose(&self.plan.schedule, &scores, &ranks, &caps, budget)?;
+            let costs = costs_of(self.costs.as_ref(), ranks.len());
+            let schedule = &self.plan.schedule;
+            let grown = allocation::choose(schedule, &scores, &ranks, &caps, &costs, budget)?;
             Ok(grown.into_iter().map(|growth| (growth.module, growth.components)).collect())
         })
     }

@@ -29,6 +29,7 @@ OWN_DEFAULTS = {
     "importance_norm": "sqrt",
     "importance": "sensitivity",
     "init_new": "random",
+    "budget_unit": "rank",
 }
 
 PAPER = {
@@ -47,6 +48,7 @@ PAPER = {
     "importance_norm": "sqrt",
     "importance": "sensitivity",
     "init_new": "random",
+    "budget_unit": "rank",
 }
 
 SUPPORTED = {
@@ -106,6 +108,7 @@ WRONG_VALUES = [
     ("importance", "weights"),
     ("importance", None),
     ("init_new", "svd"),
+    ("budget_unit", "bytes"),
     ("bias", "some"),
     ("advance_learning", "yes"),
     ("restart_warmup", 1),
@@ -371,7 +374,7 @@ def test_the_paper_form_takes_the_gradient_importance_and_its_reserve_refuses_th
             importance_window=30,
             importance_norm="mean",
         ),
-        IncreLoraConfig(importance="gradient", init_new="gradient"),
+        IncreLoraConfig(importance="gradient", init_new="gradient", budget_unit="parameters"),
     ],
     ids=["default", "paper", "all set", "gradient"],
 )

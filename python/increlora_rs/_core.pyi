@@ -207,10 +207,12 @@ class Schedule:
     Args:
         total_steps: 1 or more.
         ranks: First rank of each module, uint64. caps: The largest each may have, uint64.
-        budget: Total rank to reach.
+        budget: Total rank to reach, or what all components may cost.
         tinit, deltaT, top_h: None leaves them to the library: warm-up 10 % of the steps, at most 50
             events, at least 10 steps apart, spread until 60 % of the steps, and as many modules an
             event as the budget needs. add_r: raised only where that is not enough.
+        costs: What a component of each module takes of the budget, 1 or more, uint64; None: 1, the budget
+            is a total rank.
     """
 
     def __new__(
@@ -224,6 +226,7 @@ class Schedule:
         deltaT: int | None = None,
         top_h: int | None = None,
         add_r: int = 1,
+        costs: npt.NDArray[np.uint64] | None = None,
     ) -> Schedule: ...
     @property
     def tinit(self) -> int:
@@ -239,10 +242,11 @@ class Schedule:
         """Components that each gains."""
     @property
     def reached(self) -> int:
-        """Total rank that is reached by the last step whatever modules are chosen."""
+        """Part of the budget that is spent by the last step whatever modules are chosen; all of it means
+        until no component fits any more."""
     @property
     def possible(self) -> int:
-        """Total rank that no choice of modules passes by the last step."""
+        """Part of the budget that no choice of modules passes by the last step."""
     def is_event(self, step: int) -> bool:
         """Do ranks grow after ``step`` (the first is 1)?"""
     def next_event(self, step: int) -> int:
@@ -254,8 +258,9 @@ class Schedule:
         caps: npt.NDArray[np.uint64],
         budget: int,
     ) -> list[tuple[int, int]]:
-        """(module, components) of those that grow: the ``top_h`` of highest score with room, ties to
-        the first, never past a cap nor past ``budget``."""
+        """(module, components) of those that grow: the ``top_h`` of highest score for their cost with room,
+        ties to the first, never past a cap nor past ``budget``. Where the budget does not pay for all of
+        them, what is left goes to those that it pays for."""
 
 def importance_window(beta1: float, beta2: float) -> int:
     """The smallest n with ``max(beta1, beta2)**n < 1e-3``."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .budget import Budget
 from .model import adapted_layers, short
 from .report import RankTable
 
@@ -34,17 +35,18 @@ def write_section(card: Path, model: Any, adapters: Sequence[str]) -> None:
 
 def _adapter(model: Any, name: str) -> list[str]:
     config = model.peft_config[name]
-    ranks = {short(full): layer.r[name] for full, layer in adapted_layers(model, name).items()}
+    layers = adapted_layers(model, name)
+    ranks = {short(full): layer.r[name] for full, layer in layers.items()}
+    budget = Budget.of(config, [(layer.out_features, layer.in_features) for layer in layers.values()])
     folder = "path/to/this/folder" + ("" if name == "default" else f"/{name}")
     title = "## IncreLoRA adapter" + ("" if name == "default" else f" `{name}`")
-    total, budget = sum(ranks.values()), config.r * len(ranks)
     return [
         title,
         "",
         "A LoRA whose ranks grew during training, by the importance of each module "
         f"([arXiv 2308.12043](https://arxiv.org/abs/2308.12043)): {len(ranks)} modules, ranks "
-        f"{min(ranks.values())} to {max(ranks.values())}, total {total} of a budget of {budget} "
-        f"(`r={config.r}` on average).",
+        f"{min(ranks.values())} to {max(ranks.values())}, total {budget.told(list(ranks.values()))} "
+        f"({'' if budget.unit == 'rank' else 'those of '}`r={config.r}` on average).",
         "",
         "Load it onto the base model:",
         "",
@@ -63,7 +65,7 @@ def _adapter(model: Any, name: str) -> list[str]:
         "",
         f"In a shell the same is `increlora-rs export {folder} lora`.",
         "",
-        *_ranks(ranks, budget),
+        *_ranks(ranks, budget.total),
         "",
     ]
 

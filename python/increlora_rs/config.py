@@ -72,7 +72,8 @@ class IncreLoraConfig(LoraConfig):
     """Configuration of IncreLoRA (arXiv 2308.12043), in place of ``peft.LoraConfig``.
 
     Args:
-        r: The budget: the average rank of the adapted modules at the end of training, 1 or more.
+        r: The budget: the average rank of the adapted modules at the end of training, 1 or more; see
+            ``budget_unit``.
         init_r: Rank of every module at the start, from 1 to ``r``. ``rank_pattern`` sets it by module.
         max_r: Rank that no module may pass, at least ``r``; None: only min(in, out) of the module.
         total_step: Optimizer steps of the training; None: from the Trainer, or given to ``attach``.
@@ -108,6 +109,10 @@ class IncreLoraConfig(LoraConfig):
             stays 0). Not with components in reserve.
         importance_norm: Divide a module's importance by "sqrt": sqrt(out in), as the authors' code
             does, or "mean": out in, as the paper prints.
+        budget_unit: What the budget counts. "rank": components, ``r`` times the number of modules in all.
+            "parameters": the numbers that components train, in + out + 1 each, ``r`` times their sum over the
+            modules in all: what rank ``r`` everywhere would train. Modules are then chosen by their score for
+            each parameter, and growth ends when no component fits any more.
         module_kinds: Kept by the library, for the export of a saved adapter: "embedding", or the size of
             a convolution's kernel, by full module name.
 
@@ -167,6 +172,9 @@ class IncreLoraConfig(LoraConfig):
     )
     init_new: Literal["random", "gradient"] = field(
         default="random", metadata={"help": "What new components start from."}
+    )
+    budget_unit: Literal["rank", "parameters"] = field(
+        default="rank", metadata={"help": "What the budget counts: components, or their parameters."}
     )
     module_kinds: dict[str, Any] = field(
         default_factory=dict,
@@ -360,6 +368,7 @@ class IncreLoraConfig(LoraConfig):
         arguments.choice("scaling", self.scaling, ("budget", "rank"))
         arguments.choice("importance_norm", self.importance_norm, ("sqrt", "mean"))
         arguments.choice("importance", self.importance, ("sensitivity", "gradient"))
+        arguments.choice("budget_unit", self.budget_unit, ("rank", "parameters"))
         arguments.choice("init_new", self.init_new, ("random", "gradient"))
         arguments.choice("bias", self.bias, ("none", "all", "lora_only"))
         arguments.choice("advance_learning", self.advance_learning, (True, False, None))

@@ -25,12 +25,13 @@ class GrowthHistory:
 
     Args:
         modules: Full module names, in model order.
-        budget: Total rank that the training aims at.
+        budget: Total rank that the training aims at, or number of parameters where there are ``costs``.
         first_ranks: Rank of each module before the first growth.
         steps: Optimizer step of each growth.
         ranks: For each growth, the ranks that it left, by module.
         scores: For each growth, the scores S_k that it chose by, by module; NaN where they were not kept.
         step: Optimizer steps taken.
+        costs: Parameters of a component of each module, where the budget is in parameters; else None.
     """
 
     modules: list[str]
@@ -40,6 +41,7 @@ class GrowthHistory:
     ranks: list[list[int]] = field(default_factory=list)
     scores: list[list[float]] = field(default_factory=list)
     step: int = 0
+    costs: list[int] | None = None
 
     def add(self, step: int, ranks: list[int], scores: list[float]) -> None:
         """Takes a growth in."""
@@ -63,6 +65,7 @@ class GrowthHistory:
                     self.ranks[:count],
                     self.scores[:count],
                     self.step if count == len(self.steps) else self.steps[count],
+                    self.costs,
                 )
         return None
 
@@ -151,13 +154,15 @@ def _to_json(history: GrowthHistory) -> str:
         {"step": step, "ranks": ranks, "scores": [_short(score) for score in scores]}
         for step, ranks, scores in zip(history.steps, history.ranks, history.scores, strict=True)
     ]
-    head = {
+    head: dict[str, Any] = {
         "version": _VERSION,
         "step": history.step,
         "budget": history.budget,
         "modules": history.modules,
         "first_ranks": history.first_ranks,
     }
+    if history.costs is not None:
+        head["costs"] = history.costs
     return json.dumps(head | {"growths": growths})
 
 
@@ -171,8 +176,13 @@ def _from_json(file: Path) -> GrowthHistory:
         saved = json.loads(file.read_text())
         if saved["version"] != _VERSION:
             raise ValueError(f"it has version {saved['version']}, this release reads {_VERSION}")
+        costs = None if saved.get("costs") is None else [int(cost) for cost in saved["costs"]]
         history = GrowthHistory(
-            list(saved["modules"]), int(saved["budget"]), list(saved["first_ranks"]), step=int(saved["step"])
+            list(saved["modules"]),
+            int(saved["budget"]),
+            list(saved["first_ranks"]),
+            step=int(saved["step"]),
+            costs=costs,
         )
         for growth in saved["growths"]:
             scores = [math.nan if score is None else float(score) for score in growth["scores"]]
@@ -180,6 +190,7 @@ def _from_json(file: Path) -> GrowthHistory:
             history.ranks.append(list(growth["ranks"]))
             history.scores.append(scores)
         lists: list[list[Any]] = [history.modules, history.first_ranks, *history.ranks, *history.scores]
+        lists += [] if costs is None else [costs]
         sizes = set(map(len, lists))
         if len(sizes) != 1:
             raise ValueError(f"its lists are of {sorted(sizes)} modules")

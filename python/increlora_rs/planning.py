@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from . import _core, arguments
 from .adapted import AdaptedModule
+from .budget import Budget, amount
 from .config import IncreLoraConfig
 
 # Steps of a training whose length is not known, and rank that no module reaches.
@@ -46,10 +47,15 @@ def caps_of(config: IncreLoraConfig, modules: Sequence[AdaptedModule]) -> npt.ND
     return np.array(caps, dtype=np.uint64)
 
 
+def budget_of(config: IncreLoraConfig, modules: Sequence[AdaptedModule]) -> Budget:
+    """What the ranks of the modules may take in all."""
+    return Budget.of(config, [(module.layer.out_features, module.layer.in_features) for module in modules])
+
+
 def new_schedule(
-    config: IncreLoraConfig, modules: Sequence[AdaptedModule], total_steps: int | None, budget: int
+    config: IncreLoraConfig, modules: Sequence[AdaptedModule], total_steps: int | None, budget: Budget
 ) -> _core.Schedule:
-    """A schedule that brings the total rank to ``budget``; told, with the numbers, where it may not.
+    """A schedule that spends ``budget``; told, with the numbers, where it may not.
 
     Raises:
         ValueError: the number of steps is not known but needed.
@@ -61,16 +67,19 @@ def new_schedule(
         )
     wish = (config.tinit, config.deltaT, config.top_h, config.add_r)
     schedule = schedule_of(config, modules, total_steps, budget, wish)
-    start, most = int(ranks_of(modules).sum()), int(caps_of(config, modules).sum())
-    if start > budget:
+    start, most = (
+        budget.spent(int(rank) for rank in ranks) for ranks in (ranks_of(modules), caps_of(config, modules))
+    )
+    if start > budget.total:
         warnings.warn(
-            f"the ranks add up to {start} already, more than the budget of {budget} that r={config.r} gives "
-            f"{len(modules)} modules: none will grow. Raise r, or lower rank_pattern.",
+            f"the ranks add up to {amount(start, budget.unit)} already, more than the budget of "
+            f"{budget.total} that r={config.r} gives {len(modules)} modules: none will grow. Raise r, or "
+            "lower rank_pattern.",
             UserWarning,
             stacklevel=5,
         )
-    elif schedule.reached < budget:
-        impossible = schedule.possible < budget or most < budget
+    elif schedule.reached < budget.total:
+        impossible = schedule.possible < budget.total or most < budget.total
         warnings.warn(
             f"the budget {'cannot' if impossible else 'may not'} be reached: {len(modules)} modules at an "
             f"average rank of r={config.r} make {budget}, but from {start} only {schedule.reached} are sure "
@@ -86,7 +95,7 @@ def schedule_of(
     config: IncreLoraConfig,
     modules: Sequence[AdaptedModule],
     total_steps: int | None,
-    budget: int,
+    budget: Budget,
     wish: tuple[int | None, int | None, int | None, int],
 ) -> _core.Schedule:
     """The schedule with the values of ``wish`` (tinit, deltaT, top_h, add_r); None is left open."""
@@ -95,9 +104,10 @@ def schedule_of(
         total_steps or _ENDLESS,
         ranks_of(modules),
         caps_of(config, modules),
-        budget,
+        budget.total,
         tinit=tinit,
         deltaT=interval,
         top_h=top_h,
         add_r=add_r,
+        costs=np.array(budget.costs, dtype=np.uint64),
     )

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from .budget import told
 from .growth import GrowthHistory, growth_history
 from .places import in_order, places
 from .report import RankTable, rank_table
@@ -92,25 +93,31 @@ def draw_ranks(table: RankTable) -> Any:
     axes.set_xticks(range(0, columns, across), table.layers[::across])
     axes.set_yticks(range(0, rows, down), table.kinds[::down], fontsize=min(10.0, 60 * height * down))
     axes.set_xlabel("layer")
-    axes.set_title(f"ranks, total {table.total_rank} of {table.budget}", fontsize=10)
+    axes.set_title(
+        f"ranks, total {told(table.total_rank, table.budget, table.parameters, 'of')}", fontsize=10
+    )
     figure.colorbar(image, ax=axes, label="rank", ticks=_integers())
     return figure
 
 
 def draw_growth(history: GrowthHistory) -> Any:
-    """The matplotlib figure of the ranks over the steps: above the total, below each module's."""
+    """The matplotlib figure of the ranks over the steps: above what they take of the budget in all, below
+    each module's."""
     rows = _Rows.of(history.modules)
     ranks = np.array([history.first_ranks, *history.ranks]).T
     edges = np.array([0, *history.steps, max(history.step, history.steps[-1] + 1)])
     figure, axes, bar, total = _over_steps(rows, above=1.2)
-    last = int(ranks[:, -1].sum())
-    total.stairs(ranks.sum(axis=0), edges, baseline=None, color="black")
+    in_rank = history.costs is None
+    spent = ranks.sum(axis=0) if in_rank else np.array(history.costs) @ ranks
+    last = int(spent[-1])
+    total.stairs(spent, edges, baseline=None, color="black")
     total.axhline(history.budget, color="grey", linestyle="--", linewidth=1)
     total.set_ylim(0, 1.15 * max(history.budget, last))
-    total.set_ylabel("total rank")
+    total.set_ylabel("total rank" if in_rank else "parameters")
     total.yaxis.set_major_locator(_integers(4))
     total.tick_params(labelbottom=False)
-    total.set_title(f"growth of the ranks, total {last} of {history.budget}", fontsize=10)
+    words = told(int(ranks[:, -1].sum()), history.budget, None if in_rank else last, "of")
+    total.set_title(f"growth of the ranks, total {words}", fontsize=10)
     image = axes.pcolormesh(edges, rows.edges, ranks[rows.order], cmap="viridis", vmin=0, vmax=ranks.max())
     total.sharex(axes)
     rows.label(axes)

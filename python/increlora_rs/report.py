@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from .budget import told
 from .places import in_order, places
 from .source import Factors, read
 
@@ -25,21 +26,23 @@ class RankTable:
         layers: Names of the rows: the layer numbers, "-" for modules outside of layers.
         kinds: Names of the columns: module names without their layer.
         ranks: Rank by (layer, kind).
-        budget: Total rank that the training aimed at.
+        budget: Total rank that the training aimed at, or number of parameters.
+        parameters: Those of the components, where the budget is in parameters; else None.
     """
 
     layers: list[str]
     kinds: list[str]
     ranks: dict[tuple[str, str], int]
     budget: int
+    parameters: int | None = None
 
     @classmethod
-    def of(cls, ranks: dict[str, int], budget: int) -> RankTable:
+    def of(cls, ranks: dict[str, int], budget: int, parameters: int | None = None) -> RankTable:
         """The table of ranks by full module name."""
         place = places(ranks)
         kinds = list(dict.fromkeys(kind for _, kind in place.values()))
         cells = {place[name]: rank for name, rank in ranks.items()}
-        return cls(in_order(layer for layer, _ in place.values()), kinds, cells, budget)
+        return cls(in_order(layer for layer, _ in place.values()), kinds, cells, budget, parameters)
 
     @property
     def total_rank(self) -> int:
@@ -47,7 +50,7 @@ class RankTable:
         return sum(self.ranks.values())
 
     def __rich__(self) -> Table:
-        table = Table(title=f"ranks, total {self.total_rank} of a budget of {self.budget}")
+        table = Table(title=f"ranks, total {told(self.total_rank, self.budget, self.parameters)}")
         table.add_column("layer", justify="right")
         for kind in self.kinds:
             table.add_column(kind, justify="right", overflow="fold", min_width=3)
@@ -88,11 +91,13 @@ class ModuleTable:
 
     Args:
         rows: The modules.
-        budget: Total rank that the training aimed at.
+        budget: Total rank that the training aimed at, or number of parameters.
+        parameters: Those of the components, where the budget is in parameters; else None.
     """
 
     rows: list[ModuleRow]
     budget: int
+    parameters: int | None = None
 
     @property
     def total_rank(self) -> int:
@@ -104,14 +109,18 @@ class ModuleTable:
         """Frobenius norm of all updates together."""
         return math.hypot(*(row.norm for row in self.rows))
 
-    def share(self, rank: int) -> float:
-        """``rank`` in per cent of the budget."""
-        return 100.0 * rank / self.budget
+    def share(self, spent: int) -> float:
+        """So much of the budget, in its unit, in per cent of it."""
+        return 100.0 * spent / self.budget
+
+    def _spent(self, row: ModuleRow) -> int:
+        """What a module's rank takes of the budget."""
+        return row.rank if self.parameters is None else row.rank * (sum(row.shape) + 1)
 
     def __rich__(self) -> Table:
         stem = _common_stem([row.name for row in self.rows])
         table = Table(
-            title=f"ranks, total {self.total_rank} of a budget of {self.budget}",
+            title=f"ranks, total {told(self.total_rank, self.budget, self.parameters)}",
             caption=f"names go on from {stem}" if stem else None,
             box=box.SIMPLE,
             show_footer=True,
@@ -121,7 +130,8 @@ class ModuleTable:
         table.add_column("module", f"{len(self.rows)} modules", overflow="fold", min_width=12)
         table.add_column("out x in", no_wrap=True, justify="right")
         table.add_column("rank", str(self.total_rank), no_wrap=True, justify="right")
-        table.add_column("budget", f"{self.share(self.total_rank):.1f}%", no_wrap=True, justify="right")
+        spent = sum(self._spent(row) for row in self.rows)
+        table.add_column("budget", f"{self.share(spent):.1f}%", no_wrap=True, justify="right")
         table.add_column("|dW|", f"{self.norm:.3g}", no_wrap=True, justify="right")
         table.add_column("singular values", overflow="fold", min_width=8)
         for row in self.rows:
@@ -129,7 +139,7 @@ class ModuleTable:
                 row.name.removeprefix(stem),
                 "x".join(map(str, row.shape)),
                 str(row.rank),
-                f"{self.share(row.rank):.1f}%",
+                f"{self.share(self._spent(row)):.1f}%",
                 f"{row.norm:.3g}",
                 _leading(row.singular_values),
             )
@@ -148,7 +158,8 @@ def rank_table(
         ValueError, FileNotFoundError, TypeError: as for :func:`increlora_rs.export_lora`.
     """
     adapter = read(model_or_adapter_dir, adapter_name)
-    return RankTable.of({name: module.rank for name, module in adapter.modules.items()}, adapter.budget)
+    ranks = {name: module.rank for name, module in adapter.modules.items()}
+    return RankTable.of(ranks, adapter.budget, adapter.parameters)
 
 
 def module_table(
@@ -167,7 +178,7 @@ def module_table(
         values = singular_values(module)
         shape = (int(module.b.shape[0]), int(module.a.shape[1]))
         rows.append(ModuleRow(name, shape, module.rank, math.hypot(*values), values))
-    return ModuleTable(rows, adapter.budget)
+    return ModuleTable(rows, adapter.budget, adapter.parameters)
 
 
 def singular_values(module: Factors) -> list[float]:

@@ -14,13 +14,14 @@ from torch import nn
 
 from .adapted import adapted_modules
 from .attachment import check_attachable, trainable_adapter, unwrapped_optimizer
+from .budget import amount
 from .compiled import mark_growing
 from .cuda import stream
 from .distributed import average_, find_ddp, rebuild_buckets, shared_seed
 from .gradient_scores import GradientScores
 from .growth import GrowthHistory
 from .model import rank_pattern
-from .planning import caps_of, new_schedule, ranks_of, schedule_of, total_steps_of
+from .planning import budget_of, caps_of, new_schedule, ranks_of, schedule_of, total_steps_of
 from .restart import LrSchedule, RestartWarmup
 from .scores import Scores
 from .seeded import generator
@@ -108,7 +109,9 @@ class RankScheduler:
 
     Attributes:
         schedule: When and how much the ranks grow (``tinit``, ``deltaT``, ``top_h``, ``add_r``).
-        budget: Total rank at the end: ``config.r`` times the number of modules.
+        budget: Total rank at the end: ``config.r`` times the number of modules. With
+            ``budget_unit="parameters"`` the numbers that the components train, and the end is where no
+            further one fits.
         step: Optimizer steps taken.
         restored: Was the state of an earlier run found in the optimizer?
     """
@@ -139,12 +142,13 @@ class RankScheduler:
             lr_warmup=lr_warmup_steps,
             lr_schedule=lr_schedule,
         )
-        self.budget = self._config.r * len(self._modules)
+        self._budget = budget_of(self._config, self._modules)
+        self.budget = self._budget.total
         self.step = 0
         self.restored = False
         self._may_grow = False
         self._history: list[tuple[int, int, int, float]] = []
-        self._growth = GrowthHistory(list(self.ranks), self.budget, list(self.ranks.values()))
+        self._growth = self._new_growth(list(self.ranks.values()))
         self._expected: list[tuple[int, int]] | None = None
         self._seed = shared_seed(torch.initial_seed(), self._modules[0].a.device)
         scores = GradientScores if self._config.importance == "gradient" else Scores
@@ -180,8 +184,13 @@ class RankScheduler:
 
     @property
     def total_rank(self) -> int:
-        """Sum of the ranks; ``budget`` at the end."""
+        """Sum of the ranks; ``budget`` at the end, unless that is in parameters."""
         return sum(module.rank for module in self._modules)
+
+    @property
+    def spent(self) -> int:
+        """What the ranks take of ``budget``, in its unit: ``total_rank``, or the components' parameters."""
+        return self._budget.spent(self.ranks.values())
 
     @property
     def scores(self) -> dict[str, float]:
@@ -232,8 +241,12 @@ class RankScheduler:
         group: dict[str, Any] = self._optimizer.param_groups[0]
         return group
 
+    def _new_growth(self, first_ranks: list[int]) -> GrowthHistory:
+        costs = None if self._budget.unit == "rank" else self._budget.costs
+        return GrowthHistory(list(self.ranks), self.budget, first_ranks, costs=costs)
+
     def _start(self) -> None:
-        self.schedule = new_schedule(self._config, self._modules, self._total_steps, self.budget)
+        self.schedule = new_schedule(self._config, self._modules, self._total_steps, self._budget)
         self._scores.start(self._seed, self.schedule.add_r)
         for module in self._modules:
             module.start()
@@ -297,8 +310,14 @@ class RankScheduler:
         self._arm()
 
     def _update_may_grow(self) -> None:
-        room = bool((ranks_of(self._modules) < caps_of(self._config, self._modules)).any())
-        self._may_grow = room and self.total_rank < self.budget
+        room = self._room()
+        left = self.budget - self.spent
+        self._may_grow = any(cost <= left for cost, has in zip(self._budget.costs, room, strict=True) if has)
+
+    def _room(self) -> list[bool]:
+        """Which modules are below the largest rank that they may have?"""
+        room: list[bool] = (ranks_of(self._modules) < caps_of(self._config, self._modules)).tolist()
+        return room
 
     def _arm(self) -> None:
         """Asks the backward passes of the next step for the importance, if a growth will need it."""
@@ -324,7 +343,8 @@ class RankScheduler:
             module = self._modules[k]
             module.grow(components, self._generator(k, "grow"), self._scores.directions(k, components))
             self._history.append((self.step, k, module.rank, float(scores[k])))
-        self._growth.add(self.step, list(self.ranks.values()), scores.tolist())
+        ranks = list(self.ranks.values())
+        self._growth.add(self.step, ranks, scores.tolist())
         self._config.growth = self._growth
         self._update_may_grow()
         if self._may_grow:
@@ -336,13 +356,12 @@ class RankScheduler:
         self._config.rank_pattern = rank_pattern(self.ranks)
         self._restart.find_young(self._modules)
         self._rebuild_buckets()
-        total = self.total_rank
-        logger.info(
-            "step %d: %d modules grew, total rank %d of %d", self.step, len(chosen), total, self.budget
-        )
-        if not self._may_grow and total < self.budget:
+        total = self._budget.told(ranks, "of")
+        logger.info("step %d: %d modules grew, total rank %s", self.step, len(chosen), total)
+        # What is left of a budget in parameters may pay for no component of those with room.
+        if self.spent < self.budget and not any(self._room()):
             warnings.warn(
-                f"no module can grow any more, but the total rank is {total} of a budget of {self.budget}: "
+                f"no module can grow any more, but the total rank is {self._budget.told(ranks)}: "
                 "every module is at max_r or at min(in, out).",
                 UserWarning,
                 stacklevel=2,
@@ -381,6 +400,7 @@ class RankScheduler:
             "step": self.step,
             "total_steps": self._total_steps,
             "budget": self.budget,
+            "budget_unit": self._budget.unit,
             "seed": self._seed,
             "modules": list(self.ranks),
             "ranks": list(self.ranks.values()),
@@ -424,14 +444,16 @@ class RankScheduler:
         if saved["total_steps"] != self._total_steps:
             warnings.warn(
                 f"total_steps={self._total_steps}, but the run that is resumed was planned for "
-                f"{saved['total_steps']}: ranks go on growing by that plan, {self.budget} in total",
+                f"{saved['total_steps']}: ranks go on growing by that plan, "
+                f"{self._budget} in total",
                 UserWarning,
                 stacklevel=2,
             )
-        if saved["budget"] != self.budget:
+        planned = saved["budget"], saved.get("budget_unit", "rank")
+        if planned != (self.budget, self._budget.unit):
             warnings.warn(
-                f"r={self._config.r} makes a budget of {self.budget}, but the run that is resumed was "
-                f"planned for {saved['budget']}: ranks go on growing by that plan, which may not reach it",
+                f"r={self._config.r} makes a budget of {self._budget}, but the run that is resumed was "
+                f"planned for {amount(*planned)}: ranks go on growing by that plan, which may not reach it",
                 UserWarning,
                 stacklevel=2,
             )
@@ -439,7 +461,7 @@ class RankScheduler:
         self.restored = True
         self._seed = saved["seed"]
         self.schedule = schedule_of(
-            self._config, self._modules, self._total_steps, self.budget, saved["schedule"]
+            self._config, self._modules, self._total_steps, self._budget, saved["schedule"]
         )
         self._restart.adam_lead = saved["adam_lead"]
         self._restart.was_linear = saved["was_linear"]
@@ -468,7 +490,7 @@ class RankScheduler:
 
     def _restore_growth(self, saved: dict[str, Any]) -> None:
         first_ranks = [births.count(0) for births in saved["e_births"]]
-        self._growth = GrowthHistory(list(self.ranks), self.budget, first_ranks)
+        self._growth = self._new_growth(first_ranks)
         if "growth" in saved:
             self._growth.restore(saved["growth"])
         else:

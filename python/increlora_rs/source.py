@@ -20,6 +20,7 @@ from peft.utils import (
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from .budget import Budget
 from .config import IncreLoraConfig
 from .files import load_weights
 from .kinds import Kind, lora_key, matrices
@@ -68,8 +69,18 @@ class Adapter:
 
     @property
     def budget(self) -> int:
-        """Total rank that the training aimed at."""
-        return self.config.r * len(self.modules)
+        """Total rank that the training aimed at; parameters where ``config.budget_unit`` says so."""
+        return self._budget.total
+
+    @property
+    def parameters(self) -> int | None:
+        """Those of the components, where the budget is in parameters; else None."""
+        return self._budget.parameters(module.rank for module in self.modules.values())
+
+    @property
+    def _budget(self) -> Budget:
+        sizes = [(int(module.b.shape[0]), int(module.a.shape[1])) for module in self.modules.values()]
+        return Budget.of(self.config, sizes)
 
 
 @dataclass

@@ -131,6 +131,7 @@ def combined_config(
         "lora_alpha": r,
         "init_r": 1,
         "max_r": None,
+        "budget_unit": "rank",
         "scaling": "budget",
         "use_rslora": False,
         "rank_pattern": pattern,

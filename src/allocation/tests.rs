@@ -3,7 +3,25 @@
 use super::*;
 use proptest::prelude::*;
 
+mod costs;
+
 const AUTOMATIC: Wish = Wish { warmup: None, interval: None, top_h: None, add_r: 1 };
+
+/// As [`super::plan`], of a budget that is a total rank.
+fn plan(wish: &Wish, steps: u64, ranks: &[u64], caps: &[u64], budget: u64) -> Result<Plan> {
+    super::plan(wish, steps, ranks, caps, &vec![1; ranks.len()], budget)
+}
+
+/// As [`super::choose`], of a budget that is a total rank.
+fn choose(
+    schedule: &Schedule,
+    scores: &[f64],
+    ranks: &[u64],
+    caps: &[u64],
+    budget: u64,
+) -> Result<Vec<Growth>> {
+    super::choose(schedule, scores, ranks, caps, &vec![1; ranks.len()], budget)
+}
 
 /// Random numbers from a seed (splitmix64).
 struct Random(u64);

@@ -245,3 +245,39 @@ def test_a_choice_refuses_a_rank_past_its_cap():
 def test_a_step_that_is_none_is_refused(method, step, error):
     with pytest.raises(error):
         getattr(plan(), method)(step)
+
+
+# Components that cost more than 1.
+
+
+def priced(costs, budget, ranks=(1, 1), cap=9, **given) -> _core.Schedule:
+    caps = np.full(len(ranks), cap, np.uint64)
+    return _core.Schedule(100, u64(*ranks), caps, budget, costs=u64(*costs), **given)
+
+
+def test_costs_of_one_are_the_default():
+    ranks, caps = u64(1, 1), u64(9, 9)
+    plain = _core.Schedule(100, ranks, caps, 8)
+    assert numbers(plain) == numbers(_core.Schedule(100, ranks, caps, 8, costs=u64(1, 1)))
+
+
+def test_the_score_for_the_cost_decides_and_the_budget_holds():
+    schedule = priced([3, 10], 39, tinit=0, deltaT=10, top_h=1)
+    scores = np.array([3.0, 11.0])
+    assert schedule.choose(scores, u64(1, 1), u64(9, 9), 39) == [(1, 1)]
+    assert schedule.choose(scores, u64(1, 3), u64(9, 9), 39) == [(0, 2)]
+    assert schedule.choose(scores, u64(3, 3), u64(9, 9), 39) == []
+
+
+def test_what_is_sure_to_be_reached_is_in_the_unit_of_the_costs():
+    schedule = priced([3, 10], 100, tinit=0, deltaT=50, top_h=1)
+    assert (schedule.reached, schedule.possible) == (19, 33)
+
+
+@pytest.mark.parametrize(
+    ("costs", "message"),
+    [([3], "costs has 1 entries and ranks 2"), ([3, 0], "costs has a 0; give 1 or more")],
+)
+def test_wrong_costs_are_named(costs, message):
+    with pytest.raises(ValueError, match=message):
+        priced(costs, 100)
