@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from increlora_rs import IncreLoraConfig, growth_history
-from increlora_rs.growth import HISTORY_NAME
+from increlora_rs.history import HISTORY_NAME
 from increlora_rs.scheduler import STATE_KEY
 
 STEPS = [4, 6, 8, 10]

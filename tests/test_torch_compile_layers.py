@@ -71,7 +71,9 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize("options", FORMS, ids=["default", "dropout", "scale by rank", "paper", "sketch", "directions"])
+@pytest.mark.parametrize(
+    "options", FORMS, ids=["default", "dropout", "scale by rank", "paper", "sketch", "directions"]
+)
 def test_one_compilation_serves_a_whole_training(options):
     history, expected = train(*[adapted(**options)] * 2)
     model = adapted(**options)

@@ -16,7 +16,8 @@ from .callback import IncreLoraCallback  # noqa: E402
 from .config import IncreLoraConfig  # noqa: E402
 from .convert import convert_lora  # noqa: E402
 from .export import Export, export_lora  # noqa: E402
-from .growth import GrowthHistory, growth_history  # noqa: E402
+from .growth import GrowthHistory  # noqa: E402
+from .history import growth_history  # noqa: E402
 from .model import IncreLoraModel  # noqa: E402
 from .plots import plot_growth, plot_ranks, plot_scores  # noqa: E402
 from .registration import register  # noqa: E402

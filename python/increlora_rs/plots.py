@@ -16,7 +16,8 @@ import numpy.typing as npt
 from torch import nn
 
 from .budget import told
-from .growth import GrowthHistory, growth_history
+from .growth import GrowthHistory
+from .history import growth_history
 from .places import in_order, places
 from .report import RankTable, rank_table
 

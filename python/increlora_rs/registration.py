@@ -17,7 +17,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, register_peft_method
 from .card import write_section
 from .config import IncreLoraConfig
 from .files import check_weights_file, staged
-from .growth import write_history
+from .history import write_history
 from .model import IncreLoraModel, ignores_mismatched_sizes
 from .peft_type import PEFT_TYPE
 

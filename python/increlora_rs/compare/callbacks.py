@@ -53,7 +53,7 @@ class GrowthCallback(IncreLoraCallback):
             wish = (steps // 10 if config.tinit is None else config.tinit, config.deltaT, config.top_h)
             like = round(steps * self._growth_end / _AUTOMATIC_END)
             scheduler.schedule = schedule_of(
-                config, scheduler._modules, like, scheduler.budget, (*wish, config.add_r)
+                config, scheduler._modules, like, scheduler._budget, (*wish, config.add_r)
             )
             scheduler._arm()
         if self._random_seed is not None:
