@@ -307,6 +307,25 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(make_trainer, f
     assert callback.scheduler.history.tolist() == uninterrupted.scheduler.history.tolist()
 
 
+@pytest.mark.parametrize("stop", [3, 8, 11])
+def test_a_resumed_training_along_the_gradient_to_a_number_of_parameters_is_the_uninterrupted_one(
+    make_trainer, stop
+):
+    ways = {"importance": "gradient", "init_new": "gradient", "budget_unit": "parameters", "top_h": None}
+    options = {"save_strategy": "steps", "save_steps": stop, "save_total_limit": None, "config": ways}
+    whole, uninterrupted = make_trainer(**options)
+    whole.train()
+    for checkpoint in Path(whole.args.output_dir).glob("checkpoint-*"):
+        if checkpoint.name != f"checkpoint-{stop}":
+            shutil.rmtree(checkpoint)
+    resumed, callback = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=True)
+    for name, parameter in weights(resumed).items():
+        assert torch.equal(parameter, weights(whole)[name]), name
+    assert callback.scheduler.history.tolist() == uninterrupted.scheduler.history.tolist()
+    assert 0 <= callback.scheduler.budget - callback.scheduler.spent < 32 + 32 + 1
+
+
 def test_a_resume_inside_an_epoch_with_accumulation_is_the_uninterrupted_training(make_trainer):
     options = {"save_strategy": "steps", "save_steps": 10, "gradient_accumulation_steps": 3}
     whole, uninterrupted = make_trainer(**options)

@@ -216,6 +216,19 @@ def test_converted_lora_grows_and_learns(train, make_bert, tokens, tmp_path):
     assert torch.equal(logits(loaded, tokens), logits(model.eval(), tokens))
 
 
+def test_the_budget_of_a_converted_lora_holds_its_ranks_in_either_unit(train, make_bert, tmp_path):
+    # Two modules of rank 1 that cost 65 and one of rank 6 that costs 132: on average 8 / 3, or 922 / 262.
+    lora = train(target_modules=["query", "word_embeddings"], rank_pattern={"query": 1, "word_embeddings": 6})
+    for unit, r in (("rank", 3), ("parameters", 4)):
+        path = tmp_path / unit
+        config = convert_lora(lora, path, budget_unit=unit)
+        assert config.r == r
+        model = PeftModel.from_pretrained(make_bert(), path, is_trainable=True)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        scheduler = attach(model, optimizer, total_steps=40)
+        assert scheduler.spent <= scheduler.budget < scheduler.spent * r / (r - 1)
+
+
 def test_converted_lora_lies_frozen_beside_a_growing_adapter(train, make_bert, tokens, tmp_path):
     lora = train()
     path = converted(lora, "directory", tmp_path)

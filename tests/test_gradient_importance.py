@@ -13,6 +13,7 @@ from increlora_rs import IncreLoraConfig, attach, export_lora
 from increlora_rs.adapted import adapted_modules
 from increlora_rs.scheduler import STATE_KEY
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 # No wider than the sketch is deep, so that it is exact.
@@ -225,6 +226,41 @@ def test_accumulated_micro_batches_count_as_their_sum():
     assert scores[0] == pytest.approx(scores[1], rel=1e-9)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_counts_a_pass_once(reentrant):
+    scores = []
+    for checkpointed in (False, True):
+        model = adapted()
+        optimizer = adamw(model)
+        scheduler = attach(model, optimizer, total_steps=100)
+        for t in range(1, GROWTH + 1):
+            x, y = batch(t, model)
+            x.requires_grad_()
+            out = checkpoint(model, x, use_reentrant=reentrant) if checkpointed else model(x)
+            nn.functional.mse_loss(out, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        scores.append(scheduler.scores)
+    assert scores[0] == scores[1]
+
+
+def test_a_module_that_is_used_twice_gets_the_sum_of_both():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.plain(torch.tanh(self.plain(x)))[:, :5]
+
+    model = adapted(Twice, target_modules=["plain"])
+    optimizer = adamw(model)
+    scheduler = attach(model, optimizer, total_steps=100)
+    ((module, gradient),) = train_to_the_growth(model, optimizer)
+    want = torch.linalg.svdvals(outside_the_factors(module, gradient))[0]
+    assert scheduler.scores["plain"] == pytest.approx(float(want), rel=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["bfloat16 base", "autocast"])
 def test_lower_precision_gives_scores_near_those_of_float32(kind):
     scores = {}
@@ -285,6 +321,22 @@ def test_a_step_that_the_scaler_leaves_out_is_in_no_sketch():
         return list(scheduler.scores.values())
 
     assert run(True) == pytest.approx(run(False), rel=1e-4)
+
+
+def test_a_step_that_a_fused_optimizer_leaves_out_is_in_no_sketch():
+    def run(steps, **window):
+        model = adapted(dtype=torch.float32, **window)
+        optimizer = adamw(model, fused=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1000)
+        scheduler = attach(model, optimizer, total_steps=100, scaler=scaler)
+        for t in steps:
+            scaled_step(model, optimizer, scaler, t, 1e38 if t == 99 else 1.0)
+        return list(scheduler.scores.values())
+
+    # It counts as a step, so the growth comes one batch earlier.
+    without = run([1, 2, 3, 4], tinit=3, deltaT=4, importance_window=2)
+    assert run([1, 2, 3, 99, 4]) == pytest.approx(without, rel=1e-4)
+    assert all(score > 0 for score in without)
 
 
 def test_a_step_that_is_not_finite_is_left_out_without_a_scaler():

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from . import arguments
+from .budget import Budget
 from .config import IncreLoraConfig, changed_options
 from .files import refuse_own_directory, staged
 from .kinds import module_kinds
@@ -72,7 +73,8 @@ def convert_lora(
         model_or_adapter_dir: A model with a LoRA adapter, or a directory that ``save_pretrained`` wrote;
             the base model is not needed.
         out_dir: Where to write ``adapter_config.json`` and ``adapter_model.safetensors``.
-        r: The budget, the average rank to grow to; None: the average rank now, rounded up.
+        r: The budget, the average rank to grow to; None: the average rank now, rounded up, over parameters
+            with ``budget_unit="parameters"``.
         adapter_name: Which adapter of a model.
         options: Further arguments of ``IncreLoraConfig``; ``lora_alpha`` keeps the LoRA's scale unless it
             is among them. Target modules and all else that says what the adapter is on come from the LoRA.
@@ -99,7 +101,7 @@ def convert_lora(
         )
     updates = {name: _update(module) for name, module in lora.modules.items()}
     ranks = {name: svd.rank for name, svd in updates.items()}
-    config = _config(lora, r or math.ceil(sum(ranks.values()) / len(ranks)), ranks, options)
+    config = _config(lora, r or _average_rank(lora, ranks, options), ranks, options)
     config.module_kinds = module_kinds({name: module.kind for name, module in lora.modules.items()})
     tensors = {key: tensor.contiguous() for key, tensor in lora.others.items()}
     for name, svd in updates.items():
@@ -126,6 +128,13 @@ def _refuse_unsupported(lora: LoraConfig) -> None:
             "which may change the base weights. Save it with path_initial_model_for_weight_conversion, "
             "which makes it a LoRA on the unchanged base, and convert that."
         )
+
+
+def _average_rank(lora: LoraAdapter, ranks: dict[str, int], options: dict[str, Any]) -> int:
+    """The least budget that holds the ranks."""
+    sizes = [(int(module.b.shape[0]), int(module.a.shape[1])) for module in lora.modules.values()]
+    of_rank_1 = Budget.of(IncreLoraConfig(r=1, budget_unit=options.get("budget_unit", "rank")), sizes)
+    return math.ceil(of_rank_1.spent(ranks.values()) / of_rank_1.total)
 
 
 def _update(module: Factors) -> Svd:

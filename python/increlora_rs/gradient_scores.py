@@ -120,7 +120,6 @@ class GradientScores(Scores):
             return None
         sigma, u, v = (part.to(self.importance.device) for part in self._directions[k])
         for part in (sigma, u, v):
-            # Made contiguous by the copy that it takes.
             from_first_(part)
         n = min(components, int((sigma > 0.0).sum()))
         return -u[:, :n], v[:n]
@@ -128,6 +127,13 @@ class GradientScores(Scores):
     def values(self) -> npt.NDArray[np.float64]:
         """sigma of every module as of the last growth; 0 before the first."""
         return self._sigma.copy()
+
+    def detach(self) -> None:
+        """Gives the scaler its ``update`` back, and the sketches' memory."""
+        super().detach()
+        self._sketches.clear()
+        self._sums, self._directions = [], []
+        self._step = self._sum = self._step.new_zeros(0)
 
     def _forget_step(self) -> None:
         self._step.zero_()
