@@ -27,6 +27,9 @@ parameters.
 Every test runs twice: **fresh**, with adapters as they are made (rank 1), and **grown**, where each new
 adapter has gained 0, 1 or 2 components a module before the test gets it.
 
+A test in which no configuration of ours is made says nothing about it: it is not counted, and its failure
+does not fail the run. One that fails because something was refused by name counts as skipped.
+
 This file is written by `python -m conformance --write`. A run fails if a test fails, if a test that must
 fail passes, if a skip has a reason that `conformance/expectations.py` does not know, if fewer tests of a
 family pass than stand here and, with the same packages, if anything else here has changed.
