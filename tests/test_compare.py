@@ -301,15 +301,16 @@ def test_all_methods_end_with_the_same_budget_and_parameters(command, results, c
 
 
 @pytest.mark.slow
-def test_the_random_control_reaches_the_budget_with_other_modules(command, results):
-    schedule = "tinit=3,deltaT=1,top_h=1"
+@pytest.mark.parametrize("importance", ["sensitivity", "gradient"])
+def test_the_random_control_reaches_the_budget_with_other_modules(command, results, importance):
+    schedule = f"tinit=3,deltaT=1,top_h=1,importance={importance}"
     methods = f"increlora:{schedule},increlora-random:{schedule}"
     assert main(command("--seeds", "2", methods=methods)) == 0
     ranks = {(r["config"]["method"], r["config"]["seed"]): list(r["ranks"].values()) for r in results()}
     assert {sum(of_a_run) for of_a_run in ranks.values()} == {12}
-    importance, random = sorted({method for method, _ in ranks})
+    chosen, random = sorted({method for method, _ in ranks}, key=len)
     assert ranks[random, 0] != ranks[random, 1]
-    assert ranks[random, 0] != ranks[importance, 0]
+    assert ranks[random, 0] != ranks[chosen, 0]
 
 
 @pytest.mark.slow
@@ -554,6 +555,32 @@ def test_tasks_and_ranks_are_kept_apart():
     assert [(row.r, row.score.mean) for row in rte.rows] == [(2, 0.5), (8, 0.6)]
     assert [row.score.mean for row in cola.rows] == [0.7]
     assert rte.difference(rte.rows[0]) is None
+
+
+def test_several_tasks_are_in_one_table_with_the_mean_difference(tmp_path, capsys):
+    runs = [made_up("lora", seed, value) for seed, value in enumerate([0.5, 0.6])]
+    runs += [made_up("lora", seed, value, task="CoLA") for seed, value in enumerate([0.3, 0.3])]
+    runs += [made_up("increlora", seed, value) for seed, value in enumerate([0.6, 0.6])]
+    runs += [made_up("increlora", seed, value, task="CoLA") for seed, value in enumerate([0.4, 0.4])]
+    runs += [made_up("paper", 0, 0.2)]
+    write(tmp_path / "runs.jsonl", runs)
+    assert main(["compare", "--report", "--out", str(tmp_path / "runs.jsonl")]) == 0
+    assert "vs LoRA" in capsys.readouterr().out
+    page = (tmp_path / "runs.md").read_text()
+    # RTE differs by 0.1 and 0, of deviation 0.0707: its error is 0.05, the mean's with CoLA's 0 is 0.025.
+    assert "| increlora | 2 | 60.0 ± 0.0 | 40.0 ± 0.0 | +7.5 ± 2.5 | +7.5 ± 2.5 |" in page
+    assert "| lora | 2 | 55.0 ± 7.1 | 30.0 ± 0.0 |  |  |" in page
+    assert "| paper | 2 | 20.0 |  | -30.0 | -30.0 |" in page
+
+
+def test_a_report_can_be_of_some_methods(tmp_path, capsys):
+    write(tmp_path / "runs.jsonl", [made_up(method, 0, 0.5) for method in ("lora", "paper", "increlora")])
+    command = ["compare", "--report", "--out", str(tmp_path / "runs.jsonl"), "--methods"]
+    assert main([*command, "increlora,lora"]) == 0
+    page = (tmp_path / "runs.md").read_text()
+    assert page.index("| increlora |") < page.index("| lora |") and "| paper |" not in page
+    assert main([*command, "adalora"]) == 1
+    assert "no run of 'adalora'" in capsys.readouterr().err
 
 
 def test_a_single_seed_has_no_spread():

@@ -58,9 +58,14 @@ class GrowthCallback(IncreLoraCallback):
             scheduler._arm()
         if self._random_seed is not None:
             generator = np.random.default_rng(self._random_seed)
-            modules = len(scheduler.ranks)
-            # 0 would count as a module without any importance.
-            scheduler._scores.values = lambda: generator.uniform(0.1, 1.0, modules)  # type: ignore[method-assign]
+            modules, at_growth = len(scheduler.ranks), scheduler._scores.at_growth
+
+            def by_lot() -> Any:
+                at_growth()
+                # 0 would count as a module without any importance.
+                return generator.uniform(0.1, 1.0, modules)
+
+            scheduler._scores.at_growth = by_lot  # type: ignore[method-assign]
 
 
 class StepClock(TrainerCallback):

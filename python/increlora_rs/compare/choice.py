@@ -10,9 +10,10 @@ from .metrics import headline
 from .results import Record
 
 
-def score(record: Record) -> float:
-    """What a run is chosen by: the mean of the official metrics on the development set at the end."""
-    return headline(record["epochs"][-1])
+def score(record: Record, part: str = "dev") -> float:
+    """The mean of the official metrics on the development set at the end, by which a run is chosen; on the
+    test set where ``part`` is "test"."""
+    return headline(record["epochs"][-1] if part == "dev" else record["test"])
 
 
 def best_lr(runs: Sequence[Record]) -> float | None:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 # Columns that a table needs.
 _WIDTH = 160
+_METHODS = "lora,rslora,adalora,increlora,paper,increlora-random,increlora-given"
 _DESCRIPTION = """Trains methods at the same budget of ranks on the same tasks and compares them. Every
 method tries the same learning rates on the trial seeds; at the best of them, by the development set after
 the last epoch, all seeds are trained. Runs that --out holds are not trained again."""
@@ -34,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--methods",
-        default="lora,rslora,adalora,increlora,paper,increlora-random,increlora-given",
-        help="comma-separated; options after a colon: increlora:orth_reg_weight=0.1,restart_warmup=false",
+        help="comma-separated; options after a colon: increlora:orth_reg_weight=0.1,restart_warmup=false "
+        f"({_METHODS}; with --report: all that --out holds)",
     )
     parser.add_argument("--r", type=_many(int), default=[2], metavar="R,...", help="average ranks (2)")
     parser.add_argument(
@@ -73,22 +74,38 @@ def run(options: argparse.Namespace) -> None:
         RuntimeError: runs failed; the others are done and reported.
     """
     # Imported here: Trainer takes seconds that the other commands need not spend.
+    from .overview import overviews
     from .results import read_results
     from .summary import summarise
 
     failed = 0 if options.report else _train(options)
-    comparisons = summarise(read_results(options.out))
+    records = read_results(options.out)
+    if options.report and options.methods is not None:
+        records = _only(options.methods, records, options.out)
+    comparisons = summarise(records)
+    overview = overviews(comparisons)
     # A table that is cut says less than one whose lines the terminal breaks.
     console = Console(width=max(_WIDTH, Console().width))
-    for comparison in comparisons:
-        console.print(comparison)
-    for path in write_report(comparisons, options.out):
+    for table in [*overview, *comparisons]:
+        console.print(table)
+    for path in write_report(overview, comparisons, options.out):
         console.print(str(path), soft_wrap=True, highlight=False)
     if failed:
         raise RuntimeError(f"{failed} runs failed; {options.out} says why. --retry-failed trains them again.")
 
 
-def write_report(comparisons: list[Any], out: Path) -> list[Path]:
+def _only(methods: str, records: list[Any], out: Path) -> list[Any]:
+    from .methods import parse_methods
+
+    wanted = [str(method) for method in parse_methods(methods)]
+    for method in wanted:
+        if not any(record["config"]["method"] == method for record in records):
+            held = ", ".join(sorted({record["config"]["method"] for record in records}))
+            raise ValueError(f"--methods: {out} holds no run of {method!r}; it holds {held}.")
+    return [record for name in wanted for record in records if record["config"]["method"] == name]
+
+
+def write_report(overview: list[Any], comparisons: list[Any], out: Path) -> list[Path]:
     """Writes tables (Markdown) and charts beside ``out``; returns their files."""
     from .charts import draw_charts
 
@@ -98,7 +115,7 @@ def write_report(comparisons: list[Any], out: Path) -> list[Path]:
         c.markdown() + "\n" + "".join(f"![{chart.stem}]({chart.name})\n" for chart in charts[c.stem])
         for c in comparisons
     ]
-    page.write_text("\n".join(sections), encoding="utf-8")
+    page.write_text("\n".join([*[table.markdown() for table in overview], *sections]), encoding="utf-8")
     return [page, *[chart for every in charts.values() for chart in every]]
 
 
@@ -134,7 +151,7 @@ def _train(options: argparse.Namespace) -> int:
         "limit": options.limit,
     }
     tasks = [read_task(path).limited(options.limit) for path in options.task]
-    methods = parse_methods(options.methods)
+    methods = parse_methods(options.methods or _METHODS)
     plan = Plan(tasks, methods, options.r, options.lr, options.seeds, options.trial_seeds, shared)
     # The new classifier's missing weights, and Transformers' own deprecations, are no news here.
     transformers.logging.set_verbosity_error()

@@ -102,11 +102,15 @@ class Comparison:
     @property
     def title(self) -> str:
         """The task and what all runs share."""
+        return self.describe(self.task)
+
+    def describe(self, tasks: str) -> str:
+        """``tasks`` and what all runs share."""
         s = self.setting
         limited = "" if s["limit"] is None else f", {s['limit']} rows at most"
         dropout = "" if s["base_dropout"] is None else f", dropout {s['base_dropout']:g} in the base"
         return (
-            f"{self.task}: {s['epochs']} epochs of batches of {s['batch']}, {s['max_length']} tokens, "
+            f"{tasks}: {s['epochs']} epochs of batches of {s['batch']}, {s['max_length']} tokens, "
             f"{s['precision']}{dropout}{limited}"
         )
 
@@ -118,11 +122,12 @@ class Comparison:
     def difference(self, row: Row) -> Spread | None:
         """Spread of the score less plain LoRA's of the same rank and seed; None for LoRA itself, and where
         no seed has both."""
+        return difference_of(self.baseline(row), row, "dev")
+
+    def baseline(self, row: Row) -> Row | None:
+        """Plain LoRA of the same rank; None for LoRA itself, and where it was not trained."""
         base = next((other for other in self.rows if (other.method, other.r) == (_BASELINE, row.r)), None)
-        if base is None or base is row:
-            return None
-        seeds = base.runs.keys() & row.runs.keys()
-        return Spread.of([score(row.runs[s]) - score(base.runs[s]) for s in sorted(seeds)]) if seeds else None
+        return None if base is row else base
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the table, as text. Metrics are in per cent."""
@@ -186,10 +191,24 @@ class Comparison:
 
     def markdown(self) -> str:
         """The table in Markdown."""
-        header, rows = self.cells()
-        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        return f"### {self.title}\n\n{table}\n\n{self.caption}\n"
+        return f"### {self.title}\n\n{markdown_table(*self.cells())}\n\n{self.caption}\n"
+
+
+def difference_of(base: Row | None, row: Row, part: str) -> Spread | None:
+    """Spread of the mean of the official metrics less ``base``'s, seed by seed; None without ``base``, a
+    common seed, or a test set where ``part`` is "test"."""
+    if base is None:
+        return None
+    pairs = [(base.runs[seed], row.runs[seed]) for seed in sorted(base.runs.keys() & row.runs.keys())]
+    if not pairs or (part == "test" and not pairs[0][0]["test"]):
+        return None
+    return Spread.of([score(run, part) - score(other, part) for other, run in pairs])
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def summarise(records: Sequence[Record]) -> list[Comparison]:

@@ -59,9 +59,9 @@ def train(
         advance: Called after every optimizer step.
 
     Returns:
-        ``epochs`` (the metrics on the development set after each), ``test``, ``parameters``, ``ranks``,
-        ``total_rank``, ``budget``, ``seconds_a_step`` (median), ``seconds``, ``versions``, ``device``,
-        ``threads``.
+        ``epochs`` (the metrics on the development set after each), ``losses`` (there, likewise), ``test``,
+        ``parameters``, ``ranks``, ``total_rank``, ``budget``, ``seconds_a_step`` (median), ``seconds``,
+        ``versions``, ``device``, ``threads``.
     """
     start = time.perf_counter()
     shared = {name: config[name] for name in ("lora_alpha", "lora_dropout", "target_modules")}
@@ -94,6 +94,7 @@ def train(
     seconds = clock.seconds[_WARM_UP:] if len(clock.seconds) > 2 * _WARM_UP else clock.seconds
     return {
         "epochs": [{name: log[f"eval_{name}"] for name in names} for log in logged],
+        "losses": [log["eval_loss"] for log in logged],
         "test": {name: test[f"test_{name}"] for name in names} if test else None,
         "parameters": count_parameters(model),
         "ranks": ranks,
