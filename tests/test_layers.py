@@ -9,7 +9,7 @@ import torch
 from increlora_rs import RESERVE_E, IncreLoraConfig, attach
 from increlora_rs.layers import AdaptedLayer
 from increlora_rs.model import adapted_layers
-from increlora_rs.ops import Probe, fits_linear
+from increlora_rs.ops import Probe, adapter, fits_linear, linear
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional
@@ -630,3 +630,33 @@ def test_only_tensors_of_torchs_own_classes_go_to_the_operation_that_reads_raw_m
         tensors = [x, weight, bias]
         tensors[index] = tensors[index].detach().as_subclass(Wrapped)
         assert not fits_linear(*tensors)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_one_operation_gives_what_base_and_update_give_by_themselves(x_dtype, weight_dtype):
+    found = {}
+    for fused in (True, False):
+        torch.manual_seed(5)
+        weight, bias = SIGNAL(9, 6).to(weight_dtype), SIGNAL(9).to(weight_dtype)
+        x = SIGNAL(4, 6).to(x_dtype).requires_grad_()
+        factors = [nn.Parameter(SIGNAL(*shape).float()) for shape in ((2, 6), (9, 2), (2, 1))]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert fits_linear(x, weight, bias)
+            if fused:
+                y = linear(x, weight, bias, *factors, scale=0.5)
+            else:
+                y = adapter(nn.functional.linear(x, weight, bias), x, *factors, scale=0.5)
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        assert x.grad.dtype == x_dtype
+        found[fused] = [y.detach().float(), *(p.grad.float() for p in (x, *factors))]
+    for one, two in zip(found[True], found[False], strict=True):
+        assert (one - two).norm() < 0.02 * two.norm()
+
+
+def test_float64_is_left_alone_by_autocast():
+    x, weight, bias = SIGNAL(4, 6).double(), SIGNAL(9, 6).double(), SIGNAL(9).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fits_linear(x, weight, bias)
+        assert not fits_linear(x.float(), weight, bias)

@@ -22,3 +22,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     return x.dtype
+
+
+def as_autocast(tensor: Tensor) -> Tensor:
+    """``tensor`` as a matrix product takes it."""
+    return tensor.to(compute_dtype(tensor))

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from . import _core, compiled
-from .autocast import compute_dtype, without_autocast
+from .autocast import as_autocast, compute_dtype, without_autocast
 from .cuda import stream
 from .sketch import Sketch
 
@@ -160,7 +160,7 @@ def adapter(
             f"y has shape {tuple(y.shape)} and x {tuple(x.shape)}; all dimensions but the last must agree"
         )
     if torch.compiler.is_compiling():
-        x = x.to(compute_dtype(x))
+        x = as_autocast(x)
         return compiled.adapter(y, x, a, b, e, scale=scale, dropout=dropout, **asked_of(probe, slot))
     result: Tensor = _Adapter.apply(y, x, a, b, e, scale, dropout, inplace, probe, slot)
     return result
@@ -191,12 +191,14 @@ def linear(
         a, b, e, scale, dropout, probe, slot: As in :func:`adapter`.
 
     Returns:
-        Tensor (..., out) of the dtype of x.
+        Tensor (..., out) of the dtype of x, under autocast of autocast's.
 
     Raises:
         ValueError: shapes or devices do not fit, or a number is out of range.
         TypeError: a dtype does not fit.
     """
+    x, weight = as_autocast(x), as_autocast(weight)
+    bias = None if bias is None else as_autocast(bias)
     if torch.compiler.is_compiling():
         asked = asked_of(probe, slot)
         return compiled.linear(x, weight, bias, a, b, e, scale=scale, dropout=dropout, **asked)
@@ -205,7 +207,7 @@ def linear(
 
 
 def fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool = False) -> bool:
-    """Can :func:`linear` stand for the base layer: frozen, of one dtype with x, outside autocast?
+    """Can :func:`linear` stand for the base layer: frozen, and of one dtype with x, if need be by autocast?
 
     ``transposed``: ``weight`` is (in, out), to be handed over as its transpose.
     """
@@ -216,11 +218,10 @@ def fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: b
         and (bias is None or type(bias) in _PLAIN)
         and x.dim() > 0
         and x.shape[-1] == weight.shape[0 if transposed else 1]
-        and x.dtype == weight.dtype
+        and compute_dtype(x) == compute_dtype(weight)
         and not weight.requires_grad
-        and (bias is None or (bias.dtype == x.dtype and not bias.requires_grad))
+        and (bias is None or (compute_dtype(bias) == compute_dtype(x) and not bias.requires_grad))
         and x.device == weight.device
-        and not torch.is_autocast_enabled(x.device.type)
     )
 
 
@@ -295,9 +296,10 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.dtype = x.dtype
         ctx.seed = _new_seed(dropout)
-        y, t, mask = _core.linear_forward(
-            x, weight, bias, a, b, e, scale, dropout, ctx.seed, stream(x.device)
-        )
+        with without_autocast(x.device.type):
+            y, t, mask = _core.linear_forward(
+                x, weight, bias, a, b, e, scale, dropout, ctx.seed, stream(x.device)
+            )
         ctx.save_for_backward(x, t, mask, a, b, e, weight)
         ctx.scale, ctx.dropout, ctx.probe, ctx.slot = scale, dropout, probe, slot
         return y
