@@ -40,7 +40,7 @@ impl Schedule {
 }
 
 /// The values of a schedule that the user fixed; `None` is left to [`plan`].
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub struct Wish {
     /// See [`Schedule::warmup`].
     pub warmup: Option<u64>,
@@ -51,6 +51,8 @@ pub struct Wish {
     /// See [`Schedule::add_r`]: the least to add; raised only where `top_h` is free and all modules
     /// together cannot reach the budget.
     pub add_r: u64,
+    /// Share of the steps, above 0 and at most 1, by which growth is over.
+    pub growth_end: f64,
 }
 
 /// A schedule and how much of the budget it is sure to spend, whatever modules are chosen.
@@ -69,10 +71,10 @@ pub struct Plan {
 ///
 /// `ranks` and `caps` hold each module's first rank and the largest it may have, `costs` what a component
 /// of it takes of the budget: 1 everywhere where the budget is a total rank. What the user left
-/// open is chosen so: warm-up 10 % of the steps; events spread evenly until 60 % of the steps, at
-/// most 50 of them and at least 10 steps apart (closer only where the run has fewer steps than
-/// that); `top_h`, then `add_r`, just large enough that the budget is spent even if only the cheapest
-/// modules are chosen.
+/// open is chosen so: warm-up 10 % of the steps, at most half of those until growth is over; events
+/// spread evenly until then, at most 50 of them and at least 10 steps apart (closer only where the run
+/// has fewer steps than that); `top_h`, then `add_r`, just large enough that the budget is spent even if
+/// only the cheapest modules are chosen.
 pub fn plan(
     wish: &Wish,
     total_steps: u64,
@@ -86,6 +88,12 @@ pub fn plan(
     at_least_one("deltaT", wish.interval)?;
     at_least_one("top_h", wish.top_h)?;
     at_least_one("add_r", Some(wish.add_r))?;
+    if !(wish.growth_end > 0.0 && wish.growth_end <= 1.0) {
+        return Err(Error::Value(format!(
+            "growth_end is {}; give a share of the steps, above 0 and at most 1",
+            wish.growth_end
+        )));
+    }
     let start = cost(ranks, costs);
     let unspent = budget.min(cost(caps, costs)).saturating_sub(start);
     // So many components spend it if they are the cheapest; fewer do if they are dearer.
@@ -94,8 +102,8 @@ pub fn plan(
     let room = (0..ranks.len()).fold(0u64, |sum, k| sum.saturating_add(caps[k] - ranks[k]));
     let need = unspent.div_ceil(cheapest).min(room);
 
-    let mut end = share(total_steps, 3, 5).max(1);
-    let warmup = wish.warmup.unwrap_or(share(total_steps, 1, 10).min(end - 1));
+    let mut end = ((total_steps as f64 * wish.growth_end) as u64).clamp(1, total_steps);
+    let warmup = wish.warmup.unwrap_or((total_steps / 10).min(end / 2));
     if warmup >= end {
         end = total_steps;
     }
@@ -132,10 +140,6 @@ pub fn plan(
 fn cost(ranks: &[u64], costs: &[u64]) -> u64 {
     let each = ranks.iter().zip(costs).map(|(rank, cost)| rank.saturating_mul(*cost));
     each.fold(0, u64::saturating_add)
-}
-
-fn share(steps: u64, numerator: u64, denominator: u64) -> u64 {
-    (u128::from(steps) * u128::from(numerator) / u128::from(denominator)) as u64
 }
 
 fn at_least_one(name: &str, value: Option<u64>) -> Result<()> {

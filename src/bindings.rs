@@ -251,7 +251,7 @@ fn costs_of(costs: Option<&Vec<u64>>, modules: usize) -> Vec<u64> {
 #[pymethods]
 impl PySchedule {
     #[new]
-    #[pyo3(signature = (total_steps, ranks, caps, budget, *, tinit=None, deltaT=None, top_h=None, add_r=1, costs=None))]
+    #[pyo3(signature = (total_steps, ranks, caps, budget, *, tinit=None, deltaT=None, top_h=None, add_r=1, growth_end=0.6, costs=None))]
     #[allow(non_snake_case, clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -263,9 +263,10 @@ impl PySchedule {
         deltaT: Option<u64>,
         top_h: Option<u64>,
         add_r: u64,
+        growth_end: f64,
         costs: Option<PyReadonlyArray1<'_, u64>>,
     ) -> PyResult<Self> {
-        let wish = Wish { warmup: tinit, interval: deltaT, top_h, add_r };
+        let wish = Wish { warmup: tinit, interval: deltaT, top_h, add_r, growth_end };
         let (ranks, caps) = (vector("ranks", &ranks)?, vector("caps", &caps)?);
         let costs = costs.map(|costs| vector("costs", &costs)).transpose()?;
         let plan = detached(py, || {

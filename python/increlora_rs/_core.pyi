@@ -208,9 +208,11 @@ class Schedule:
         total_steps: 1 or more.
         ranks: First rank of each module, uint64. caps: The largest each may have, uint64.
         budget: Total rank to reach, or what all components may cost.
-        tinit, deltaT, top_h: None leaves them to the library: warm-up 10 % of the steps, at most 50
-            events, at least 10 steps apart, spread until 60 % of the steps, and as many modules an
-            event as the budget needs. add_r: raised only where that is not enough.
+        tinit, deltaT, top_h: None leaves them to the library: warm-up 10 % of the steps, at most half of
+            ``growth_end``, at most 50 events, at least 10 steps apart, spread until ``growth_end``, and as
+            many modules an event as the budget needs. add_r: raised only where that is not enough.
+        growth_end: Share of the steps, above 0 and at most 1, by which the budget is reached where
+            ``deltaT`` and ``top_h`` leave it open.
         costs: What a component of each module takes of the budget, 1 or more, uint64; None: 1, the budget
             is a total rank.
     """
@@ -226,6 +228,7 @@ class Schedule:
         deltaT: int | None = None,
         top_h: int | None = None,
         add_r: int = 1,
+        growth_end: float = 0.6,
         costs: npt.NDArray[np.uint64] | None = None,
     ) -> Schedule: ...
     @property

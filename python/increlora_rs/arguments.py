@@ -24,17 +24,22 @@ def number(
     at_least: float | None = None,
     above: float | None = None,
     below: float = float("inf"),
+    at_most: float | None = None,
 ) -> None:
     """Fails unless ``value`` is a finite number within the bounds."""
     bounds = [f"at least {at_least}"] if at_least is not None else []
     bounds += [f"above {above}"] if above is not None else []
-    bounds += [f"below {below}"] if below != float("inf") else ["finite"]
+    if at_most is not None:
+        bounds += [f"at most {at_most}"]
+    else:
+        bounds += [f"below {below}"] if below != float("inf") else ["finite"]
     want = " and ".join(bounds)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r} must be a number, {want}.")
     value = float(value)
     low = at_least is not None and not value >= at_least
-    if low or (above is not None and not value > above) or not value < below:
+    high = at_most is not None and not value <= at_most
+    if low or high or (above is not None and not value > above) or not value < below:
         raise ValueError(f"{name}={value} is out of range; it must be {want}.")
 
 

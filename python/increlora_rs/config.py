@@ -77,8 +77,10 @@ class IncreLoraConfig(LoraConfig):
         init_r: Rank of every module at the start, from 1 to ``r``. ``rank_pattern`` sets it by module.
         max_r: Rank that no module may pass, at least ``r``; None: only min(in, out) of the module.
         total_step: Optimizer steps of the training; None: from the Trainer, or given to ``attach``.
-        tinit: Steps before the first growth; None: 10 % of the steps.
-        deltaT: Steps between growth events; None: spread so that 60 % of the steps reach the budget.
+        tinit: Steps before the first growth; None: 10 % of the steps, at most half of ``growth_end``.
+        deltaT: Steps between growth events; None: spread evenly until ``growth_end``.
+        growth_end: Share of the steps by which the budget is reached, above 0 and at most 1, where ``deltaT``
+            or ``top_h`` is left open.
         top_h: Modules that grow at one event; None: what the budget needs.
         add_r: Components that each of them gains.
         beta1: Decay of the smoothed importance, in [0, 1) (eq. 7 of the paper).
@@ -137,6 +139,7 @@ class IncreLoraConfig(LoraConfig):
     total_step: int | None = field(default=None, metadata={"help": "Optimizer steps in all."})
     tinit: int | None = field(default=None, metadata={"help": "Steps before the first growth."})
     deltaT: int | None = field(default=None, metadata={"help": "Steps between growth events."})
+    growth_end: float = field(default=0.6, metadata={"help": "Share of the steps until the budget is met."})
     top_h: int | None = field(default=None, metadata={"help": "Modules that grow at an event."})
     add_r: int = field(default=1, metadata={"help": "Components each of them gains."})
     beta1: float = field(default=0.85, metadata={"help": "Decay of the smoothed importance."})
@@ -216,10 +219,13 @@ class IncreLoraConfig(LoraConfig):
             "restart_warmup": True,
             "preserve_output": False,
             "orth_reg_weight": 0.1,
+            "growth_end": 0.6,
             "beta1": 0.85,
             "beta2": 0.85,
+            "importance": "sensitivity",
             "importance_window": None,
             "importance_norm": "sqrt",
+            "init_new": "random",
         }
         return cls(**(values | kwargs))
 
@@ -326,6 +332,7 @@ class IncreLoraConfig(LoraConfig):
         arguments.integer("tinit", self.tinit, at_least=0, optional=True)
         arguments.integer("deltaT", self.deltaT, at_least=1, optional=True)
         arguments.integer("top_h", self.top_h, at_least=1, optional=True)
+        arguments.number("growth_end", self.growth_end, above=0.0, at_most=1.0)
         if self.total_step is not None and (self.tinit or 0) >= self.total_step:
             raise ValueError(
                 f"tinit={self.tinit} leaves no step for growth out of total_step={self.total_step}; "

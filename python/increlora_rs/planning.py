@@ -109,5 +109,6 @@ def schedule_of(
         deltaT=interval,
         top_h=top_h,
         add_r=add_r,
+        growth_end=config.growth_end,
         costs=np.array(budget.costs, dtype=np.uint64),
     )

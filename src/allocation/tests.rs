@@ -5,7 +5,8 @@ use proptest::prelude::*;
 
 mod costs;
 
-const AUTOMATIC: Wish = Wish { warmup: None, interval: None, top_h: None, add_r: 1 };
+const AUTOMATIC: Wish =
+    Wish { warmup: None, interval: None, top_h: None, add_r: 1, growth_end: 0.6 };
 
 /// As [`super::plan`], of a budget that is a total rank.
 fn plan(wish: &Wish, steps: u64, ranks: &[u64], caps: &[u64], budget: u64) -> Result<Plan> {
@@ -200,13 +201,16 @@ proptest! {
     }
 
     #[test]
-    fn automatic_growth_is_over_by_60_percent(
-        mut model in models(500, 64), more in magnitudes(100_000), seed: u64,
+    fn automatic_growth_is_over_in_time(
+        mut model in models(500, 64),
+        steps in magnitudes(100_000),
+        growth_end in 0.01..=1.0,
+        seed: u64,
     ) {
-        let steps = 19 + more;
-        let plan = model.plan(&AUTOMATIC, steps);
+        let plan = model.plan(&Wish { growth_end, ..AUTOMATIC }, steps);
         let mut random = Random(seed);
-        model.train(&plan, steps * 3 / 5, |model| random.scores(model.ranks.len()));
+        let end = ((steps as f64 * growth_end) as u64).max(1);
+        model.train(&plan, end, |model| random.scores(model.ranks.len()));
         prop_assert_eq!(model.total(), model.goal());
     }
 
@@ -215,6 +219,8 @@ proptest! {
         model in models(500, 64), more in magnitudes(1_000_000),
     ) {
         prop_assert_eq!(model.plan(&AUTOMATIC, 1 + more).schedule.warmup, (1 + more) / 10);
+        let early = Wish { growth_end: 0.1, ..AUTOMATIC };
+        prop_assert_eq!(model.plan(&early, 20 * more).schedule.warmup, more);
     }
 
     #[test]
@@ -233,7 +239,7 @@ proptest! {
         add_r in 1u64..5,
     ) {
         let warmup = warmup.map(|share| (share * steps as f64) as u64);
-        let wish = Wish { warmup, interval, top_h: None, add_r };
+        let wish = Wish { warmup, interval, top_h: None, add_r, ..AUTOMATIC };
         let plan = model.plan(&wish, steps);
         prop_assume!(plan.schedule.next_event(1) <= steps);
         model.train(&plan, steps, one_waits);
@@ -250,7 +256,7 @@ proptest! {
         add_r in 1u64..5,
     ) {
         let wish =
-            Wish { warmup: Some(warmup), interval: Some(interval), top_h: Some(top_h), add_r };
+            Wish { warmup: Some(warmup), interval: Some(interval), top_h: Some(top_h), add_r, ..AUTOMATIC };
         let given = Schedule { warmup, interval, top_h, add_r };
         prop_assert_eq!(model.plan(&wish, steps).schedule, given);
     }
@@ -264,7 +270,7 @@ proptest! {
         add_r in 1u64..5,
         seed: u64,
     ) {
-        let wish = Wish { warmup: None, interval: Some(interval), top_h: Some(top_h), add_r };
+        let wish = Wish { warmup: None, interval: Some(interval), top_h: Some(top_h), add_r, ..AUTOMATIC };
         let plan = model.plan(&wish, steps);
         let mut random = Random(seed);
         model.train(&plan, steps, |model| random.scores(model.ranks.len()));
@@ -379,7 +385,8 @@ fn four_modules() -> impl Iterator<Item = Model> {
 #[test]
 fn no_choice_grows_less_than_promised() {
     for (top_h, add_r) in (1..4).flat_map(|top_h| (1..4).map(move |add_r| (top_h, add_r))) {
-        let wish = Wish { warmup: Some(0), interval: Some(1), top_h: Some(top_h), add_r };
+        let wish =
+            Wish { warmup: Some(0), interval: Some(1), top_h: Some(top_h), add_r, ..AUTOMATIC };
         for (model, events) in four_modules().flat_map(|m| (1..5).map(move |n| (m.clone(), n))) {
             let plan = model.plan(&wish, events);
             let least = model.least(&plan.schedule, events);
@@ -454,7 +461,7 @@ fn a_single_step_reaches_any_budget() {
 
 #[test]
 fn a_given_schedule_that_is_too_short_says_how_far_it_comes() {
-    let wish = Wish { warmup: Some(50), interval: Some(20), top_h: Some(2), add_r: 1 };
+    let wish = Wish { warmup: Some(50), interval: Some(20), top_h: Some(2), ..AUTOMATIC };
     let plan = plan(&wish, 100, &[1; 10], &[8; 10], 20).unwrap();
     assert_eq!(plan.reached, 10 + 3 * 2);
 }
@@ -492,6 +499,10 @@ fn a_zero_is_refused_by_name() {
     assert!(refused(Wish { interval: Some(0), ..AUTOMATIC }, 9).starts_with("deltaT is 0"));
     assert!(refused(Wish { top_h: Some(0), ..AUTOMATIC }, 9).starts_with("top_h is 0"));
     assert!(refused(Wish { add_r: 0, ..AUTOMATIC }, 9).starts_with("add_r is 0"));
+    for growth_end in [0.0, -0.1, 1.1, f64::NAN] {
+        let told = refused(Wish { growth_end, ..AUTOMATIC }, 9);
+        assert!(told.starts_with("growth_end is "), "{told}");
+    }
 }
 
 #[test]

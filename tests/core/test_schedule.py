@@ -77,6 +77,19 @@ def test_budget_is_met_exactly(steps, modules, first, room, seed):
     assert (int(ranks.sum()), bool((ranks <= caps).all())) == (budget, True)
 
 
+@pytest.mark.parametrize(
+    ("growth_end", "tinit", "last"), [(0.6, 100, 600), (0.3, 100, 300), (0.1, 50, 100), (1.0, 100, 1000)]
+)
+def test_growth_is_over_at_its_share_of_the_steps(growth_end, tinit, last):
+    schedule = _core.Schedule(
+        1000, np.ones(72, np.uint64), np.full(72, 64, np.uint64), 576, growth_end=growth_end
+    )
+    assert schedule.tinit == tinit
+    steps = range(1, last + 1)
+    assert sum(map(schedule.is_event, steps)) * schedule.top_h * schedule.add_r >= 576 - 72
+    assert 0.8 * last <= max(step for step in steps if schedule.is_event(step)) <= last
+
+
 def chosen(scores, ranks=(1, 1, 1, 1), cap=9, budget=99, top_h=2, add_r=2) -> list[tuple[int, int]]:
     schedule = plan(modules=len(ranks), budget=4 * len(ranks), top_h=top_h, add_r=add_r)
     caps = np.full(len(ranks), cap, np.uint64)
@@ -191,6 +204,10 @@ NO_VECTORS = [
         ("top_h", 0, ValueError),
         ("add_r", 0, ValueError),
         ("add_r", None, TypeError),
+        ("growth_end", 0.0, ValueError),
+        ("growth_end", 1.01, ValueError),
+        ("growth_end", float("nan"), ValueError),
+        ("growth_end", None, TypeError),
         *[(name, *row) for name in ("ranks", "caps") for row in NO_VECTORS],
     ],
     ids=describe,

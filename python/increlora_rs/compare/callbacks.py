@@ -11,10 +11,6 @@ import torch
 from transformers import TrainerCallback
 
 from ..callback import IncreLoraCallback
-from ..planning import schedule_of
-
-# Where an automatic schedule's growth is over, as a share of the steps it is made for.
-_AUTOMATIC_END = 0.6
 
 
 class AdaLoraCallback(TrainerCallback):
@@ -25,47 +21,33 @@ class AdaLoraCallback(TrainerCallback):
         kwargs["model"].base_model.update_and_allocate(state.global_step)
 
 
-class GrowthCallback(IncreLoraCallback):
-    """IncreLoRA that grows otherwise: the controls of the comparison.
-
-    It reaches into the scheduler, which offers neither for use: one is a control, the other can be had
-    by ``tinit``, ``deltaT`` and ``top_h`` once the number of modules is known.
+class RandomGrowthCallback(IncreLoraCallback):
+    """IncreLoRA that grows modules drawn by lot: the control. It reaches into the scheduler, which has no
+    use for that.
 
     Args:
-        random_seed: Grow modules by random scores, drawn anew at each growth, in place of their
-            importance; None: by importance.
-        growth_end: Share of the steps at which the budget is reached; None: the automatic one.
+        seed: Of the lot, drawn anew at each growth.
     """
 
-    def __init__(self, random_seed: int | None, growth_end: float | None) -> None:
+    def __init__(self, seed: int) -> None:
         super().__init__()
-        self._random_seed = random_seed
-        self._growth_end = growth_end
+        self._seed = seed
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attaches the scheduler, then changes it."""
+        """Attaches the scheduler, then replaces its scores."""
         super().on_train_begin(args, state, control, **kwargs)
         scheduler = self.scheduler
         if scheduler is None:
             raise RuntimeError("no scheduler was attached; please report it")
-        if self._growth_end is not None:
-            config, steps = scheduler._config, state.max_steps
-            wish = (steps // 10 if config.tinit is None else config.tinit, config.deltaT, config.top_h)
-            like = round(steps * self._growth_end / _AUTOMATIC_END)
-            scheduler.schedule = schedule_of(
-                config, scheduler._modules, like, scheduler._budget, (*wish, config.add_r)
-            )
-            scheduler._arm()
-        if self._random_seed is not None:
-            generator = np.random.default_rng(self._random_seed)
-            modules, at_growth = len(scheduler.ranks), scheduler._scores.at_growth
+        generator = np.random.default_rng(self._seed)
+        modules, at_growth = len(scheduler.ranks), scheduler._scores.at_growth
 
-            def by_lot() -> Any:
-                at_growth()
-                # 0 would count as a module without any importance.
-                return generator.uniform(0.1, 1.0, modules)
+        def by_lot() -> Any:
+            at_growth()
+            # 0 would count as a module without any importance.
+            return generator.uniform(0.1, 1.0, modules)
 
-            scheduler._scores.at_growth = by_lot  # type: ignore[method-assign]
+        scheduler._scores.at_growth = by_lot  # type: ignore[method-assign]
 
 
 class StepClock(TrainerCallback):

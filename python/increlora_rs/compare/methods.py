@@ -1,8 +1,7 @@
 """The methods that are compared: what each makes of a budget, and how it is varied.
 
 ``increlora:orth_reg_weight=0.1,restart_warmup=false`` is a method with options of its configuration
-replaced. Two more options are the comparison's own: ``growth_end=0.3`` (growth is over at 30 % of the
-steps) and ``e_lr=10`` (E is trained at ten times the learning rate).
+replaced. One more option is the comparison's own: ``e_lr=10`` (E is trained at ten times the learning rate).
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from transformers import TrainerCallback
 from ..callback import IncreLoraCallback
 from ..config import IncreLoraConfig
 from ..model import rank_pattern
-from .callbacks import AdaLoraCallback, GrowthCallback
+from .callbacks import AdaLoraCallback, RandomGrowthCallback
 
 # Whose final ranks the methods of given ranks start with.
 SOURCE = "increlora"
-_OWN_OPTIONS = ("growth_end", "e_lr")
+_E_LR = "e_lr"
 
 
 @dataclass(frozen=True)
@@ -83,35 +82,27 @@ class Method:
             ValueError, TypeError: an option is unknown to the method, or its value wrong.
         """
         config = _FORMS[self.name](setting)
-        replaced = {name: value for name, value in self.options.items() if name not in _OWN_OPTIONS}
+        replaced = {name: value for name, value in self.options.items() if name != _E_LR}
         known = {option.name for option in dataclasses.fields(config) if option.init} - {"peft_type"}
         for name in replaced:
             if name not in known:
                 raise ValueError(
-                    f"--methods {self}: {name!r} is neither an option of {type(config).__name__} nor one of "
-                    f"{', '.join(_OWN_OPTIONS)}."
+                    f"--methods {self}: {name!r} is neither an option of {type(config).__name__} nor {_E_LR}."
                 )
         return Prepared(
             _FORMS[self.name](setting, **replaced), self._callbacks(config, setting), self._e_lr(config)
         )
 
     def _callbacks(self, config: PeftConfig, setting: Setting) -> list[TrainerCallback]:
-        end = self.options.get("growth_end")
+        if isinstance(config, AdaLoraConfig):
+            return [AdaLoraCallback()]
         if not isinstance(config, IncreLoraConfig):
-            if end is not None:
-                raise ValueError(f"--methods {self}: growth_end is for methods whose ranks grow.")
-            return [AdaLoraCallback()] if isinstance(config, AdaLoraConfig) else []
-        if end is not None and not (isinstance(end, (int, float)) and 0.1 < end <= 1.0):
-            raise ValueError(
-                f"--methods {self}: growth_end={end!r} must be above 0.1, where it begins, to 1."
-            )
-        if end is None and not self.name.endswith("-random"):
-            return [IncreLoraCallback()]
-        seed = setting.seed if self.name.endswith("-random") else None
-        return [GrowthCallback(random_seed=seed, growth_end=end)]
+            return []
+        by_lot = self.name.endswith("-random")
+        return [RandomGrowthCallback(setting.seed) if by_lot else IncreLoraCallback()]
 
     def _e_lr(self, config: PeftConfig) -> float:
-        factor = self.options.get("e_lr", 1.0)
+        factor = self.options.get(_E_LR, 1.0)
         if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not factor > 0:
             raise ValueError(f"--methods {self}: e_lr={factor!r} must be a number above 0.")
         if factor != 1.0 and not isinstance(config, (IncreLoraConfig, AdaLoraConfig)):

@@ -106,7 +106,7 @@ proptest! {
         add_r in 1u64..5,
         seed: u64,
     ) {
-        let wish = Wish { warmup: None, interval: Some(interval), top_h: Some(top_h), add_r };
+        let wish = Wish { warmup: None, interval: Some(interval), top_h: Some(top_h), add_r, ..AUTOMATIC };
         let plan = priced.plan(&wish, steps);
         let mut random = Random(seed);
         priced.train(&plan, steps, |priced| random.scores(priced.costs.len()));
@@ -166,7 +166,7 @@ fn a_plan_counts_on_the_cheapest() {
 
 #[test]
 fn a_plan_that_is_too_short_says_what_it_spends() {
-    let wish = Wish { warmup: Some(0), interval: Some(50), top_h: Some(1), add_r: 1 };
+    let wish = Wish { warmup: Some(0), interval: Some(50), top_h: Some(1), ..AUTOMATIC };
     let plan = super::super::plan(&wish, 100, &[1, 1], &[8, 8], &[3, 10], 100).unwrap();
     // 13 at the start, and two components of 3 at least, of 10 at most.
     assert_eq!((plan.reached, plan.possible), (19, 33));
