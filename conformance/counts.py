@@ -41,9 +41,10 @@ class Counts:
 
 
 def reason_of_skip(report: pytest.TestReport) -> str:
-    """The words of a skip."""
+    """The words of a skip, without pytest's own before them."""
     assert isinstance(report.longrepr, tuple)
-    return report.longrepr[2]
+    words: str = report.longrepr[2]
+    return words.removeprefix("Skipped: ")
 
 
 def _count(counts: dict[str, int], reason: str) -> None:

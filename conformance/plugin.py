@@ -121,7 +121,7 @@ class _Conformance:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
         left_out = (
-            report.skipped and not hasattr(report, "wasxfail") and self._is_ours(reason_of_skip(report))
+            report.skipped and not hasattr(report, "wasxfail") and reason_of_skip(report) in self.own_reasons
         )
         if not self.made and not left_out and not _names_ours(_parameters(item)):
             if report.failed:
@@ -134,17 +134,14 @@ class _Conformance:
         ):
             _turn(report, "skipped", reason)
         elif report.skipped and not hasattr(report, "wasxfail"):
-            given = reason_of_skip(report).removeprefix("Skipped: ")
-            reason = given if self._is_ours(given) else expectations.skip(given)
+            given = reason_of_skip(report)
+            reason = given if given in self.own_reasons else expectations.skip(given)
             if reason is None:
                 _turn(report, "failed", f"a skip that is not expected: {given}")
             else:
                 _turn(report, "skipped", reason)
         self.counts.add(report)
         return report
-
-    def _is_ours(self, words: str) -> bool:
-        return words.removeprefix("Skipped: ") in self.own_reasons
 
     def pytest_sessionfinish(self) -> None:
         if self.counts_file is not None:
