@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from increlora_rs import IncreLoraConfig
 from increlora_rs.cli import main
 from increlora_rs.compare.base_model import BaseModel
 from increlora_rs.compare.choice import best_lr
@@ -257,6 +259,17 @@ def test_a_wrong_method_or_option_is_told(text, told):
         [method.prepare(SETTING) for method in parse_methods(text)]
 
 
+def test_a_run_is_told_apart_by_every_option_of_its_own():
+    (plain,), (lora,), (adalora,) = map(parse_methods, ("increlora", "lora", "adalora"))
+    assert lora.resolved(SETTING) == {}
+    assert adalora.resolved(SETTING)["init_r"] == math.ceil(1.5 * SETTING.r)
+    options = plain.resolved(SETTING)
+    assert options == json.loads(json.dumps(options))
+    assert options["growth_end"] == IncreLoraConfig().growth_end and "rank_pattern" not in options
+    (early,) = parse_methods("increlora:growth_end=0.25")
+    assert early.resolved(SETTING) == options | {"growth_end": 0.25}
+
+
 def test_adalora_starts_with_half_as_much_again_and_ends_at_the_rank():
     (method,) = parse_methods("adalora")
     config = method.prepare(SETTING).config
@@ -490,12 +503,13 @@ def test_arguments_that_cannot_be_are_told_before_any_training(command, tmp_path
 # Results and report.
 
 
-def made_up(method, seed, accuracy, lr=0.1, r=2, status="done", ranks=(1, 3), task="RTE"):
+def made_up(method, seed, accuracy, lr=0.1, r=2, status="done", ranks=(1, 3), task="RTE", **options):
     config = {
         "task": task,
         "data": "d",
         "model": "m",
         "method": method,
+        "options": options,
         "r": r,
         "lr": lr,
         "seed": seed,
@@ -579,6 +593,17 @@ def test_a_report_can_be_of_some_methods(tmp_path, capsys):
     assert page.index("| increlora |") < page.index("| lora |") and "| paper |" not in page
     assert main([*command, "adalora"]) == 1
     assert "no run of 'adalora'" in capsys.readouterr().err
+
+
+def test_runs_of_other_defaults_are_not_mixed():
+    runs = [made_up("increlora", 0, 0.5, growth_end=0.6, add_r=1)]
+    runs += [made_up("increlora", 0, 0.7, growth_end=0.1, add_r=1), made_up("lora", 0, 0.6)]
+    (comparison,) = summarise(runs)
+    assert {row.method: row.score.mean for row in comparison.rows} == {
+        "increlora (growth_end=0.6)": 0.5,
+        "increlora (growth_end=0.1)": 0.7,
+        "lora": 0.6,
+    }
 
 
 def test_a_single_seed_has_no_spread():

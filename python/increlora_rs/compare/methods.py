@@ -24,6 +24,7 @@ from .callbacks import AdaLoraCallback, RandomGrowthCallback
 # Whose final ranks the methods of given ranks start with.
 SOURCE = "increlora"
 _E_LR = "e_lr"
+_BY_MODULE = {"rank_pattern", "alpha_pattern", "module_kinds"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,15 @@ class Method:
         return Prepared(
             _FORMS[self.name](setting, **replaced), self._callbacks(config, setting), self._e_lr(config)
         )
+
+    def resolved(self, setting: Setting) -> dict[str, Any]:
+        """The options of the configuration that are its class's own, defaults included: a default that a
+        later release changes makes another run. Without the patterns by module."""
+        config = self.prepare(setting).config
+        if type(config) is LoraConfig:
+            return {}
+        own = set(vars(type(config))["__annotations__"]) - _BY_MODULE
+        return {name: getattr(config, name) for name in sorted(own)}
 
     def _callbacks(self, config: PeftConfig, setting: Setting) -> list[TrainerCallback]:
         if isinstance(config, AdaLoraConfig):

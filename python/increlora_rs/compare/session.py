@@ -58,10 +58,11 @@ class Plan:
         for method in self.methods:
             for r in self.ranks:
                 # Tells of wrong options now, not after the hours that other methods take.
-                method.prepare(Setting(r, 1000, 0, self._adapter))
+                method.prepare(Setting(r, 1000, 0, self.adapter))
 
     @property
-    def _adapter(self) -> dict[str, Any]:
+    def adapter(self) -> dict[str, Any]:
+        """What the configurations of all methods share."""
         return {name: self.shared[name] for name in ("lora_alpha", "lora_dropout", "target_modules")}
 
     @property
@@ -172,11 +173,13 @@ class Session:
     def _config(
         self, task: Task, r: int, method: Method, lr: float, seed: int, given: dict[str, int]
     ) -> dict[str, Any]:
+        steps = self._plan.steps_by_task()[task.name]
         return {
             "task": task.name,
             "data": task.digest,
             "model": self._base.digest,
             "method": str(method),
+            "options": method.resolved(Setting(r, steps, seed, self._plan.adapter)),
             "r": r,
             "lr": lr,
             "seed": seed,

@@ -14,7 +14,7 @@ from .choice import best_lr, score
 from .results import Record, run_id
 
 # What the rows of one table differ in.
-_OF_A_ROW = ("method", "r", "lr", "seed", "given")
+_OF_A_ROW = ("method", "options", "r", "lr", "seed", "given")
 _BASELINE = "lora"
 
 
@@ -236,10 +236,10 @@ def _setting(record: Record) -> dict[str, Any]:
 
 def _rows(records: list[Record]) -> list[Row]:
     grouped: dict[tuple[int, str], list[Record]] = {}
-    for record in records:
-        grouped.setdefault((record["config"]["r"], record["config"]["method"]), []).append(record)
+    for record, label in zip(records, _labels(records), strict=True):
+        grouped.setdefault((record["config"]["r"], label), []).append(record)
     rows = []
-    for (r, method), runs in sorted(grouped.items(), key=lambda item: item[0][0]):
+    for (r, label), runs in sorted(grouped.items(), key=lambda item: item[0][0]):
         lr = best_lr(runs)
         if lr is None:
             continue
@@ -250,5 +250,20 @@ def _rows(records: list[Record]) -> list[Row]:
         }
         tried = sorted({run["config"]["lr"] for run in runs})
         failed = sum(run["status"] == "failed" for run in runs)
-        rows.append(Row(method, r, lr, tried, dict(sorted(own.items())), failed))
+        rows.append(Row(label, r, lr, tried, dict(sorted(own.items())), failed))
     return rows
+
+
+def _labels(records: list[Record]) -> list[str]:
+    """The method of each run; where releases of different defaults have trained it, with what differs."""
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        by_method.setdefault(record["config"]["method"], []).append(record["config"]["options"])
+    labels = []
+    for record in records:
+        method, options = record["config"]["method"], record["config"]["options"]
+        every = by_method[method]
+        differ = [name for name in options if any(other.get(name) != options[name] for other in every)]
+        with_these = ", ".join(f"{name}={options[name]}" for name in differ)
+        labels.append(f"{method} ({with_these})" if differ else method)
+    return labels
