@@ -24,7 +24,7 @@ fn scores(modules: usize) -> Vec<f64> {
 
 fn events(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("allocation");
-    let wish = Wish { add_r: 1, ..Wish::default() };
+    let wish = Wish { warmup: None, interval: None, top_h: None, add_r: 1, growth_end: 0.6 };
     for modules in MODULES {
         let (ranks, caps, costs) = (vec![1; modules], vec![768; modules], vec![1; modules]);
         let budget = BUDGET_A_MODULE * modules as u64;
