@@ -655,8 +655,9 @@ def test_under_autocast_one_operation_gives_what_base_and_update_give_by_themsel
         assert (one - two).norm() < 0.02 * two.norm()
 
 
-def test_float64_is_left_alone_by_autocast():
+def test_what_autocast_leaves_alone_is_left_alone():
     x, weight, bias = SIGNAL(4, 6).double(), SIGNAL(9, 6).double(), SIGNAL(9).double()
     with torch.autocast("cpu", torch.bfloat16):
         assert fits_linear(x, weight, bias)
         assert not fits_linear(x.float(), weight, bias)
+        assert not fits_linear(x.float(), weight.to(torch.int8), bias.float())

@@ -19,7 +19,9 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the products with ``x``."""
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+    # As autocast itself does, which leaves float64 and whole numbers as they are.
+    cast = x.is_floating_point() and x.dtype != torch.float64
+    if cast and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return x.dtype
 
