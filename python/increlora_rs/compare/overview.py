@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from rich import box
 from rich.table import Table
 
 from .results import run_id
-from .summary import Comparison, Row, Spread, difference_of, markdown_table
+from .summary import Comparison, Row, Spread, difference_of, markdown_table, rich_table
 
 _CAPTION = (
     "Mean ± standard deviation over the seeds of the mean of a task's official metrics on the development "
@@ -61,13 +60,7 @@ class Overview:
         return mean_difference([spread for spread in spreads if spread is not None])
 
     def __rich__(self) -> Table:
-        header, rows = self.cells()
-        table = Table(title=self.title, caption=_CAPTION, box=box.SIMPLE)
-        for k, name in enumerate(header):
-            table.add_column(name, justify="right" if k else "left", overflow="fold", no_wrap=k > 0)
-        for row in rows:
-            table.add_row(*row)
-        return table
+        return rich_table(self.title, _CAPTION, *self.cells())
 
     def markdown(self) -> str:
         """The table in Markdown."""

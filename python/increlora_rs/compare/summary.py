@@ -180,14 +180,7 @@ class Comparison:
         )
 
     def __rich__(self) -> Table:
-        header, rows = self.cells()
-        table = Table(title=self.title, caption=self.caption, box=box.SIMPLE)
-        for k, name in enumerate(header):
-            # Only names give way where the terminal is narrow.
-            table.add_column(name, justify="right" if k else "left", overflow="fold", no_wrap=k > 0)
-        for row in rows:
-            table.add_row(*row)
-        return table
+        return rich_table(self.title, self.caption, *self.cells())
 
     def markdown(self) -> str:
         """The table in Markdown."""
@@ -205,8 +198,19 @@ def difference_of(base: Row | None, row: Row, part: str) -> Spread | None:
     return Spread.of([score(run, part) - score(other, part) for other, run in pairs])
 
 
+def rich_table(title: str, caption: str, header: list[str], rows: list[list[str]]) -> Table:
+    """A table for the terminal, whose first column is text and whose others are numbers."""
+    table = Table(title=title, caption=caption, box=box.SIMPLE)
+    for k, name in enumerate(header):
+        # Only names give way where the terminal is narrow.
+        table.add_column(name, justify="right" if k else "left", overflow="fold", no_wrap=k > 0)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A table whose first column is text and whose others are numbers."""
+    """The same in Markdown."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
