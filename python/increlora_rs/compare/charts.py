@@ -32,9 +32,11 @@ def draw_charts(comparison: Comparison, folder: Path, prefix: str) -> list[Path]
 def draw_parameters(comparison: Comparison) -> Any:
     """The matplotlib figure of the mean official metric, with its standard deviation, against the adapter's
     parameters: a line a method, a point a rank."""
-    figure = _figure(7, 4.5)
+    methods = list(dict.fromkeys(row.method for row in comparison.rows))
+    # The legend stands below, for methods with options have long names.
+    figure = _figure(7, 4.5 + 0.18 * len(methods))
     axes = figure.add_subplot()
-    for k, method in enumerate(dict.fromkeys(row.method for row in comparison.rows)):
+    for k, method in enumerate(methods):
         rows = [row for row in comparison.rows if row.method == method]
         axes.errorbar(
             [row.mean("parameters", "adapter") for row in rows],
@@ -48,7 +50,7 @@ def draw_parameters(comparison: Comparison) -> Any:
     axes.set_xlabel("trainable parameters of the adapter")
     axes.set_ylabel("mean of the official metrics, %")
     axes.set_title(comparison.title, fontsize=9)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.legend(fontsize=7, loc="outside lower center")
     return figure
 
 
