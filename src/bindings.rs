@@ -251,7 +251,7 @@ fn costs_of(costs: Option<&Vec<u64>>, modules: usize) -> Vec<u64> {
 #[pymethods]
 impl PySchedule {
     #[new]
-    #[pyo3(signature = (total_steps, ranks, caps, budget, *, tinit=None, deltaT=None, top_h=None, add_r=1, growth_end=0.6, costs=None))]
+    #[pyo3(signature = (total_steps, ranks, caps, budget, *, tinit=None, deltaT=None, top_h=None, add_r=1, growth_end=0.1, costs=None))]
     #[allow(non_snake_case, clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,

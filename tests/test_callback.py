@@ -81,7 +81,7 @@ def test_config_and_callback_are_enough(make_trainer):
     trainer, callback = make_trainer(config={"tinit": None, "deltaT": None, "top_h": None})
     trainer.train()
     assert callback.scheduler.total_rank == callback.scheduler.budget == 18
-    assert callback.scheduler.schedule.tinit == STEPS // 10
+    assert callback.scheduler.schedule.tinit == STEPS // 20
 
 
 def test_every_training_log_has_total_rank_and_orth_reg(make_trainer):

@@ -15,7 +15,7 @@ OWN_DEFAULTS = {
     "total_step": None,
     "tinit": None,
     "deltaT": None,
-    "growth_end": 0.6,
+    "growth_end": 0.1,
     "top_h": None,
     "add_r": 1,
     "beta1": 0.85,
@@ -28,8 +28,8 @@ OWN_DEFAULTS = {
     "preserve_output": True,
     "importance_window": "auto",
     "importance_norm": "sqrt",
-    "importance": "sensitivity",
-    "init_new": "random",
+    "importance": "gradient",
+    "init_new": None,
     "budget_unit": "rank",
 }
 
@@ -332,7 +332,11 @@ def test_scale_divides_alpha_by_budget_or_rank(arguments, rank, scale):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"init_new": "gradient"}, "init_new='gradient' needs importance='gradient', not 'sensitivity'"),
+        (
+            {"importance": "sensitivity", "init_new": "gradient"},
+            "init_new='gradient' needs importance='gradient', not 'sensitivity'",
+        ),
+        ({"importance_norm": "mean"}, "leave it out, or set importance='sensitivity'"),
         (
             {"importance": "gradient", "importance_norm": "mean"},
             "importance_norm='mean' does not apply to importance='gradient'",
@@ -346,6 +350,20 @@ def test_scale_divides_alpha_by_budget_or_rank(arguments, rank, scale):
 def test_options_that_contradict_each_other_are_both_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         IncreLoraConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "follows"),
+    [
+        ({}, True),
+        ({"init_new": "random"}, False),
+        ({"importance": "sensitivity"}, False),
+        ({"init_lora_weights": "svd"}, False),
+        ({"init_lora_weights": "svd", "advance_learning": False}, True),
+    ],
+)
+def test_new_components_follow_the_gradient_where_that_can_be(arguments, follows):
+    assert IncreLoraConfig(**arguments).follows_gradient == follows
 
 
 def test_the_paper_form_takes_the_gradient_importance_and_its_reserve_refuses_the_init():
@@ -379,6 +397,7 @@ def test_the_paper_form_takes_the_gradient_importance_and_its_reserve_refuses_th
             modules_to_save=["classifier"],
             task_type="SEQ_CLS",
             importance_window=30,
+            importance="sensitivity",
             importance_norm="mean",
         ),
         IncreLoraConfig(importance="gradient", init_new="gradient", budget_unit="parameters"),

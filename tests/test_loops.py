@@ -177,7 +177,7 @@ def test_evaluation_in_the_middle_changes_nothing():
 
 
 def test_inference_adds_no_importance():
-    model = adapted()
+    model = adapted(importance="sensitivity")
     attach(model, torch.optim.AdamW(trainable(model), lr=1e-2), total_steps=STEPS)
     for module in adapted_modules(model, "default"):
         module.b.data.normal_()

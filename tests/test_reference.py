@@ -130,9 +130,10 @@ def assert_same_parameters(modules, reference):
 
 
 def default(**kwargs):
-    return increlora_rs.IncreLoraConfig(
-        **({"r": 3, "lora_alpha": 6, "target_modules": NAMES, "importance_window": None} | kwargs)
-    )
+    """LoRA's initialisation and scale, with the paper's importance and schedule."""
+    settings = {"r": 3, "lora_alpha": 6, "target_modules": NAMES}
+    of_the_paper = {"importance": "sensitivity", "importance_window": None, "growth_end": 0.6}
+    return increlora_rs.IncreLoraConfig(**(settings | of_the_paper | kwargs))
 
 
 def paper(**kwargs):

@@ -82,18 +82,21 @@ def test_budget_is_met_exactly(form, r, steps):
     assert scheduler.total_rank == scheduler.budget == 4 * r
 
 
-def test_ranks_stay_during_the_warm_up_and_are_full_after_60_percent():
-    model = adapted()
+@pytest.mark.parametrize(
+    ("given", "first", "last"), [({}, 20, 40), ({"growth_end": 0.6}, 40, 240), ({"growth_end": 0.3}, 40, 120)]
+)
+def test_ranks_stay_during_the_warm_up_and_are_full_at_growth_end(given, first, last):
+    model = adapted(**given)
     optimizer = adamw(model)
-    scheduler = attach(model, optimizer, total_steps=200)
-    train(model, optimizer, 1, 20)
+    scheduler = attach(model, optimizer, total_steps=400)
+    train(model, optimizer, 1, first)
     assert scheduler.total_rank == 4
-    train(model, optimizer, 21, 120)
+    train(model, optimizer, first + 1, last)
     assert scheduler.total_rank == 12
 
 
 def test_history_has_a_row_for_each_growth():
-    model = adapted()
+    model = adapted(growth_end=0.6)
     optimizer = adamw(model)
     scheduler = attach(model, optimizer, total_steps=60)
     train(model, optimizer, 1, 60)
@@ -157,7 +160,7 @@ def test_two_different_numbers_of_steps_are_told():
     model = adapted(total_step=80)
     with pytest.warns(UserWarning, match="total_step=80 in IncreLoraConfig, but the training has 60 steps"):
         scheduler = attach(model, adamw(model), total_steps=60)
-    assert scheduler.schedule.tinit == 6
+    assert scheduler.schedule.tinit == 3
 
 
 def test_growth_logs_one_line(caplog):
@@ -222,7 +225,15 @@ def test_optimizer_state_that_cannot_follow_starts_anew_with_a_warning(name):
 def test_the_automatic_window_chooses_as_scoring_at_every_step_does(widths, seed):
     chosen = {}
     for window in ("auto", None):
-        model = adapted(widths=widths, seed=seed, importance_window=window, tinit=50, deltaT=60, top_h=1)
+        model = adapted(
+            widths=widths,
+            seed=seed,
+            importance="sensitivity",
+            importance_window=window,
+            tinit=50,
+            deltaT=60,
+            top_h=1,
+        )
         optimizer = adamw(model)
         scheduler = attach(model, optimizer, total_steps=600)
         train(model, optimizer, 1, 600, widths)
@@ -231,7 +242,7 @@ def test_the_automatic_window_chooses_as_scoring_at_every_step_does(widths, seed
 
 
 def test_importance_is_asked_for_in_the_window_only():
-    model = adapted(tinit=99, deltaT=100, top_h=8, importance_window=20)
+    model = adapted(tinit=99, deltaT=100, top_h=8, importance="sensitivity", importance_window=20)
     optimizer = adamw(model)
     attach(model, optimizer, total_steps=300)
     probe = adapted_modules(model, "default")[0].layer.probes["default"]
@@ -245,7 +256,7 @@ def test_importance_is_asked_for_in_the_window_only():
 def test_accumulated_micro_batches_count_as_their_sum():
     scores = []
     for parts in (1, 4):
-        model = adapted(importance_window=None)
+        model = adapted(importance="sensitivity", importance_window=None)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         scheduler = attach(model, optimizer, total_steps=1000)
         x, y = batch(1)
@@ -264,7 +275,7 @@ def test_accumulated_micro_batches_count_as_their_sum():
 def test_importance_norm_mean_divides_by_the_size_once_more():
     scores = {}
     for norm in ("sqrt", "mean"):
-        model = adapted(importance_window=None, importance_norm=norm)
+        model = adapted(importance="sensitivity", importance_window=None, importance_norm=norm)
         optimizer = adamw(model)
         scheduler = attach(model, optimizer, total_steps=1000)
         train(model, optimizer, 1, 5)
@@ -274,7 +285,7 @@ def test_importance_norm_mean_divides_by_the_size_once_more():
 
 
 def test_a_step_whose_importance_is_not_finite_changes_no_score():
-    model = adapted(importance_window=None)
+    model = adapted(importance="sensitivity", importance_window=None)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     scheduler = attach(model, optimizer, total_steps=1000)
     train(model, optimizer, 1, 5)
@@ -334,7 +345,7 @@ def test_a_module_that_no_step_uses_keeps_its_parameters():
 
 
 def test_a_used_up_importance_is_announced():
-    model = adapted(tinit=0, deltaT=1, top_h=1)
+    model = adapted(importance="sensitivity", tinit=0, deltaT=1, top_h=1)
     optimizer = adamw(model)
     attach(model, optimizer, total_steps=100)
     with pytest.warns(UserWarning, match="importance of every module is 0"):
@@ -401,7 +412,7 @@ def test_an_unknown_number_of_steps_raises():
 
 def test_the_number_of_steps_may_stand_in_the_config():
     model = adapted(total_step=60)
-    assert attach(model, adamw(model)).schedule.tinit == 6
+    assert attach(model, adamw(model)).schedule.tinit == 3
 
 
 def test_a_complete_schedule_needs_no_number_of_steps():
@@ -752,5 +763,5 @@ def test_one_configuration_may_serve_several_models():
         scheduler = attach(model, optimizer, total_steps=60)
         assert scheduler.total_rank == 4
         train(model, optimizer, 1, 60)
-        assert len(scheduler.history) == 8
+        assert scheduler.total_rank == 12
     assert config.rank_pattern == {}

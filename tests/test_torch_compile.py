@@ -92,10 +92,7 @@ FORMS = {
     "the paper's": (IncreLoraConfig.paper, {}),
     "the paper's with dropout": (IncreLoraConfig.paper, {"lora_dropout": 0.2}),
     "rsLoRA's scale by rank": (IncreLoraConfig, {"scaling": "rank", "use_rslora": True}),
-    "along the gradient": (
-        IncreLoraConfig,
-        {"importance": "gradient", "init_new": "gradient", "lora_dropout": 0.2},
-    ),
+    "LoRA's by the sensitivity": (IncreLoraConfig, {"importance": "sensitivity"}),
 }
 
 
@@ -161,7 +158,9 @@ def test_evaluation_between_growths_is_compiled_once_too(form):
 
 def gradients(*, compiled, backend="aot_eager", checkpointed=False, around=False, dtype=None, dropout=0.5):
     """Output, gradients and importance of one pass in training, autocast around it or not."""
-    model = adapted(checkpointed=checkpointed, lora_dropout=dropout, init_lora_weights=False)
+    model = adapted(
+        checkpointed=checkpointed, lora_dropout=dropout, init_lora_weights=False, importance="sensitivity"
+    )
     if dtype is not None:
         for parameter in model.parameters():
             if not parameter.requires_grad:
@@ -222,7 +221,7 @@ def test_autocast_inside_the_compiled_function_is_obeyed():
 def test_two_forward_passes_before_their_backward_passes():
     expected, got = [], []
     for compiled, results in ((False, expected), (True, got)):
-        model = adapted(init_lora_weights=False)
+        model = adapted(init_lora_weights=False, importance="sensitivity")
         scheduler = attach(model, optimizer_of(model), total_steps=10)
         scheduler._probe.arm(scheduler._scores.importance)
         net = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
@@ -235,7 +234,7 @@ def test_two_forward_passes_before_their_backward_passes():
 
 
 def test_importance_is_not_computed_where_it_is_not_asked_for():
-    model = adapted(init_lora_weights=False)
+    model = adapted(init_lora_weights=False, importance="sensitivity")
     scheduler = attach(model, optimizer_of(model), total_steps=10)
     net = torch.compile(model, backend="aot_eager", fullgraph=True)
     seen = []

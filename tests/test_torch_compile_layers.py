@@ -98,7 +98,7 @@ def test_inductor_agrees():
 def test_gradients_and_importance_are_those_of_eager_mode():
     found = []
     for compiled in (False, True):
-        model = adapted(init_lora_weights=False)
+        model = adapted(init_lora_weights=False, importance="sensitivity")
         scheduler = attach(model, torch.optim.SGD(model.parameters(), 0.1), total_steps=STEPS)
         scheduler._probe.arm(scheduler._scores.importance)
         net = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model

@@ -228,7 +228,7 @@ class Schedule:
         deltaT: int | None = None,
         top_h: int | None = None,
         add_r: int = 1,
-        growth_end: float = 0.6,
+        growth_end: float = 0.1,
         costs: npt.NDArray[np.uint64] | None = None,
     ) -> Schedule: ...
     @property

@@ -100,15 +100,15 @@ class IncreLoraConfig(LoraConfig):
             update does not shrink by it; False is the paper's behaviour.
         importance_window: Steps before each growth in which the importance is computed. "auto": as
             many as weigh 1e-3 or more in the smoothing; None: every step, as the paper does.
-        importance: What a module's importance is. "sensitivity": ``sum |dW * G|`` of what it has (eq. 6 of
-            the paper), G the gradient of its weight. "gradient": what a new component would gain, the
-            largest singular value of G outside the span of what the module has, from a small sketch of G
-            that the backward passes of the window before a growth add up. ``beta1`` and ``beta2`` then say
-            nothing but how long the window "auto" is, and ``importance_norm`` must be left at "sqrt": the
-            value of one component does not depend on the module's size.
+        importance: What a module's importance is. "gradient": what a new component would gain, the largest
+            singular value of G outside the span of what the module has, G the gradient of its weight, from
+            a small sketch of G that the backward passes of the window before a growth add up. ``beta1`` and
+            ``beta2`` then say nothing but how long the window "auto" is, and ``importance_norm`` must be
+            left at "sqrt": the value of one component does not depend on the module's size.
+            "sensitivity": ``sum |dW * G|`` of what the module has (eq. 6 of the paper).
         init_new: What a new component starts from: "random" numbers, or the leading singular vectors of the
             "gradient" that ``importance="gradient"`` chose by, as long as the random ones would be (B = 0
-            stays 0). Not with components in reserve.
+            stays 0). Not with components in reserve. None: "gradient" where that can be, else "random".
         importance_norm: Divide a module's importance by "sqrt": sqrt(out in), as the authors' code
             does, or "mean": out in, as the paper prints.
         budget_unit: What the budget counts. "rank": components, ``r`` times the number of modules in all.
@@ -139,7 +139,7 @@ class IncreLoraConfig(LoraConfig):
     total_step: int | None = field(default=None, metadata={"help": "Optimizer steps in all."})
     tinit: int | None = field(default=None, metadata={"help": "Steps before the first growth."})
     deltaT: int | None = field(default=None, metadata={"help": "Steps between growth events."})
-    growth_end: float = field(default=0.6, metadata={"help": "Share of the steps until the budget is met."})
+    growth_end: float = field(default=0.1, metadata={"help": "Share of the steps until the budget is met."})
     top_h: int | None = field(default=None, metadata={"help": "Modules that grow at an event."})
     add_r: int = field(default=1, metadata={"help": "Components each of them gains."})
     beta1: float = field(default=0.85, metadata={"help": "Decay of the smoothed importance."})
@@ -170,11 +170,11 @@ class IncreLoraConfig(LoraConfig):
         default="sqrt", metadata={"help": "Divide the importance by sqrt(out in) or out in."}
     )
     importance: Literal["sensitivity", "gradient"] = field(
-        default="sensitivity",
+        default="gradient",
         metadata={"help": "sum |dW * G| ('sensitivity') or what a new component gains ('gradient')."},
     )
-    init_new: Literal["random", "gradient"] = field(
-        default="random", metadata={"help": "What new components start from."}
+    init_new: Literal["random", "gradient"] | None = field(
+        default=None, metadata={"help": "What new components start from."}
     )
     budget_unit: Literal["rank", "parameters"] = field(
         default="rank", metadata={"help": "What the budget counts: components, or their parameters."}
@@ -248,6 +248,13 @@ class IncreLoraConfig(LoraConfig):
         if self.advance_learning is None:
             return self.init_lora_weights == "svd"
         return self.advance_learning
+
+    @property
+    def follows_gradient(self) -> bool:
+        """Do new components start from the gradient's directions (``init_new``, None resolved)?"""
+        if self.init_new is None:
+            return self.importance == "gradient" and not self.uses_reserve
+        return self.init_new == "gradient"
 
     @property
     def orthogonality_weight(self) -> float:
@@ -376,7 +383,7 @@ class IncreLoraConfig(LoraConfig):
         arguments.choice("importance_norm", self.importance_norm, ("sqrt", "mean"))
         arguments.choice("importance", self.importance, ("sensitivity", "gradient"))
         arguments.choice("budget_unit", self.budget_unit, ("rank", "parameters"))
-        arguments.choice("init_new", self.init_new, ("random", "gradient"))
+        arguments.choice("init_new", self.init_new, ("random", "gradient", None))
         arguments.choice("bias", self.bias, ("none", "all", "lora_only"))
         arguments.choice("advance_learning", self.advance_learning, (True, False, None))
         for name in ("restart_warmup", "preserve_output", "use_rslora", "fan_in_fan_out"):
@@ -390,7 +397,8 @@ class IncreLoraConfig(LoraConfig):
         if self.importance == "gradient" and self.importance_norm != "sqrt":
             raise ValueError(
                 f"importance_norm={self.importance_norm!r} does not apply to importance='gradient', which is "
-                "the value of one component whatever the module's size; leave it out."
+                "the value of one component whatever the module's size; leave it out, or set "
+                "importance='sensitivity'."
             )
         if self.init_new == "gradient" and self.importance != "gradient":
             raise ValueError(

@@ -51,7 +51,7 @@ class GradientScores(Scores):
     def __init__(self, modules: Sequence[AdaptedModule], config: IncreLoraConfig, scaler: Any | None) -> None:
         super().__init__(modules, config, scaler)
         self._modules = modules
-        self._keeps_directions = config.init_new == "gradient"
+        self._keeps_directions = config.follows_gradient
         self._sigma = np.zeros(len(modules))
         # One list for ever: the layers know it.
         self._sketches: list[Sketch] = []
@@ -114,7 +114,7 @@ class GradientScores(Scores):
         """Unit vectors for new components of module ``k``, as columns (out, n) of B and rows (n, in) of A,
         signed so that a positive E lowers the loss; n may be less than ``components``.
 
-        After :meth:`at_growth`; None without ``init_new="gradient"``.
+        After :meth:`at_growth`; None where new components start from random numbers.
         """
         if not self._directions:
             return None

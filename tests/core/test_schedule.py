@@ -26,15 +26,18 @@ def numbers(schedule) -> tuple[int, int, int, int, int]:
 @pytest.mark.parametrize(
     ("arguments", "want"),
     [
-        pytest.param({}, (100, 10, 2, 1, 144), id="average rank 2"),
-        pytest.param({"budget": 576}, (100, 10, 11, 1, 576), id="average rank 8"),
-        pytest.param({"steps": 10_000}, (1000, 100, 2, 1, 144), id="long run"),
-        pytest.param({"modules": 4, "budget": 8}, (100, 125, 1, 1, 8), id="few modules"),
+        pytest.param({}, (50, 10, 15, 1, 144), id="average rank 2"),
+        pytest.param({"budget": 576}, (50, 10, 51, 2, 576), id="average rank 8"),
+        pytest.param({"growth_end": 0.6}, (100, 10, 2, 1, 144), id="late, average rank 2"),
+        pytest.param({"growth_end": 0.6, "budget": 576}, (100, 10, 11, 1, 576), id="late, average rank 8"),
+        pytest.param({"steps": 10_000}, (500, 10, 2, 1, 144), id="long run"),
+        pytest.param({"steps": 10_000, "growth_end": 0.6}, (1000, 100, 2, 1, 144), id="late, long run"),
+        pytest.param({"modules": 4, "budget": 8}, (50, 12, 1, 1, 8), id="few modules"),
         pytest.param({"steps": 1, "budget": 360}, (0, 1, 72, 4, 360), id="one step"),
-        pytest.param({"budget": 72}, (100, 500, 1, 1, 72), id="nothing to do"),
+        pytest.param({"budget": 72}, (50, 50, 1, 1, 72), id="nothing to do"),
         pytest.param({"tinit": 100, "deltaT": 100, "top_h": 2}, (100, 100, 2, 1, 90), id="all given"),
         pytest.param({"tinit": 1000}, (1000, 10, 1, 1, 72), id="warm-up without end"),
-        pytest.param({"top_h": 4, "add_r": 3}, (100, 83, 4, 3, 144), id="top_h given"),
+        pytest.param({"top_h": 4, "add_r": 3}, (50, 10, 4, 3, 144), id="top_h given"),
     ],
 )
 def test_plans_are_as_worked_out_by_hand(arguments, want):
@@ -56,7 +59,7 @@ def test_the_next_event_is_at_or_after_the_step(step, event):
 
 
 def test_the_warm_up_is_over_before_the_first_event():
-    assert plan().next_event(1) > 100
+    assert plan().next_event(1) > 50
 
 
 @settings(max_examples=60, deadline=None)
@@ -143,7 +146,7 @@ def test_different_schedules_differ():
 
 
 def test_a_schedule_shows_its_numbers():
-    assert repr(plan()) == "Schedule(tinit=100, deltaT=10, top_h=2, add_r=1)"
+    assert repr(plan()) == "Schedule(tinit=50, deltaT=10, top_h=15, add_r=1)"
 
 
 def test_a_schedule_cannot_be_changed():

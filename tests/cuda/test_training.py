@@ -55,12 +55,18 @@ def test_the_layer_runs_by_the_kernels(emulated):
     assert {"down_8_f32", "apply_mask_f32", "add_grad_x_f32", "score_tile_f32", "score_total"} <= launched
 
 
-def trained(device, p):
+def trained(device, p, importance):
     """Parameters and ranks after a training with growth."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 16))
     config = IncreLoraConfig(
-        r=4, lora_dropout=p, target_modules=["0", "2"], orth_reg_weight=0.1, tinit=2, deltaT=3
+        r=4,
+        lora_dropout=p,
+        target_modules=["0", "2"],
+        orth_reg_weight=0.1,
+        tinit=2,
+        deltaT=3,
+        importance=importance,
     )
     model = get_peft_model(base, config).to(device).train()
     optimizer = torch.optim.AdamW([q for q in model.parameters() if q.requires_grad], lr=1e-2)
@@ -76,14 +82,15 @@ def trained(device, p):
 
 
 @pytest.fixture
-def training_on_cpu(p):
-    return trained("cpu", p)
+def training_on_cpu(p, importance):
+    return trained("cpu", p, importance)
 
 
+@pytest.mark.parametrize("importance", ["sensitivity", "gradient"])
 @pytest.mark.parametrize("p", [0.0, 0.1])
-def test_a_training_is_the_one_of_the_cpu(training_on_cpu, device, p):
+def test_a_training_is_the_one_of_the_cpu(training_on_cpu, device, p, importance):
     ranks, want = training_on_cpu
-    got_ranks, got = trained(device, p)
+    got_ranks, got = trained(device, p, importance)
     assert got_ranks == ranks
     assert sum(ranks.values()) > 2
     for value, expected in zip(got, want, strict=True):
@@ -91,7 +98,7 @@ def test_a_training_is_the_one_of_the_cpu(training_on_cpu, device, p):
 
 
 def test_the_scheduler_runs_by_the_kernels(emulated):
-    trained("cpu", 0.0)
+    trained("cpu", 0.0, "sensitivity")
     launched = set(emulated.emulator_launched().decode().split())
     assert {"smooth", "orthogonality_gram_f32", "orthogonality_gradient_f32"} <= launched
 
