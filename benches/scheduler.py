@@ -15,7 +15,8 @@ from .sizes import Size
 from .step import adamw
 from .timing import no_collection, once
 
-FORMS = ("default", "paper")
+# "sensitivity" is the default form with the paper's importance.
+FORMS = ("default", "sensitivity", "paper")
 # Of a step: nothing to do, importance smoothed, newborn rows corrected, both, and a growth.
 QUIET, ARMED, YOUNG, YOUNG_ARMED, GROWTH = "quiet", "armed", "newborn rows", "armed, newborn rows", "growth"
 STATES = (QUIET, ARMED, YOUNG, YOUNG_ARMED, GROWTH)
@@ -49,6 +50,7 @@ def measure(size: Size) -> list[dict[str, Any]]:
 def _config(form: str, count: int) -> IncreLoraConfig:
     make = IncreLoraConfig.paper if form == "paper" else IncreLoraConfig
     return make(
+        importance="gradient" if form == "default" else "sensitivity",
         r=8,
         init_r=4,
         lora_alpha=16,
