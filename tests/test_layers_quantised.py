@@ -113,7 +113,9 @@ def base(name):
 
 
 def adapted(name, **kwargs):
-    config = IncreLoraConfig(**({"r": 3, "lora_alpha": 6, "target_modules": ["first", "second"]} | kwargs))
+    config = IncreLoraConfig(
+        **({"r": 3, "lora_alpha": 6, "target_modules": ["first", "second"], "growth_end": 0.6} | kwargs)
+    )
     net = base(name)
     torch.manual_seed(3)
     return get_peft_model(net, config)

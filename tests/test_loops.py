@@ -36,7 +36,9 @@ class Twin(nn.Module):
 
 def adapted(mode=None, dtype=torch.float32, form=IncreLoraConfig, **kwargs):
     torch.manual_seed(2)
-    settings = {"r": 3, "lora_alpha": 6, "target_modules": ["first", "second"], "importance_window": None}
+    # Late, so that ranks grow through most of a training.
+    schedule = {"importance_window": None, "growth_end": 0.6}
+    settings = {"r": 3, "lora_alpha": 6, "target_modules": ["first", "second"]} | schedule
     return peft.get_peft_model(Twin(mode).to(dtype), form(**(settings | kwargs)))
 
 

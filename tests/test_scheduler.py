@@ -38,7 +38,9 @@ FORMS = {"default": IncreLoraConfig, "paper": IncreLoraConfig.paper}
 def adapted(form="default", widths=WIDTHS, seed=3, **kwargs):
     torch.manual_seed(seed)
     targets = [f"maps.{i}" for i in range(len(widths) - 1)]
-    config = FORMS[form](**({"r": 3, "lora_alpha": 8, "target_modules": targets} | kwargs))
+    # Late, so that ranks grow through most of a training, and after a resume.
+    values = {"r": 3, "lora_alpha": 8, "target_modules": targets, "growth_end": 0.6} | kwargs
+    config = FORMS[form](**values)
     return peft.get_peft_model(Chain(widths), config)
 
 
@@ -83,10 +85,10 @@ def test_budget_is_met_exactly(form, r, steps):
 
 
 @pytest.mark.parametrize(
-    ("given", "first", "last"), [({}, 20, 40), ({"growth_end": 0.6}, 40, 240), ({"growth_end": 0.3}, 40, 120)]
+    ("growth_end", "first", "last"), [(IncreLoraConfig().growth_end, 20, 40), (0.6, 40, 240), (0.3, 40, 120)]
 )
-def test_ranks_stay_during_the_warm_up_and_are_full_at_growth_end(given, first, last):
-    model = adapted(**given)
+def test_ranks_stay_during_the_warm_up_and_are_full_at_growth_end(growth_end, first, last):
+    model = adapted(growth_end=growth_end)
     optimizer = adamw(model)
     scheduler = attach(model, optimizer, total_steps=400)
     train(model, optimizer, 1, first)
@@ -96,7 +98,7 @@ def test_ranks_stay_during_the_warm_up_and_are_full_at_growth_end(given, first, 
 
 
 def test_history_has_a_row_for_each_growth():
-    model = adapted(growth_end=0.6)
+    model = adapted()
     optimizer = adamw(model)
     scheduler = attach(model, optimizer, total_steps=60)
     train(model, optimizer, 1, 60)
@@ -160,7 +162,7 @@ def test_two_different_numbers_of_steps_are_told():
     model = adapted(total_step=80)
     with pytest.warns(UserWarning, match="total_step=80 in IncreLoraConfig, but the training has 60 steps"):
         scheduler = attach(model, adamw(model), total_steps=60)
-    assert scheduler.schedule.tinit == 3
+    assert scheduler.schedule.tinit == 6
 
 
 def test_growth_logs_one_line(caplog):
@@ -412,7 +414,7 @@ def test_an_unknown_number_of_steps_raises():
 
 def test_the_number_of_steps_may_stand_in_the_config():
     model = adapted(total_step=60)
-    assert attach(model, adamw(model)).schedule.tinit == 3
+    assert attach(model, adamw(model)).schedule.tinit == 6
 
 
 def test_a_complete_schedule_needs_no_number_of_steps():
