@@ -12,7 +12,9 @@ STEPS = 20
 
 
 def configure(**kwargs):
-    return IncreLoraConfig(**({"target_modules": ["query", "value"], "r": 3, "lora_alpha": 6} | kwargs))
+    # Late, so that ranks do not grow at the first steps already.
+    values = {"target_modules": ["query", "value"], "r": 3, "lora_alpha": 6, "growth_end": 0.6} | kwargs
+    return IncreLoraConfig(**values)
 
 
 @pytest.fixture
