@@ -11,7 +11,7 @@ import pytest
 import torch
 from increlora_rs import IncreLoraConfig, attach, export_lora
 from increlora_rs.adapted import adapted_modules
-from increlora_rs.scheduler import STATE_KEY
+from increlora_rs.saved_state import KEY as STATE_KEY
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D

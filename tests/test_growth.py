@@ -11,7 +11,7 @@ import pytest
 import torch
 from increlora_rs import IncreLoraConfig, growth_history
 from increlora_rs.history import HISTORY_NAME
-from increlora_rs.scheduler import STATE_KEY
+from increlora_rs.saved_state import KEY as STATE_KEY
 
 STEPS = [4, 6, 8, 10]
 

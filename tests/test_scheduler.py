@@ -12,7 +12,7 @@ import torch
 import transformers
 from increlora_rs import IncreLoraConfig, attach
 from increlora_rs.adapted import adapted_modules
-from increlora_rs.scheduler import STATE_KEY
+from increlora_rs.saved_state import KEY as STATE_KEY
 from torch import nn
 
 

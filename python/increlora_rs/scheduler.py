@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from . import saved_state
 from .adapted import adapted_modules
 from .attachment import check_attachable, trainable_adapter, unwrapped_optimizer
-from .budget import amount
 from .compiled import mark_growing
 from .cuda import stream
 from .distributed import average_, find_ddp, rebuild_buckets, shared_seed
@@ -28,10 +28,6 @@ from .seeded import generator
 
 logger = logging.getLogger(__name__)
 
-# Key of the scheduler's state in the optimizer's first parameter group: there it travels with every
-# checkpoint of the optimizer, and is found whether it is loaded before or after `attach`.
-STATE_KEY = "increlora"
-_STATE_VERSION = 1
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
@@ -154,7 +150,7 @@ class RankScheduler:
         scores = GradientScores if self._config.importance == "gradient" else Scores
         self._scores = scores(self._modules, self._config, scaler)
         self._plan = self._scores.plan(self._modules)
-        saved = self._group.get(STATE_KEY)
+        saved = self._group.get(saved_state.KEY)
         if saved is None:
             self._start()
         else:
@@ -232,7 +228,7 @@ class RankScheduler:
         self._drop_reserves()
         self._rebuild_buckets()
         self._probe.detach()
-        self._group.pop(STATE_KEY, None)
+        self._group.pop(saved_state.KEY, None)
 
     # Set-up.
 
@@ -395,8 +391,8 @@ class RankScheduler:
 
     def _save(self, *_: Any) -> None:
         schedule = self.schedule
-        self._group[STATE_KEY] = {
-            "version": _STATE_VERSION,
+        self._group[saved_state.KEY] = {
+            "version": saved_state.VERSION,
             "step": self.step,
             "total_steps": self._total_steps,
             "budget": self.budget,
@@ -417,7 +413,7 @@ class RankScheduler:
         }
 
     def _after_load(self, *_: Any) -> None:
-        saved = self._group.get(STATE_KEY)
+        saved = self._group.get(saved_state.KEY)
         if saved is not None:
             self._restore(saved)
             self._arm()
@@ -429,34 +425,7 @@ class RankScheduler:
         )
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        if saved["version"] != _STATE_VERSION:
-            raise ValueError(
-                f"optimizer: its IncreLoRA state has version {saved['version']}, this release reads "
-                f"{_STATE_VERSION}; resume with the release that saved it."
-            )
-        if saved["modules"] != list(self.ranks):
-            raise ValueError(
-                f"optimizer: its IncreLoRA state is of {len(saved['modules'])} modules, "
-                f"{saved['modules'][:1]} the first, but the model adapts {len(self._modules)}, "
-                f"{list(self.ranks)[:1]} the first; resume with the model and target_modules that were "
-                "trained."
-            )
-        if saved["total_steps"] != self._total_steps:
-            warnings.warn(
-                f"total_steps={self._total_steps}, but the run that is resumed was planned for "
-                f"{saved['total_steps']}: ranks go on growing by that plan, "
-                f"{self._budget} in total",
-                UserWarning,
-                stacklevel=2,
-            )
-        planned = saved["budget"], saved.get("budget_unit", "rank")
-        if planned != (self.budget, self._budget.unit):
-            warnings.warn(
-                f"r={self._config.r} makes a budget of {self._budget}, but the run that is resumed was "
-                f"planned for {amount(*planned)}: ranks go on growing by that plan, which may not reach it",
-                UserWarning,
-                stacklevel=2,
-            )
+        saved_state.check(saved, list(self.ranks), self._config, self._total_steps, self._budget)
         self.step = saved["step"]
         self.restored = True
         self._seed = saved["seed"]
@@ -465,14 +434,6 @@ class RankScheduler:
         )
         self._restart.adam_lead = saved["adam_lead"]
         self._restart.was_linear = saved["was_linear"]
-        kind = saved.get("importance", "sensitivity")
-        if kind != self._config.importance:
-            warnings.warn(
-                f"importance={self._config.importance!r}, but the run that is resumed had {kind!r}: the "
-                "scores start anew",
-                UserWarning,
-                stacklevel=2,
-            )
         self._scores.start(self._seed, self.schedule.add_r)
         self._scores.restore(saved["scores"])
         self._history = [(int(s), int(k), int(r), float(i)) for s, k, r, i in saved["history"]]
