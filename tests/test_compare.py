@@ -656,6 +656,19 @@ def test_a_cut_line_at_the_end_is_dropped_and_one_in_the_middle_told(tmp_path):
         read_results(path)
 
 
+@pytest.mark.parametrize("lacks", ["status", "options", "everything"])
+def test_a_file_of_something_else_is_told(tmp_path, lacks):
+    other = json.loads(json.dumps(made_up("lora", 0, 0.5)))
+    other.pop(lacks, None)
+    other["config"].pop(lacks, None)
+    if lacks == "everything":
+        other = [1]
+    (tmp_path / "runs.jsonl").write_text(json.dumps(other) + "\n")
+    for read in (read_results, Results):
+        with pytest.raises(ValueError, match="line 1 is no run"):
+            read(tmp_path / "runs.jsonl")
+
+
 def test_two_comparisons_cannot_write_to_one_file(tmp_path):
     with Results(tmp_path / "runs.jsonl"), pytest.raises(ValueError, match="another comparison"):
         Results(tmp_path / "runs.jsonl")

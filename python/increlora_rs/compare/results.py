@@ -23,7 +23,7 @@ def read_results(path: Path) -> list[Record]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another line is no JSON.
+        ValueError: another line is no JSON, or not what :meth:`Results.append` wrote.
     """
     if not path.exists():
         raise FileNotFoundError(f"--out {path} does not exist; there are no results yet.")
@@ -76,12 +76,24 @@ def _parse(path: Path, content: bytes) -> list[Record]:
     records = []
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError as error:
             raise ValueError(
                 f"--out {path}: line {number} is no JSON ({error}); mend or remove it."
             ) from error
+        if not _is_run(record):
+            raise ValueError(
+                f"--out {path}: line {number} is no run of this release's compare; give another file."
+            )
+        records.append(record)
     return _latest(records)
+
+
+def _is_run(record: Any) -> bool:
+    if not isinstance(record, dict) or not {"id", "status"} <= record.keys():
+        return False
+    config = record.get("config")
+    return isinstance(config, dict) and {"method", "options", "task", "r", "lr", "seed"} <= config.keys()
 
 
 def _latest(records: list[Record]) -> list[Record]:
