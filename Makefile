@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM := false
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo bench conformance docs test test-rust test-python test-gpu lint format clean
+.PHONY: help build demo bench evidence conformance docs test test-rust test-python test-gpu lint format clean
 
 help: ## list the targets
 	@sed -n -E 's/^([a-z-]+):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -38,6 +38,9 @@ demo: build ## fine-tune MiniLM on BBC news with growing ranks, beside plain LoR
 bench: build ## measure everything (some 25 minutes, on a quiet machine); BENCH=--quick for 3
 	python -m benches $(BENCH)
 	$(WITH_TORCH) cargo bench --quiet
+
+evidence: build ## write the tables and charts of docs/evidence.md from the results beside it
+	python docs/evidence/render.py
 
 conformance: build ## run PEFT's own tests on IncreLoraConfig, fresh and grown
 	python -m conformance

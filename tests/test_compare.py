@@ -527,6 +527,7 @@ def made_up(method, seed, accuracy, lr=0.1, r=2, status="done", ranks=(1, 3), ta
         "error": None,
         "config": config,
         "epochs": [{"accuracy": accuracy}],
+        "losses": [1.0 - accuracy],
         "test": {"accuracy": accuracy - 0.1},
         "parameters": {"adapter": 1000 * r, "held": 1000 * r, "head": 66},
         "ranks": dict(zip(names, ranks, strict=True)),
@@ -552,10 +553,12 @@ def test_the_report_gives_mean_and_spread_at_the_best_learning_rate(tmp_path, ca
     assert "60.0 ± 10.0" in capsys.readouterr().out
     page = (tmp_path / "runs.md").read_text()
     lora, increlora = (line for line in page.splitlines() if line.startswith(("| lora |", "| increlora |")))
-    assert "| 0.1 of 2 | 3 | 2,000 | 2,000 | 4 | 60.0 ± 10.0 | 50.0 ± 10.0 |  | 0.250 | 0 |" in lora
+    assert (
+        "| 0.1 of 2 | 3 | 2,000 | 2,000 | 4 | 60.0 ± 10.0 | 50.0 ± 10.0 | 0.400 ± 0.100 |  | 0.250 |" in lora
+    )
     # Differences seed by seed: 0.2, 0.2, 0.1.
     assert "| 0.2 of 2 | 3 |" in increlora
-    assert "76.7 ± 5.8 | 66.7 ± 5.8 | 16.7 ± 5.8 |" in increlora
+    assert "76.7 ± 5.8 | 66.7 ± 5.8 | 0.233 ± 0.058 | 16.7 ± 5.8 |" in increlora
     drawn = sorted(tmp_path.glob("runs-RTE-*.png"))
     assert [file.stem.rsplit("-", 1)[1] for file in drawn] == ["parameters", "ranks"]
     assert all(file.read_bytes().startswith(b"\x89PNG") and file.name in page for file in drawn)
@@ -579,10 +582,12 @@ def test_several_tasks_are_in_one_table_with_the_mean_difference(tmp_path, capsy
     assert main(["compare", "--report", "--out", str(tmp_path / "runs.jsonl")]) == 0
     assert "vs LoRA" in capsys.readouterr().out
     page = (tmp_path / "runs.md").read_text()
+    assert (tmp_path / "runs-overview.png").read_bytes().startswith(b"\x89PNG")
+    assert "](runs-overview.png)" in page
     # RTE differs by 0.1 and 0, of deviation 0.0707: its error is 0.05, the mean's with CoLA's 0 is 0.025.
     assert "| increlora | 2 | 60.0 ± 0.0 | 40.0 ± 0.0 | +7.5 ± 2.5 | +7.5 ± 2.5 |" in page
     assert "| lora | 2 | 55.0 ± 7.1 | 30.0 ± 0.0 |  |  |" in page
-    assert "| paper | 2 | 20.0 |  | -30.0 | -30.0 |" in page
+    assert "| paper | 2 | 20.0 [1] |  | -30.0 | -30.0 |" in page
 
 
 def test_a_report_can_be_of_some_methods(tmp_path, capsys):
@@ -609,6 +614,15 @@ def test_runs_of_other_defaults_are_not_mixed():
 def test_a_single_seed_has_no_spread():
     assert Spread.of([0.5]).text() == "50.0"
     assert Spread.of([0.5, 0.7]).deviation == pytest.approx(0.1 * 2**0.5)
+
+
+def test_a_loss_that_a_run_lacks_is_left_out():
+    old, new = made_up("lora", 0, 0.5), made_up("lora", 1, 0.5)
+    del old["losses"]
+    ((row,),) = (comparison.rows for comparison in summarise([old, new]))
+    assert row.loss is None
+    ((row,),) = (comparison.rows for comparison in summarise([new]))
+    assert row.loss.text(2, 1.0) == "0.50"
 
 
 def test_mean_ranks_are_those_of_all_seeds():

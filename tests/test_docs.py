@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,26 @@ def test_each_link_leads_to_a_file(page, target):
 
 def test_links_are_found():
     assert len(LINKS) > 40
+
+
+# The evidence.
+
+
+def test_the_tables_of_the_evidence_are_those_of_its_results():
+    render = runpy.run_path(str(DOCS / "evidence" / "render.py"))
+    page = (DOCS / "evidence.md").read_text()
+    assert render["rendered"](page) == page
+    assert page.count("<!-- end -->") == len(re.findall(r"<!-- (?:overview|tasks|runs)\b", page)) >= 4
+    other = re.sub(r"(\| `lora` \| 2 \|) [\d.]+ ±", r"\1 0.0 ±", page, count=1)
+    assert render["rendered"](other) == page != other
+
+
+def test_the_evidence_names_methods_and_tasks_that_were_trained():
+    selected = runpy.run_path(str(DOCS / "evidence" / "render.py"))["selected"]
+    with pytest.raises(ValueError, match=r"no run of increlora:beta1=0\.1"):
+        selected("lora,increlora:beta1=0.1", None)
+    with pytest.raises(ValueError, match="no task SQuAD"):
+        selected("lora", "MRPC,SQuAD")
 
 
 # Tables of arguments.

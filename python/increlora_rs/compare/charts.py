@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..places import in_order, places
+from .overview import Overview
 from .summary import Comparison, Row
 
 _DPI = 150
@@ -32,25 +33,46 @@ def draw_charts(comparison: Comparison, folder: Path, prefix: str) -> list[Path]
 def draw_parameters(comparison: Comparison) -> Any:
     """The matplotlib figure of the mean official metric, with its standard deviation, against the adapter's
     parameters: a line a method, a point a rank."""
-    methods = list(dict.fromkeys(row.method for row in comparison.rows))
+    return _parameters([comparison], comparison.title)
+
+
+def draw_overview(overview: Overview) -> Any:
+    """The same of several tasks, a panel each."""
+    return _parameters(overview.comparisons, overview.title)
+
+
+def _parameters(comparisons: list[Comparison], title: str) -> Any:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    methods = list(dict.fromkeys(row.method for c in comparisons for row in c.rows))
+    across = min(3, len(comparisons))
+    down = math.ceil(len(comparisons) / across)
     # The legend stands below, for methods with options have long names.
-    figure = _figure(7, 4.5 + 0.18 * len(methods))
-    axes = figure.add_subplot()
-    for k, method in enumerate(methods):
-        rows = [row for row in comparison.rows if row.method == method]
-        axes.errorbar(
-            [row.mean("parameters", "adapter") for row in rows],
-            [100 * row.score.mean for row in rows],
-            yerr=[100 * (row.score.deviation or 0.0) for row in rows],
-            marker="osD^vP*X"[k % 8],
-            capsize=3,
-            linewidth=1,
-            label=method,
-        )
-    axes.set_xlabel("trainable parameters of the adapter")
-    axes.set_ylabel("mean of the official metrics, %")
-    axes.set_title(comparison.title, fontsize=9)
-    figure.legend(fontsize=7, loc="outside lower center")
+    figure = _figure(max(7, 3.5 * across), 0.5 + (3 if down > 1 else 4) * down + 0.18 * len(methods))
+    panels = _panels(figure, down, across, len(comparisons))
+    for axes, comparison in zip(panels, comparisons, strict=True):
+        for k, method in enumerate(methods):
+            rows = [row for row in comparison.rows if row.method == method]
+            axes.errorbar(
+                [row.mean("parameters", "adapter") / 1000 for row in rows],
+                [100 * row.score.mean for row in rows],
+                yerr=[100 * (row.score.deviation or 0.0) for row in rows],
+                color=f"C{k % 10}",
+                marker="osD^vP*X"[k % 8],
+                capsize=3,
+                linewidth=1,
+                label=method,
+            )
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda thousands, _: f"{thousands:,g}"))
+        axes.tick_params(labelsize=8)
+        if len(comparisons) > 1:
+            axes.set_title(comparison.task, fontsize=9)
+    for axes in panels[-across:]:
+        axes.set_xlabel("trainable parameters, in thousands", fontsize=8)
+    figure.supylabel("mean of the official metrics, %", fontsize=9)
+    figure.suptitle(title, fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=7, loc="outside lower center")
     return figure
 
 
@@ -59,20 +81,33 @@ def draw_mean_ranks(comparison: Comparison, rows: list[Row]) -> Any:
     place = places(rows[0].ranks())
     layers = in_order(layer for layer, _ in place.values())
     kinds = list(dict.fromkeys(kind for _, kind in place.values()))
-    height = 0.8 + 0.28 * len(kinds)
-    figure = _figure(2.5 + 0.42 * len(layers), height * len(rows))
-    every = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
-    for axes, row in zip(every, rows, strict=True):
+    across = min(2, len(rows))
+    down = math.ceil(len(rows) / across)
+    width, height = 2.5 + 0.42 * len(layers), 0.8 + 0.28 * len(kinds)
+    figure = _figure(width * across, height * down)
+    panels = _panels(figure, down, across, len(rows))
+    for axes, row in zip(panels, rows, strict=True):
         ranks = {place[name]: rank for name, rank in row.ranks().items()}
         grid = [[ranks.get((layer, kind), math.nan) for layer in layers] for kind in kinds]
         image = axes.imshow(grid, cmap="viridis", vmin=0, aspect="auto")
         axes.set_xticks(range(len(layers)), layers, fontsize=7)
         axes.set_yticks(range(len(kinds)), kinds, fontsize=7)
         axes.set_title(f"{row.method}, r={row.r}, {len(row.runs)} seeds", fontsize=8)
-        figure.colorbar(image, ax=axes, label="mean rank")
-    every[-1].set_xlabel("layer")
+        bar = figure.colorbar(image, ax=axes)
+        bar.set_label("mean rank", fontsize=8)
+        bar.ax.tick_params(labelsize=7)
+    for axes in panels[-across:]:
+        axes.set_xlabel("layer", fontsize=8)
     figure.suptitle(comparison.title, fontsize=9)
     return figure
+
+
+def _panels(figure: Any, down: int, across: int, count: int) -> list[Any]:
+    """Axes in rows, as many as are needed; the last row may be shorter."""
+    every = list(figure.subplots(down, across, squeeze=False).flat)
+    for axes in every[count:]:
+        axes.remove()
+    return every[:count]
 
 
 def _figure(width: float, height: float) -> Any:

@@ -83,12 +83,12 @@ def run(options: argparse.Namespace) -> None:
     if options.report and options.methods is not None:
         records = _only(options.methods, records, options.out)
     comparisons = summarise(records)
-    overview = overviews(comparisons)
+    across_tasks = overviews(comparisons)
     # A table that is cut says less than one whose lines the terminal breaks.
     console = Console(width=max(_WIDTH, Console().width))
-    for table in [*overview, *comparisons]:
+    for table in [*across_tasks, *comparisons]:
         console.print(table)
-    for path in write_report(overview, comparisons, options.out):
+    for path in write_report(across_tasks, comparisons, options.out):
         console.print(str(path), soft_wrap=True, highlight=False)
     if failed:
         raise RuntimeError(f"{failed} runs failed; {options.out} says why. --retry-failed trains them again.")
@@ -105,18 +105,26 @@ def _only(methods: str, records: list[Any], out: Path) -> list[Any]:
     return [record for name in wanted for record in records if record["config"]["method"] == name]
 
 
-def write_report(overview: list[Any], comparisons: list[Any], out: Path) -> list[Path]:
+def write_report(overviews: list[Any], comparisons: list[Any], out: Path) -> list[Path]:
     """Writes tables (Markdown) and charts beside ``out``; returns their files."""
-    from .charts import draw_charts
+    from .charts import draw_charts, draw_overview
 
-    page = out.with_suffix(".md")
-    charts = {c.stem: draw_charts(c, out.parent, out.stem) for c in comparisons}
-    sections = [
-        c.markdown() + "\n" + "".join(f"![{chart.stem}]({chart.name})\n" for chart in charts[c.stem])
-        for c in comparisons
-    ]
-    page.write_text("\n".join([*[table.markdown() for table in overview], *sections]), encoding="utf-8")
-    return [page, *[chart for every in charts.values() for chart in every]]
+    page, sections, files = out.with_suffix(".md"), [], []
+    for k, overview in enumerate(overviews, start=1):
+        number = f"-{k}" if len(overviews) > 1 else ""
+        files.append(out.parent / f"{out.stem}-overview{number}.png")
+        draw_overview(overview).savefig(files[-1], bbox_inches="tight")
+        sections.append(_section(overview, files[-1:]))
+    for comparison in comparisons:
+        charts = draw_charts(comparison, out.parent, out.stem)
+        files += charts
+        sections.append(_section(comparison, charts))
+    page.write_text("\n".join(sections), encoding="utf-8")
+    return [page, *files]
+
+
+def _section(table: Any, charts: list[Path]) -> str:
+    return table.markdown() + "\n" + "".join(f"![{chart.stem}]({chart.name})\n" for chart in charts)
 
 
 def _train(options: argparse.Namespace) -> int:

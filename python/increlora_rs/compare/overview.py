@@ -13,8 +13,8 @@ from .summary import Comparison, Row, Spread, difference_of, markdown_table, ric
 
 _CAPTION = (
     "Mean ± standard deviation over the seeds of the mean of a task's official metrics on the development "
-    "set, in per cent. vs LoRA: the mean over the tasks of the difference to LoRA, seed by seed, ± its "
-    "standard error; on the test sets likewise, where tasks have one."
+    "set, in per cent; [n] where only n seeds were trained. vs LoRA: the mean over the tasks of the "
+    "difference to LoRA, seed by seed, ± its standard error; on the test sets likewise, where tasks have one."
 )
 
 
@@ -37,6 +37,7 @@ class Overview:
         """Header and rows of the table, as text. Metrics are in per cent."""
         found = [{(row.method, row.r): row for row in c.rows} for c in self.comparisons]
         header = ["method", "r", *[c.task for c in self.comparisons], "vs LoRA", "test vs LoRA"]
+        most = max(len(row.runs) for rows_of_a_task in found for row in rows_of_a_task.values())
         rows = []
         for method, r in dict.fromkeys(key for rows_of_a_task in found for key in rows_of_a_task):
             own = [rows_of_a_task.get((method, r)) for rows_of_a_task in found]
@@ -44,7 +45,7 @@ class Overview:
                 [
                     method,
                     str(r),
-                    *["" if row is None else row.score.text() for row in own],
+                    *["" if row is None else _cell(row, most) for row in own],
                     self._difference(own, "dev"),
                     self._difference(own, "test"),
                 ]
@@ -65,6 +66,12 @@ class Overview:
     def markdown(self) -> str:
         """The table in Markdown."""
         return f"### {self.title}\n\n{markdown_table(*self.cells())}\n\n{_CAPTION}\n"
+
+
+def _cell(row: Row, most: int) -> str:
+    """The score, with the number of seeds where others have more."""
+    count = len(row.runs)
+    return row.score.text() if count == most else f"{row.score.text()} [{count}]"
 
 
 def mean_difference(spreads: Sequence[Spread]) -> str:

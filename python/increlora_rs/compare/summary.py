@@ -69,6 +69,12 @@ class Row:
         """Spread of the mean of the official metrics on the development set."""
         return Spread.of([score(run) for run in self.runs.values()])
 
+    @property
+    def loss(self) -> Spread | None:
+        """Spread of the loss on the development set after the last epoch; None where a run lacks it."""
+        losses = [run["losses"][-1] for run in self.runs.values() if run.get("losses")]
+        return Spread.of(losses) if len(losses) == len(self.runs) else None
+
     def mean(self, *path: str) -> float:
         """Mean of a number of the runs, such as ``parameters``, ``adapter``."""
         values = []
@@ -144,6 +150,7 @@ class Comparison:
             "rank",
             *metrics,
             *[f"test {m}" for m in tests],
+            "dev loss",
         ]
         header += ["vs LoRA", "s/step", "failed"]
         rows = []
@@ -160,6 +167,7 @@ class Comparison:
                     f"{row.mean('total_rank'):.0f}",
                     *[row.of("dev", metric).text() for metric in metrics],
                     *[row.of("test", metric).text() for metric in tests],
+                    "" if row.loss is None else row.loss.text(3, 1.0),
                     "" if difference is None else difference.text(),
                     f"{row.mean('seconds_a_step'):.3f}",
                     str(row.failed),

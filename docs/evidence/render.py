@@ -1,0 +1,107 @@
+"""Writes the tables of ``docs/evidence.md``, and its charts, from the results beside this file; with
+``--check`` only tells whether the tables are up to date.
+
+A table stands between ``<!-- overview METHODS TASKS -->`` or ``<!-- tasks METHODS TASKS -->`` and
+``<!-- end -->``, the number of runs between ``<!-- runs -->`` and it. METHODS are as for
+``increlora-rs compare``; TASKS names with commas, none for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from increlora_rs.compare.charts import draw_mean_ranks, draw_overview
+from increlora_rs.compare.methods import parse_methods
+from increlora_rs.compare.overview import Overview
+from increlora_rs.compare.results import read_results
+from increlora_rs.compare.summary import Comparison, markdown_table, summarise
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "evidence.md"
+RESULTS = HERE / "minilm.jsonl"
+
+_BLOCK = re.compile(
+    r"<!-- (?P<kind>overview|tasks|runs)(?: (?P<methods>\S+))?(?: (?P<tasks>\S+))? -->\n.*?<!-- end -->\n",
+    re.DOTALL,
+)
+# The chart of parameters has these methods, that of ranks those that grow, on one task.
+_COMPARED = "lora,rslora,adalora,paper,increlora"
+_GROWN = "increlora,increlora:growth_end=0.6,importance=sensitivity"
+_GROWN_ON = "STS-B"
+
+
+def rendered(page: str) -> str:
+    """The page with every table as the results have it."""
+    return _BLOCK.sub(_block, page)
+
+
+def selected(methods: str, tasks: str | None) -> list[Comparison]:
+    """The comparisons of the named methods, in that order, on the named tasks or all.
+
+    Raises:
+        ValueError: a method or a task has no results.
+    """
+    names = [str(method) for method in parse_methods(methods)]
+    comparisons = {c.task: c for c in summarise(read_results(RESULTS))}
+    wanted = list(comparisons) if tasks is None else tasks.split(",")
+    if missing := set(wanted) - comparisons.keys():
+        raise ValueError(
+            f"{RESULTS} has no task {', '.join(sorted(missing))}; it has {', '.join(comparisons)}."
+        )
+    chosen = []
+    for task in wanted:
+        rows = [row for row in comparisons[task].rows if row.method in names]
+        rows.sort(key=lambda row: (row.r, names.index(row.method)))
+        chosen.append(Comparison(task, comparisons[task].setting, rows))
+    if missing := set(names) - {row.method for c in chosen for row in c.rows}:
+        raise ValueError(f"{RESULTS} has no run of {', '.join(sorted(missing))} on {', '.join(wanted)}.")
+    return [c for c in chosen if c.rows]
+
+
+def _block(block: re.Match[str]) -> str:
+    first = block[0].split("\n", 1)[0]
+    # Without the empty lines Markdown takes the table for a part of the comment.
+    return f"{first}\n\n{_text(block)}\n\n<!-- end -->\n"
+
+
+def _text(block: re.Match[str]) -> str:
+    if block["kind"] == "runs":
+        runs = read_results(RESULTS)
+        return f"{len(runs)} runs, {sum(run['seconds'] for run in runs) / 3600:.1f} hours of one core."
+    comparisons = selected(block["methods"], block["tasks"])
+    if block["kind"] == "overview":
+        return _table(*Overview(comparisons).cells())
+    return "\n\n".join(f"### {c.title}\n\n{_table(*c.cells())}" for c in comparisons)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    return markdown_table(header, [[f"`{row[0]}`", *row[1:]] for row in rows])
+
+
+def _draw() -> None:
+    draw_overview(Overview(selected(_COMPARED, None))).savefig(HERE / "parameters.png", bbox_inches="tight")
+    (grown,) = selected(_GROWN, _GROWN_ON)
+    draw_mean_ranks(grown, grown.rows).savefig(HERE / "ranks.png", bbox_inches="tight")
+
+
+def main() -> int:
+    """The command; 1 where ``--check`` finds a difference."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail if a table is not up to date"
+    )
+    options = parser.parse_args()
+    page = PAGE.read_text(encoding="utf-8")
+    current = rendered(page)
+    if options.check:
+        return int(page != current)
+    PAGE.write_text(current, encoding="utf-8")
+    _draw()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
