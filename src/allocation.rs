@@ -33,6 +33,14 @@ impl Schedule {
         first.max(step.div_ceil(self.interval)).saturating_mul(self.interval)
     }
 
+    /// The step of event number `n`, the first being 1; 0 for none.
+    pub fn event(&self, n: u64) -> u64 {
+        match n {
+            0 => 0,
+            n => (self.warmup / self.interval + n).saturating_mul(self.interval),
+        }
+    }
+
     /// Number of events in the steps 1 to `last`.
     pub fn events(&self, last: u64) -> u64 {
         (last / self.interval).saturating_sub(self.warmup / self.interval)
@@ -51,7 +59,8 @@ pub struct Wish {
     /// See [`Schedule::add_r`]: the least to add; raised only where `top_h` is free and all modules
     /// together cannot reach the budget.
     pub add_r: u64,
-    /// Share of the steps, above 0 and at most 1, by which growth is over.
+    /// Share of the steps, above 0 and at most 1, by which growth is over. From a `warmup` at or after it on,
+    /// growth takes as many steps as it would have taken.
     pub growth_end: f64,
 }
 
@@ -65,6 +74,10 @@ pub struct Plan {
     pub reached: u64,
     /// Cost that no choice of modules passes.
     pub possible: u64,
+    /// The step that `growth_end` means.
+    pub end: u64,
+    /// The step of the last growth, at the latest: after `end` where what is given leaves no other way.
+    pub last: u64,
 }
 
 /// Makes a schedule for `total_steps` optimizer steps that spends `budget`.
@@ -72,8 +85,8 @@ pub struct Plan {
 /// `ranks` and `caps` hold each module's first rank and the largest it may have, `costs` what a component
 /// of it takes of the budget: 1 everywhere where the budget is a total rank. What the user left
 /// open is chosen so: warm-up 10 % of the steps, at most half of those until growth is over; events
-/// spread evenly until then, at most 50 of them and at least 10 steps apart (closer only where the run
-/// has fewer steps than that); `top_h`, then `add_r`, just large enough that the budget is spent even if
+/// spread evenly until then, at most 50 of them and at least 10 steps apart (closer only where none would
+/// lie before the end, as in trainings of fewer than 100 steps); `top_h`, then `add_r`, just large enough that the budget is spent even if
 /// only the cheapest modules are chosen.
 pub fn plan(
     wish: &Wish,
@@ -103,9 +116,10 @@ pub fn plan(
     let need = unspent.div_ceil(cheapest).min(room);
 
     let mut end = ((total_steps as f64 * wish.growth_end) as u64).clamp(1, total_steps);
-    let warmup = wish.warmup.unwrap_or((total_steps / 10).min(end / 2));
+    let own_warmup = (total_steps / 10).min(end / 2);
+    let warmup = wish.warmup.unwrap_or(own_warmup);
     if warmup >= end {
-        end = total_steps;
+        end = warmup.saturating_add(end - own_warmup).min(total_steps);
     }
     let interval = wish.interval.unwrap_or_else(|| {
         let wanted = match wish.top_h {
@@ -117,10 +131,8 @@ pub fn plan(
     });
     let mut schedule = Schedule { warmup, interval, top_h: 1, add_r: wish.add_r };
     let all_events = schedule.events(total_steps);
-    let events = match schedule.events(end) {
-        0 => all_events,
-        events => events,
-    };
+    // Where no multiple of a given interval lies before the end, the first one after it has to do.
+    let events = schedule.events(end).max(all_events.min(1));
     match wish.top_h {
         Some(top_h) => schedule.top_h = top_h,
         None => raise_until_reached(&mut schedule, events, need, ranks, caps),
@@ -133,7 +145,23 @@ pub fn plan(
     let an_event = schedule.top_h.min(ranks.len() as u64).saturating_mul(schedule.add_r);
     let most = all_events.saturating_mul(an_event).saturating_mul(dearest);
     let possible = start + unspent.min(most);
-    Ok(Plan { schedule, reached, possible })
+    let needed =
+        least(all_events, |events| worst_case(&schedule, events, need, ranks, caps) >= gained);
+    let last = schedule.event(needed);
+    Ok(Plan { schedule, reached, possible, end, last })
+}
+
+/// The least number up to `most` for which `holds`, which holds for all above it and for `most`.
+fn least(most: u64, holds: impl Fn(u64) -> bool) -> u64 {
+    let (mut below, mut found) = (0, most);
+    while below < found {
+        let middle = below + (found - below) / 2;
+        match holds(middle) {
+            true => found = middle,
+            false => below = middle + 1,
+        }
+    }
+    found
 }
 
 /// What components cost together.

@@ -306,6 +306,16 @@ impl PySchedule {
         self.plan.possible
     }
 
+    #[getter]
+    fn end(&self) -> u64 {
+        self.plan.end
+    }
+
+    #[getter]
+    fn last(&self) -> u64 {
+        self.plan.last
+    }
+
     fn is_event(&self, step: u64) -> bool {
         self.plan.schedule.is_event(step)
     }

@@ -107,7 +107,7 @@ pub fn take_step_(
         let _ = step.f_div_(&number("scale", scale)?.f_to_kind(step.kind())?)?;
     }
     if let Some(overflow) = overflow {
-        good = good.f_logical_and(&number("overflow", overflow)?.f_le(0.0)?)?;
+        good = good.f_logical_and(&number("found_inf", overflow)?.f_le(0.0)?)?;
     }
     let _ = step.f_masked_fill_(&good.f_logical_not()?, 0.0)?;
     let _ = sum.f_add_(step)?;

@@ -311,7 +311,13 @@ def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(make_trainer, f
 def test_a_resumed_training_along_the_gradient_to_a_number_of_parameters_is_the_uninterrupted_one(
     make_trainer, stop
 ):
-    ways = {"importance": "gradient", "init_new": "gradient", "budget_unit": "parameters", "top_h": None}
+    ways = {
+        "importance": "gradient",
+        "init_new": "gradient",
+        "budget_unit": "parameters",
+        "top_h": None,
+        "growth_end": 1.0,
+    }
     options = {"save_strategy": "steps", "save_steps": stop, "save_total_limit": None, "config": ways}
     whole, uninterrupted = make_trainer(**options)
     whole.train()

@@ -338,6 +338,12 @@ def test_scale_divides_alpha_by_budget_or_rank(arguments, rank, scale):
         ),
         ({"importance_norm": "mean"}, "leave it out, or set importance='sensitivity'"),
         (
+            {"beta1": 0.9, "importance_window": 20},
+            "beta1=0.9 does not apply to importance='gradient', which is not smoothed, with importance",
+        ),
+        ({"beta2": 0.9, "importance_window": None}, "beta2=0.9 does not apply to importance='gradient'"),
+        ({"preserve_output": False}, "preserve_output=False needs scaling='rank'"),
+        (
             {"importance": "gradient", "importance_norm": "mean"},
             "importance_norm='mean' does not apply to importance='gradient'",
         ),

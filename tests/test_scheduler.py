@@ -145,8 +145,40 @@ def test_a_schedule_that_cannot_reach_its_budget_is_announced_with_the_numbers()
 
 def test_a_budget_above_the_modules_sizes_is_announced():
     model = adapted(r=11)
-    with pytest.warns(UserWarning, match=r"make 44, but from 4 only 40 are sure"):
+    with pytest.warns(UserWarning, match=r"make 44, but their sizes and max_r=None allow 40\. Lower r"):
         attach(model, adamw(model), total_steps=100)
+
+
+def test_without_a_number_of_steps_the_warning_has_none():
+    model = adapted(tinit=0, deltaT=2**61, top_h=1)
+    with pytest.warns(UserWarning, match=r"only 6 are sure to be reached with Schedule"):
+        attach(model, adamw(model))
+
+
+@pytest.mark.parametrize(
+    ("given", "end"),
+    [({"deltaT": 30}, 30), ({"top_h": 1}, 90)],
+    ids=["an interval longer than the end", "too few modules a growth"],
+)
+def test_growth_that_goes_on_past_growth_end_is_announced(given, end):
+    model = adapted(growth_end=0.2, **given)
+    optimizer = adamw(model)
+    ((name, value),) = given.items()
+    with pytest.warns(
+        UserWarning, match=rf"growth_end=0\.2 is step 20 of 100, but {name}={value} .* to step {end}: "
+    ):
+        scheduler = attach(model, optimizer, total_steps=100)
+    train(model, optimizer, 1, 100)
+    assert (scheduler.total_rank, scheduler.history["step"][-1]) == (12, end)
+
+
+def test_a_warm_up_past_growth_end_moves_it():
+    model = adapted(growth_end=0.2, tinit=50)
+    optimizer = adamw(model)
+    scheduler = attach(model, optimizer, total_steps=100)
+    assert scheduler.schedule.end == 60
+    train(model, optimizer, 1, 60)
+    assert scheduler.total_rank == scheduler.budget
 
 
 def test_ranks_above_the_budget_are_announced_and_stay():
@@ -562,6 +594,29 @@ def test_an_optimizer_state_of_other_ranks_than_the_model_raises_at_the_next_ste
     optimizer.load_state_dict(state)
     with pytest.raises(ValueError, match="load the adapter of the same checkpoint"):
         train(fresh, optimizer, 41, 41)
+
+
+@pytest.mark.parametrize(("name", "value"), [("tinit", 7), ("deltaT", 3), ("top_h", 4)])
+def test_another_schedule_on_resume_is_told(name, value):
+    model = adapted()
+    optimizer = adamw(model)
+    planned = attach(model, optimizer, total_steps=60).schedule
+    state = optimizer.state_dict()
+    other = adapted(**{name: value})
+    optimizer = adamw(other)
+    resumed = attach(other, optimizer, total_steps=60)
+    had = getattr(planned, name)
+    with pytest.warns(
+        UserWarning, match=f"{name}={value}, but the run that is resumed was planned with {had}"
+    ):
+        optimizer.load_state_dict(state)
+    assert getattr(resumed.schedule, name) == had
+
+
+def test_a_scaler_that_is_none_is_refused():
+    model = adapted()
+    with pytest.raises(TypeError, match=r"scaler=2\.0 must be a GradScaler or None"):
+        attach(model, adamw(model), total_steps=60, scaler=2.0)
 
 
 def test_a_state_of_other_modules_raises():

@@ -209,10 +209,14 @@ class Schedule:
         ranks: First rank of each module, uint64. caps: The largest each may have, uint64.
         budget: Total rank to reach, or what all components may cost.
         tinit, deltaT, top_h: None leaves them to the library: warm-up 10 % of the steps, at most half of
-            ``growth_end``, at most 50 events, at least 10 steps apart, spread until ``growth_end``, and as
-            many modules an event as the budget needs. add_r: raised only where that is not enough.
-        growth_end: Share of the steps, above 0 and at most 1, by which the budget is reached where
-            ``deltaT`` and ``top_h`` leave it open.
+            ``growth_end``, at most 50 events, at least 10 steps apart (closer where none would lie before the
+            end, as in trainings of fewer than 100 steps), spread until ``growth_end``, and as many modules
+            an event as the budget needs.
+        add_r: What each module gains at least; raised where ``top_h`` is None and all modules together
+            would not reach the budget.
+        growth_end: Share of the steps, above 0 and at most 1, by which the budget is reached. From a
+            ``tinit`` at or after it on, growth takes as many steps as it would have taken. A ``deltaT`` of
+            which no multiple lies before it, or a ``top_h`` too low for it, has growth end at ``last``.
         costs: What a component of each module takes of the budget, 1 or more, uint64; None: 1, the budget
             is a total rank.
     """
@@ -243,6 +247,12 @@ class Schedule:
     @property
     def add_r(self) -> int:
         """Components that each gains."""
+    @property
+    def end(self) -> int:
+        """The step that ``growth_end`` means."""
+    @property
+    def last(self) -> int:
+        """The step of the last growth, at the latest; 0 where there is none."""
     @property
     def reached(self) -> int:
         """Part of the budget that is spent by the last step whatever modules are chosen; all of it means

@@ -16,14 +16,14 @@ class IncreLoraCallback(TrainerCallback):
     """Makes ranks grow in ``Trainer``: ``Trainer(..., callbacks=[IncreLoraCallback()])``.
 
     The number of steps, the learning rate's warm-up and schedule, and the loss scaler come from the
-    Trainer. Its logs gain ``total_rank`` and ``orth_reg``. After training ``scheduler`` still holds
-    the ranks and the history.
+    Trainer. Its logs gain ``total_rank`` and ``orth_reg``: the regulariser's value without its weight, also
+    where that is 0, as by default. After training ``scheduler`` still holds the ranks and the history.
 
     Args:
         log_ranks: Give TensorBoard, Weights & Biases and whatever else ``report_to`` names the rank and
             the score of every module at each logging step, as ``increlora/rank/NAME`` and
             ``increlora/score/NAME`` (to which Trainer puts its ``train/``). They are not printed, nor
-            kept in ``trainer_state.json``.
+            kept in ``trainer_state.json``. By the gradient a score is that of the last growth.
 
     Raises:
         ValueError: at the start of the training, as :func:`increlora_rs.attach` does.

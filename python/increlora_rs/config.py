@@ -75,16 +75,19 @@ class IncreLoraConfig(LoraConfig):
         r: The budget: the average rank of the adapted modules at the end of training, 1 or more; see
             ``budget_unit``.
         init_r: Rank of every module at the start, from 1 to ``r``. ``rank_pattern`` sets it by module.
-        max_r: Rank that no module may pass, at least ``r``; None: only min(in, out) of the module.
+        max_r: Rank past which no module grows, at least ``r``; None: only min(in, out) of the module.
         total_step: Optimizer steps of the training; None: from the Trainer, or given to ``attach``.
         tinit: Steps before the first growth; None: 10 % of the steps, at most half of ``growth_end``.
         deltaT: Steps between growth events; None: spread evenly until ``growth_end``.
-        growth_end: Share of the steps by which the budget is reached, above 0 and at most 1, where ``deltaT``
-            or ``top_h`` is left open.
+        growth_end: Share of the steps by which the budget is reached, above 0 and at most 1. From a ``tinit``
+            at or after it on, growth takes as many steps as it would have taken. Where no multiple of a given
+            ``deltaT`` lies before it, or a given ``top_h`` is too low for it, growth goes on after it, and a
+            warning says until when; where both are given, they alone decide.
         top_h: Modules that grow at one event; None: what the budget needs.
-        add_r: Components that each of them gains.
-        beta1: Decay of the smoothed importance, in [0, 1) (eq. 7 of the paper).
-        beta2: Decay of its uncertainty, in [0, 1) (eq. 8).
+        add_r: Components that each of them gains; more where ``top_h`` is left open and all modules together
+            would not reach the budget.
+        beta1: Decay of the smoothed importance, in [0, 1) (eq. 7 of the paper); see ``importance``.
+        beta2: Decay of its uncertainty, in [0, 1) (eq. 8), likewise.
         orth_reg_weight: Weight of the orthogonality regulariser (eq. 4); None: 0.1 with
             ``init_lora_weights="svd"``, else 0, for LoRA's init is not orthonormal.
         init_lora_weights: True: LoRA's own (A Kaiming uniform, B 0, E 1; for embeddings A 0, B ~ N(0, 1)).
@@ -97,14 +100,15 @@ class IncreLoraConfig(LoraConfig):
             None: where ``init_lora_weights="svd"``, the only init for which it is defined.
         restart_warmup: New components go through the learning rate's warm-up anew (section 3.3).
         preserve_output: With ``scaling="rank"``, rescale the old E at a growth so that the module's
-            update does not shrink by it; False is the paper's behaviour.
+            update does not shrink by it; False is the paper's behaviour. With "budget" no growth changes it.
         importance_window: Steps before each growth in which the importance is computed. "auto": as
             many as weigh 1e-3 or more in the smoothing; None: every step, as the paper does.
         importance: What a module's importance is. "gradient": what a new component would gain, the largest
             singular value of G outside the span of what the module has, G the gradient of its weight, from
-            a small sketch of G that the backward passes of the window before a growth add up. ``beta1`` and
-            ``beta2`` then say nothing but how long the window "auto" is, and ``importance_norm`` must be
-            left at "sqrt": the value of one component does not depend on the module's size.
+            a small sketch of G that the backward passes since the last growth add up, those of the window at
+            most. ``beta1`` and ``beta2`` then say nothing but how long the window "auto" is, and
+            ``importance_norm`` must be left at "sqrt": the value of one component does not depend on the
+            module's size.
             "sensitivity": ``sum |dW * G|`` of what the module has (eq. 6 of the paper).
         init_new: What a new component starts from: "random" numbers, or the leading singular vectors of the
             "gradient" that ``importance="gradient"`` chose by, as long as the random ones would be (B = 0
@@ -135,13 +139,13 @@ class IncreLoraConfig(LoraConfig):
     )
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "lora_alpha by module."})
     init_r: int = field(default=1, metadata={"help": "Rank of every module at the start."})
-    max_r: int | None = field(default=None, metadata={"help": "Rank no module may pass."})
+    max_r: int | None = field(default=None, metadata={"help": "Rank past which no module grows."})
     total_step: int | None = field(default=None, metadata={"help": "Optimizer steps in all."})
     tinit: int | None = field(default=None, metadata={"help": "Steps before the first growth."})
     deltaT: int | None = field(default=None, metadata={"help": "Steps between growth events."})
     growth_end: float = field(default=0.1, metadata={"help": "Share of the steps until the budget is met."})
     top_h: int | None = field(default=None, metadata={"help": "Modules that grow at an event."})
-    add_r: int = field(default=1, metadata={"help": "Components each of them gains."})
+    add_r: int = field(default=1, metadata={"help": "Components each of them gains at least."})
     beta1: float = field(default=0.85, metadata={"help": "Decay of the smoothed importance."})
     beta2: float = field(default=0.85, metadata={"help": "Decay of its uncertainty."})
     orth_reg_weight: float | None = field(
@@ -399,6 +403,19 @@ class IncreLoraConfig(LoraConfig):
                 f"importance_norm={self.importance_norm!r} does not apply to importance='gradient', which is "
                 "the value of one component whatever the module's size; leave it out, or set "
                 "importance='sensitivity'."
+            )
+        if self.importance == "gradient" and self.importance_window != "auto":
+            for name in ("beta1", "beta2"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} does not apply to importance='gradient', which is "
+                        f"not smoothed, with importance_window={self.importance_window!r}; leave it out, or "
+                        "set importance='sensitivity'."
+                    )
+        if self.scaling == "budget" and not self.preserve_output:
+            raise ValueError(
+                "preserve_output=False needs scaling='rank': with scaling='budget' no growth changes what "
+                "the module does; set both, or leave preserve_output out."
             )
         if self.init_new == "gradient" and self.importance != "gradient":
             raise ValueError(

@@ -28,12 +28,12 @@ _ROWS_A_COLUMN = 4
 class GradientScores(Scores):
     """A module's score is sigma, the largest singular value of ``(1 - P_B) G (1 - P_A)``.
 
-    G (out, in) is the gradient of the module's weight, the mean over the steps of the window before the
-    growth; P_B and P_A project on the columns of B and the rows of A of its active components. What is
-    projected off is what those can still learn by themselves, for ``B dA + dB A`` has no part outside the
-    two spans. Of all new components ``dW = t u v^T``, u and v unit vectors, the one with the singular vectors
-    of sigma lowers the loss fastest, to first order by sigma for each unit of t. So sigma is in units of the
-    loss for one component, whatever the module's size, and ``importance_norm`` has no part in it;
+    G (out, in) is the gradient of the module's weight, the mean over the steps since the last growth, those
+    of the window at most; P_B and P_A project on the columns of B and the rows of A of its active components.
+    What is projected off is what those can still learn by themselves, for ``B dA + dB A`` has no part outside
+    the two spans. Of all new components ``dW = t u v^T``, u and v unit vectors, the one with the singular
+    vectors of sigma lowers the loss fastest, to first order by sigma for each unit of t. So sigma is in units
+    of the loss for one component, whatever the module's size, and ``importance_norm`` has no part in it;
     ``budget_unit="parameters"`` divides it by the component's cost.
 
     The smoothing with beta1 and beta2 does not apply: the mean over the window takes its place.

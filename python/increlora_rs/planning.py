@@ -78,13 +78,30 @@ def new_schedule(
             UserWarning,
             stacklevel=5,
         )
-    elif schedule.reached < budget.total:
-        impossible = schedule.possible < budget.total or most < budget.total
+    elif most < budget.total:
         warnings.warn(
-            f"the budget {'cannot' if impossible else 'may not'} be reached: {len(modules)} modules at an "
-            f"average rank of r={config.r} make {budget}, but from {start} only {schedule.reached} are sure "
-            f"to be reached in {total_steps} steps with {schedule}; the modules' sizes and max_r allow "
-            f"{most}. Train longer, raise top_h or add_r, lower deltaT or tinit, or lower r.",
+            f"the budget cannot be reached: {len(modules)} modules at an average rank of r={config.r} make "
+            f"{budget}, but their sizes and max_r={config.max_r} allow {most}. Lower r, adapt more modules, "
+            "or raise max_r.",
+            UserWarning,
+            stacklevel=5,
+        )
+    elif schedule.reached < budget.total:
+        steps = "" if total_steps is None else f" in {total_steps} steps"
+        warnings.warn(
+            f"the budget {'cannot' if schedule.possible < budget.total else 'may not'} be reached: "
+            f"{len(modules)} modules at an average rank of r={config.r} make {budget}, but from {start} only "
+            f"{schedule.reached} are sure to be reached{steps} with {schedule}. Train longer, raise top_h or "
+            "add_r, lower deltaT or tinit, or lower r.",
+            UserWarning,
+            stacklevel=5,
+        )
+    elif schedule.last > schedule.end and (config.deltaT is None) != (config.top_h is None):
+        given = f"deltaT={config.deltaT}" if config.top_h is None else f"top_h={config.top_h}"
+        warnings.warn(
+            f"growth_end={config.growth_end} is step {schedule.end} of {total_steps}, but {given} makes "
+            f"growth go on to step {schedule.last}: {schedule}. Set growth_end along with it, or leave it "
+            "out.",
             UserWarning,
             stacklevel=5,
         )

@@ -41,7 +41,10 @@ class RestartWarmup:
             )
         arguments.integer("lr_warmup_steps", lr_warmup, at_least=0)
         if lr_schedule == "linear" and total_steps is None:
-            raise ValueError("lr_schedule='linear' needs total_steps, at which the learning rate is 0.")
+            raise ValueError(
+                "lr_schedule='linear' with total_steps=None: where the learning rate is 0 is not known; give "
+                "attach(..., total_steps=...), or lr_schedule='follow'."
+            )
         self._optimizer = optimizer
         self._enabled = enabled
         self._total_steps = total_steps

@@ -51,12 +51,19 @@ def check(
             f"r={config.r} makes a budget of {budget}, but the run that is resumed was planned for "
             f"{amount(*planned)}: ranks go on growing by that plan, which may not reach it"
         )
+    wanted = config.tinit, config.deltaT, config.top_h
+    for name, value, had in zip(("tinit", "deltaT", "top_h"), wanted, saved["schedule"], strict=False):
+        if value is not None and value != had:
+            _warn(
+                f"{name}={value}, but the run that is resumed was planned with {had}: ranks go on growing by "
+                "that plan"
+            )
     # Releases before there was a choice saved none.
     kind = saved.get("importance", "sensitivity")
     if kind != config.importance:
         _warn(
             f"importance={config.importance!r}, but the run that is resumed had {kind!r}: the scores start "
-            "anew"
+            f"anew. Set importance={kind!r} to go on as before."
         )
 
 

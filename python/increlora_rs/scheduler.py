@@ -65,9 +65,11 @@ def attach(
 
     Raises:
         ValueError: the model has no trainable IncreLoRA adapter, or several; the optimizer does not
-            hold its parameters; the number of steps is unknown; a scheduler is attached already; the
-            adapter is merged, or sharded over processes.
-        TypeError: ``optimizer`` is none of torch.
+            hold its parameters, or is LBFGS; the number of steps is unknown, or ``lr_schedule`` is; a
+            scheduler is attached to the adapter or the optimizer already; the adapter is merged, sharded
+            over processes, or has another scale than its configuration; a resumed state is of other modules
+            or of another release.
+        TypeError: ``optimizer`` is none of torch, or ``scaler`` no GradScaler.
     """
     return RankScheduler(
         model,
@@ -209,7 +211,8 @@ class RankScheduler:
 
     def scalars(self) -> dict[str, float]:
         """Rank and score of every module as of the last step, as ``increlora/rank/NAME`` and
-        ``increlora/score/NAME``: for TensorBoard's ``add_scalar``, for ``wandb.log``."""
+        ``increlora/score/NAME``: for TensorBoard's ``add_scalar``, for ``wandb.log``. The scores are those of
+        :attr:`scores`: by the gradient they change at a growth alone."""
         ranks: dict[str, float] = {f"increlora/rank/{name}": rank for name, rank in self.ranks.items()}
         return ranks | {f"increlora/score/{name}": score for name, score in self.scores.items()}
 
@@ -358,7 +361,8 @@ class RankScheduler:
         if self.spent < self.budget and not any(self._room()):
             warnings.warn(
                 f"no module can grow any more, but the total rank is {self._budget.told(ranks)}: "
-                "every module is at max_r or at min(in, out).",
+                f"every module is at max_r={self._config.max_r} or at min(in, out). Raise max_r, adapt more "
+                "modules, or lower r.",
                 UserWarning,
                 stacklevel=2,
             )

@@ -98,7 +98,9 @@ class Scores:
     def _watch(self, scaler: Any) -> None:
         # A scaler skips the optimizer where gradients overflowed; the importance of such a step must
         # not stay for the next one.
-        update = scaler.update
+        update = getattr(scaler, "update", None)
+        if update is None:
+            raise TypeError(f"scaler={scaler!r} must be a GradScaler or None.")
 
         def watched(*args: Any, **kwargs: Any) -> None:
             update(*args, **kwargs)

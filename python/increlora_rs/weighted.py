@@ -133,6 +133,7 @@ def combined_config(
         "max_r": None,
         "budget_unit": "rank",
         "scaling": "budget",
+        "preserve_output": True,
         "use_rslora": False,
         "rank_pattern": pattern,
         "alpha_pattern": {},

@@ -247,6 +247,30 @@ proptest! {
     }
 
     #[test]
+    fn growth_is_over_at_the_last_event_that_is_foretold(
+        mut model in models(60, 12),
+        steps in magnitudes(2_000),
+        warmup in prop::option::of(0.0..1.0),
+        interval in prop::option::of(1u64..300),
+        top_h in prop::option::of(1u64..80),
+        growth_end in 0.01..=1.0,
+        seed: u64,
+    ) {
+        let warmup = warmup.map(|share| (share * steps as f64) as u64);
+        let wish = Wish { warmup, interval, top_h, growth_end, ..AUTOMATIC };
+        let plan = model.plan(&wish, steps);
+        prop_assume!(plan.reached == model.goal());
+        let mut random = Random(seed);
+        model.train(&plan, plan.last, |model| random.scores(model.ranks.len()));
+        prop_assert_eq!(model.total(), model.goal());
+        prop_assert!(plan.last == 0 || plan.schedule.is_event(plan.last));
+        prop_assert!(plan.last <= steps && plan.end <= steps);
+        if interval.is_none() && top_h.is_none() {
+            prop_assert!(plan.last <= plan.end);
+        }
+    }
+
+    #[test]
     fn given_values_are_kept(
         model in models(60, 12),
         steps in magnitudes(2_000),
@@ -449,14 +473,41 @@ fn the_automatic_schedule_of_a_long_run() {
     // 72 modules from 1 to 2: 50 events in the steps 101 to 600, 10 apart; 72 / 50 is 2 a time.
     let plan = plan(&AUTOMATIC, 1_000, &[1; 72], &[768; 72], 144).unwrap();
     let schedule = Schedule { warmup: 100, interval: 10, top_h: 2, add_r: 1 };
-    assert_eq!(plan, Plan { schedule, reached: 144, possible: 144 });
+    assert_eq!(plan, Plan { schedule, reached: 144, possible: 144, end: 600, last: 460 });
 }
 
 #[test]
 fn a_single_step_reaches_any_budget() {
     let plan = plan(&AUTOMATIC, 1, &[1; 3], &[64; 3], 96).unwrap();
     let schedule = Schedule { warmup: 0, interval: 1, top_h: 3, add_r: 31 };
-    assert_eq!(plan, Plan { schedule, reached: 96, possible: 96 });
+    assert_eq!(plan, Plan { schedule, reached: 96, possible: 96, end: 1, last: 1 });
+}
+
+/// Of 1000 steps and 72 modules from rank 1 to 2, with growth until a tenth of the steps.
+fn early(wish: Wish) -> Plan {
+    let wish = Wish { growth_end: 0.1, add_r: 1, ..wish };
+    plan(&wish, 1_000, &[1; 72], &[768; 72], 144).unwrap()
+}
+
+#[test]
+fn a_warm_up_past_the_end_moves_it() {
+    let plan = early(Wish { warmup: Some(200), ..AUTOMATIC });
+    let schedule = Schedule { warmup: 200, interval: 10, top_h: 15, add_r: 1 };
+    assert_eq!((plan.schedule, plan.end, plan.last), (schedule, 250, 250));
+    assert_eq!(early(Wish { warmup: Some(980), ..AUTOMATIC }).end, 1_000);
+}
+
+#[test]
+fn an_interval_past_the_end_leaves_its_first_event() {
+    let plan = early(Wish { interval: Some(300), ..AUTOMATIC });
+    let schedule = Schedule { warmup: 50, interval: 300, top_h: 72, add_r: 1 };
+    assert_eq!((plan.schedule, plan.end, plan.last), (schedule, 100, 300));
+}
+
+#[test]
+fn a_top_h_that_is_too_low_for_the_end_is_told_by_the_last_event() {
+    let plan = early(Wish { top_h: Some(3), ..AUTOMATIC });
+    assert_eq!((plan.schedule.interval, plan.end, plan.last), (10, 100, 290));
 }
 
 #[test]

@@ -81,6 +81,21 @@ def test_budget_is_met_exactly(steps, modules, first, room, seed):
 
 
 @pytest.mark.parametrize(
+    ("given", "end", "last"),
+    [
+        pytest.param({}, 100, 100, id="automatic"),
+        pytest.param({"tinit": 200}, 250, 250, id="a warm-up past the end"),
+        pytest.param({"deltaT": 300}, 100, 300, id="an interval past the end"),
+        pytest.param({"top_h": 3}, 100, 290, id="a low top_h"),
+        pytest.param({"budget": 72}, 100, 0, id="nothing to grow"),
+    ],
+)
+def test_the_end_and_the_last_growth_are_told(given, end, last):
+    schedule = plan(**given)
+    assert (schedule.end, schedule.last) == (end, last)
+
+
+@pytest.mark.parametrize(
     ("growth_end", "tinit", "last"), [(0.6, 100, 600), (0.3, 100, 300), (0.1, 50, 100), (1.0, 100, 1000)]
 )
 def test_growth_is_over_at_its_share_of_the_steps(growth_end, tinit, last):

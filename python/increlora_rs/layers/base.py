@@ -177,7 +177,10 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
             )
         rank = self.r[adapter_name] + components
         if rank > self.largest_rank:
-            raise ValueError(f"rank {rank} is more than min(in, out) = {self.largest_rank}.")
+            raise ValueError(
+                f"components={components}: rank {rank} would be more than min(in, out) = "
+                f"{self.largest_rank}; give {self.largest_rank - self.r[adapter_name]} or fewer."
+            )
         from_reserve = min(components, self.reserve(adapter_name))
         a, b, e = self._draw(adapter_name, components - from_reserve, generator)
         if directions is not None:
