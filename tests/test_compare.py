@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -72,6 +73,53 @@ def decoder(tmp_path_factory):
     LlamaForSequenceClassification(config).save_pretrained(folder)
     save_tokenizer(folder, pad=False)
     return folder
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    """The same as one file, with blocks of eight bits where they fit."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    tokens, hidden, inner = ["<unk>", "<s>", "</s>", *(f"▁{word}" for word in WORDS)], 32, 64
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(32)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    kinds = gguf.TokenType
+    writer.add_token_types([kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL] + [kinds.NORMAL] * len(WORDS))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    random = np.random.default_rng(3)
+
+    def add(name, *shape):
+        weight = random.normal(0, 0.1, shape).astype(np.float32)
+        kind = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor(name, gguf.quants.quantize(weight, kind), raw_dtype=kind)
+
+    for name in ("output_norm", *(f"blk.{k}.{norm}_norm" for k in range(2) for norm in ("attn", "ffn"))):
+        writer.add_tensor(f"{name}.weight", np.ones(hidden, np.float32))
+    for name in ("token_embd", "output"):
+        add(f"{name}.weight", len(tokens), hidden)
+    for k in range(2):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            add(f"blk.{k}.{name}.weight", hidden, hidden)
+        for name in ("ffn_gate", "ffn_up"):
+            add(f"blk.{k}.{name}.weight", inner, hidden)
+        add(f"blk.{k}.ffn_down.weight", hidden, inner)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def lines(count, score=False):
@@ -346,6 +394,12 @@ def test_a_decoder_without_a_padding_token_is_compared(command, decoder, results
     assert [run["status"] for run in runs] == ["done"] * 4
     assert all(run["total_rank"] == run["budget"] == 2 * 14 for run in runs)
     assert not any("score" in name for run in runs for name in run["ranks"])
+
+
+@pytest.mark.slow
+def test_a_gguf_file_is_compared(command, gguf_file, results):
+    assert main(command("--targets", "all-linear", model=gguf_file, methods="lora,increlora", epochs=1)) == 0
+    assert [run["status"] for run in results()] == ["done"] * 2
 
 
 @pytest.mark.slow

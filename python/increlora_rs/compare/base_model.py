@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -20,6 +21,9 @@ from .tasks import Task
 
 # hidden_dropout_prob, attention_dropout, classifier_dropout, resid_pdrop, dropout, dropout_rate ...
 _DROPOUT = re.compile(r"dropout|pdrop$")
+# Newer releases of Transformers keep a GGUF file's weights packed, or say so of dense ones, unless told;
+# older ones have no such choice.
+_GGUF = getattr(transformers, "GgufConfig", None)
 _READ_BY = {".json", ".safetensors", ".bin", ".txt", ".model", ".gguf"}
 
 
@@ -39,6 +43,9 @@ class BaseModel:
             raise FileNotFoundError(f"--model {path} does not exist; give a model's directory or GGUF file.")
         self._folder = path if path.is_dir() else path.parent
         self._options: dict[str, Any] = {} if path.is_dir() else {"gguf_file": path.name}
+        self._dense: dict[str, Any] = {}
+        if self._options and _GGUF is not None:
+            self._dense = {"quantization_config": _GGUF(dequantize=True)}
         self.digest = _digest(sorted(path.iterdir()) if path.is_dir() else [path])
         self.tokenizer = AutoTokenizer.from_pretrained(self._folder, **self._options)
         if self.tokenizer.pad_token is None:
@@ -68,6 +75,7 @@ class BaseModel:
             # A classifier that comes with the model is for another task.
             ignore_mismatched_sizes=True,
             **self._options,
+            **self._dense,
         )
         model.config.pad_token_id = self.tokenizer.pad_token_id
         return model

@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, help="JSONL file of the results; the report lies beside"
     )
     parser.add_argument("--report", action="store_true", help="train nothing, only report what --out holds")
-    parser.add_argument("--model", type=Path, help="directory of a Transformers model, or a GGUF file")
+    parser.add_argument(
+        "--model", type=Path, help="directory of a Transformers model, or a GGUF file (which needs gguf)"
+    )
     parser.add_argument(
         "--task",
         type=Path,
