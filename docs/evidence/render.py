@@ -27,8 +27,8 @@ _BLOCK = re.compile(
     r"<!-- (?P<kind>overview|tasks|runs)(?: (?P<methods>\S+))?(?: (?P<tasks>\S+))? -->\n.*?<!-- end -->\n",
     re.DOTALL,
 )
-# The chart of parameters has these methods (a seed of rslora that did not learn would stretch its scale), that of
-# ranks those that grow, on one task.
+# The chart of parameters has these methods (a seed of rslora that did not learn would stretch its scale),
+# that of ranks those that grow, on one task.
 _COMPARED = "lora,adalora,paper,increlora"
 _GROWN = "increlora,increlora:growth_end=0.6,importance=sensitivity"
 _GROWN_ON = "STS-B"
