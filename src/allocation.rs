@@ -86,8 +86,8 @@ pub struct Plan {
 /// of it takes of the budget: 1 everywhere where the budget is a total rank. What the user left
 /// open is chosen so: warm-up 10 % of the steps, at most half of those until growth is over; events
 /// spread evenly until then, at most 50 of them and at least 10 steps apart (closer only where none would
-/// lie before the end, as in trainings of fewer than 100 steps); `top_h`, then `add_r`, just large enough that the budget is spent even if
-/// only the cheapest modules are chosen.
+/// lie before the end, as in trainings of fewer than 100 steps); `top_h`, then `add_r`, just large enough
+/// that the budget is spent even if only the cheapest modules are chosen.
 pub fn plan(
     wish: &Wish,
     total_steps: u64,

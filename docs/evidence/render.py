@@ -9,6 +9,7 @@ A table stands between ``<!-- overview METHODS TASKS -->`` or ``<!-- tasks METHO
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import sys
 from pathlib import Path
@@ -34,6 +35,11 @@ _GROWN = "increlora,increlora:growth_end=0.6,importance=sensitivity"
 _GROWN_ON = "STS-B"
 
 
+# Every table is of the same runs.
+_runs = functools.cache(lambda: read_results(RESULTS))
+_comparisons = functools.cache(lambda: {c.task: c for c in summarise(_runs())})
+
+
 def rendered(page: str) -> str:
     """The page with every table as the results have it."""
     return _BLOCK.sub(_block, page)
@@ -46,7 +52,7 @@ def selected(methods: str, tasks: str | None) -> list[Comparison]:
         ValueError: a method or a task has no results.
     """
     names = [str(method) for method in parse_methods(methods)]
-    comparisons = {c.task: c for c in summarise(read_results(RESULTS))}
+    comparisons = _comparisons()
     wanted = list(comparisons) if tasks is None else tasks.split(",")
     if missing := set(wanted) - comparisons.keys():
         raise ValueError(
@@ -70,8 +76,8 @@ def _block(block: re.Match[str]) -> str:
 
 def _text(block: re.Match[str]) -> str:
     if block["kind"] == "runs":
-        runs = read_results(RESULTS)
-        return f"{len(runs)} runs, {sum(run['seconds'] for run in runs) / 3600:.1f} hours of one core."
+        hours = sum(run["seconds"] for run in _runs()) / 3600
+        return f"{len(_runs())} runs, {hours:.1f} hours of one core."
     comparisons = selected(block["methods"], block["tasks"])
     if block["kind"] == "overview":
         return _table(*Overview(comparisons).cells())

@@ -70,41 +70,36 @@ def new_schedule(
     start, most = (
         budget.spent(int(rank) for rank in ranks) for ranks in (ranks_of(modules), caps_of(config, modules))
     )
+    told = None
     if start > budget.total:
-        warnings.warn(
+        told = (
             f"the ranks add up to {amount(start, budget.unit)} already, more than the budget of "
             f"{budget.total} that r={config.r} gives {len(modules)} modules: none will grow. Raise r, or "
-            "lower rank_pattern.",
-            UserWarning,
-            stacklevel=5,
+            "lower rank_pattern."
         )
     elif most < budget.total:
-        warnings.warn(
+        told = (
             f"the budget cannot be reached: {len(modules)} modules at an average rank of r={config.r} make "
             f"{budget}, but their sizes and max_r={config.max_r} allow {most}. Lower r, adapt more modules, "
-            "or raise max_r.",
-            UserWarning,
-            stacklevel=5,
+            "or raise max_r."
         )
     elif schedule.reached < budget.total:
         steps = "" if total_steps is None else f" in {total_steps} steps"
-        warnings.warn(
+        told = (
             f"the budget {'cannot' if schedule.possible < budget.total else 'may not'} be reached: "
             f"{len(modules)} modules at an average rank of r={config.r} make {budget}, but from {start} only "
             f"{schedule.reached} are sure to be reached{steps} with {schedule}. Train longer, raise top_h or "
-            "add_r, lower deltaT or tinit, or lower r.",
-            UserWarning,
-            stacklevel=5,
+            "add_r, lower deltaT or tinit, or lower r."
         )
     elif schedule.last > schedule.end and (config.deltaT is None) != (config.top_h is None):
         given = f"deltaT={config.deltaT}" if config.top_h is None else f"top_h={config.top_h}"
-        warnings.warn(
+        told = (
             f"growth_end={config.growth_end} is step {schedule.end} of {total_steps}, but {given} makes "
             f"growth go on to step {schedule.last}: {schedule}. Set growth_end along with it, or leave it "
-            "out.",
-            UserWarning,
-            stacklevel=5,
+            "out."
         )
+    if told is not None:
+        warnings.warn(told, UserWarning, stacklevel=5)
     return schedule
 
 
