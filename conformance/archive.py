@@ -8,7 +8,10 @@ import sys
 import tarfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+# Python's early releases of 3.10 and 3.11 have no filters.
+_SAFELY: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 #: Everything that a run fetches or makes.
 WORK = Path(__file__).parent.parent / "target" / "conformance"
 _PACKAGE = "peft_tests"
@@ -28,7 +31,7 @@ def tests() -> Path:
     unpacked = home / f"peft-{version('peft')}"
     with tarfile.open(_download(home)) as archive:
         members = [m for m in archive.getmembers() if m.name.startswith(f"{unpacked.name}/tests/")]
-        archive.extractall(home, members, filter="data")
+        archive.extractall(home, members, **_SAFELY)
     (unpacked / "tests" / "__init__.py").touch()
     # Last, and in one move: an interrupted run is not taken for a finished one.
     (unpacked / "tests").rename(package)
