@@ -18,6 +18,8 @@ from .timing import QUIET, prepare, watch_others
 
 _WIDTH = 200
 _HERE = Path(__file__).parent
+_PUBLISHED = {"full": _HERE, "cuda": _HERE / "cuda"}
+_ELSEWHERE = _HERE.parent / "target" / "benches"
 _SECTIONS: dict[str, Callable[[Size], Any]] = {
     "step": step.measure,
     "layer": layer.measure,
@@ -35,10 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.render is not None:
         figures = json.loads(options.render.read_text(encoding="utf-8"))
     else:
-        figures = measure(options.size, options.only)
-    final = figures["size"] == "full" and set(_SECTIONS) <= set(figures)
+        figures = measure(options.size, options.only, options.json)
     # What is less than the whole does not overwrite the published results.
-    out = options.out or (_HERE if final else _HERE.parent / "target" / "benches")
+    whole = set(_SECTIONS) <= set(figures)
+    out = options.out or (_PUBLISHED.get(figures["size"]) if whole else None) or _ELSEWHERE
     out.mkdir(parents=True, exist_ok=True)
     if options.render is None:
         raw = options.json or out / "results.json"
@@ -52,11 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(size: str, only: Sequence[str] = ()) -> dict[str, Any]:
-    """The raw figures of a run: machine, rates, and the sections ``only`` (empty: all)."""
+def measure(size: str, only: Sequence[str] = (), raw: Path | None = None) -> dict[str, Any]:
+    """The raw figures of a run: machine, rates, and the sections ``only`` (empty: all); written to ``raw``
+    after each, so that a run that is cut short leaves something."""
     prepare()
-    figures: dict[str, Any] = {"size": size, "machine": machine.describe(), "others": {}}
-    figures["floor"] = floor.measure(NAMED[size]).to_json()
+    rates = floor.measure(NAMED[size]).to_json()
+    figures: dict[str, Any] = {"size": size, "machine": machine.describe(), "floor": rates, "others": {}}
     with warnings.catch_warnings():
         # Layers timed by themselves have no scheduler, nor can they need one.
         warnings.filterwarnings("ignore", message=".*backward passes through an IncreLoRA adapter.*")
@@ -66,6 +69,8 @@ def measure(size: str, only: Sequence[str] = ()) -> dict[str, Any]:
             with watch_others() as busy:
                 figures[name] = section(NAMED[size])
             figures["others"][name] = busy.others
+            if raw is not None:
+                raw.write_text(json.dumps(figures) + "\n", encoding="utf-8")
             if busy.others is not None and busy.others > QUIET:
                 print(f"{name}: others took {busy.others:.0%} of the machine's time", file=sys.stderr)
     return figures
@@ -76,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     size = parser.add_mutually_exclusive_group()
     parser.set_defaults(size="full")
     size.add_argument("--quick", dest="size", action="store_const", const="quick", help="some 3 minutes")
+    size.add_argument("--cuda", dest="size", action="store_const", const="cuda", help="on a GPU; 3 minutes")
     size.add_argument("--smoke", dest="size", action="store_const", const="smoke", help="seconds; no figures")
     parser.add_argument(
         "--only", type=_sections, default=(), metavar="SECTION,...", help=", ".join(_SECTIONS)

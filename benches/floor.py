@@ -85,10 +85,10 @@ def measure(size: Size) -> Rates:
     n, features, out = size.batch * size.tokens, size.width, 4 * size.width
     gemm = {}
     for dtype in (torch.float32, torch.bfloat16):
-        x, weight = torch.randn(n, features).to(dtype), torch.randn(out, features).to(dtype)
+        x, weight = (torch.randn(rows, features).to(size.device, dtype) for rows in (n, out))
         seconds = _seconds(lambda x=x, weight=weight: x @ weight.T, size)  # type: ignore[misc]
         gemm[dtype.itemsize] = 2.0 * n * features * out / seconds
-    source = torch.zeros(size.large_bytes // 4)
+    source = torch.zeros(size.large_bytes // 4, device=size.device)
     target = torch.empty_like(source)
     copied = 2.0 * source.nbytes
     return Rates(gemm, copied / _seconds(lambda: target.copy_(source), size))

@@ -36,7 +36,7 @@ def _case(size: Size, case: LayerCase, precision: str, dropout: float) -> dict[s
     names = [FROZEN, LORA, ADALORA, OURS]
     if case.tokens <= _MOST_TOKENS_OF_LITERAL:
         names.append(LITERAL)
-    calls = {name: call(name, case, precision, dropout) for name in names}
+    calls = {name: call(name, case, precision, dropout, size.device) for name in names}
     samples = interleave(calls, seconds=size.seconds, rounds=size.rounds)
     if abs(ratio(samples, OURS, LORA) - NOT_SLOWER) < _DOUBTFUL:
         # On either side of the bar, so that the second look favours neither verdict.
@@ -52,14 +52,19 @@ def _case(size: Size, case: LayerCase, precision: str, dropout: float) -> dict[s
     }
 
 
-def call(method: str, case: LayerCase, precision: str, dropout: float) -> Callable[[], object]:
+def call(method: str, case: LayerCase, precision: str, dropout: float, device: str) -> Callable[[], object]:
     """Forward and backward of one layer, with the gradients for its input and its adapter."""
     (layer,) = methods.adapted_layers(
-        method, case.shape, precision=PRECISIONS[precision], rank=case.rank, dropout=dropout
+        method,
+        case.shape,
+        precision=PRECISIONS[precision],
+        rank=case.rank,
+        dropout=dropout,
+        device=device,
     )
     dtype = PRECISIONS[precision].base
-    x = torch.randn(case.tokens, case.shape[0]).to(dtype).requires_grad_()
-    gy = torch.randn(case.tokens, case.shape[1]).to(dtype)
+    x, gy = (torch.randn(case.tokens, width, device=device).to(dtype) for width in case.shape)
+    x.requires_grad_()
     wanted = [x, *trainable(layer)]
     return lambda: torch.autograd.grad(layer(x), wanted, gy)
 

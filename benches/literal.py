@@ -94,7 +94,9 @@ def orthogonality(layers: Iterable[LiteralLinear]) -> Tensor:
     norms = []
     for layer in layers:
         for gram in (layer.a @ layer.a.T, layer.b.T @ layer.b):
-            norms.append(torch.linalg.norm(gram - torch.eye(gram.shape[0], dtype=gram.dtype)))
+            norms.append(
+                torch.linalg.norm(gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device))
+            )
     return torch.stack(norms).mean()
 
 

@@ -22,6 +22,7 @@ def describe() -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "bf16_units": "amx_bf16" in _flags(),
         "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {package: version(package) for package in _PACKAGES},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -18,6 +19,8 @@ from . import floor, methods
 from .methods import FROZEN, METHODS, PRECISIONS, batch, training_model
 from .sizes import NAMED, LayerCase, Size
 from .step import forward_backward
+
+Batch = tuple[Tensor, Tensor]
 
 _PASSES = 3
 _ROOT = Path(__file__).parent.parent
@@ -54,7 +57,7 @@ def measure(size: Size) -> dict[str, Any]:
     settings = [(p, d) for p in precisions for d in size.dropouts]
     return {
         "layer": [
-            _layers(case, count, precision, dropout)
+            _layers(case, count, precision, dropout, size.device)
             for case, count in track(cases, description="memory: saved by layers")
             for precision, dropout in settings
         ],
@@ -68,14 +71,14 @@ def measure(size: Size) -> dict[str, Any]:
     }
 
 
-def _layers(case: LayerCase, count: int, precision: str, dropout: float) -> dict[str, Any]:
+def _layers(case: LayerCase, count: int, precision: str, dropout: float, device: str) -> dict[str, Any]:
     kind = PRECISIONS[precision]
     saved = {}
     for method in METHODS:
         layers = methods.adapted_layers(
-            method, case.shape, precision=kind, rank=case.rank, dropout=dropout, count=count
+            method, case.shape, precision=kind, rank=case.rank, dropout=dropout, device=device, count=count
         )
-        source = torch.randn(case.tokens, case.shape[0]).to(kind.base).requires_grad_()
+        source = torch.randn(case.tokens, case.shape[0]).to(device, kind.base).requires_grad_()
 
         def forward(layers: list[nn.Module] = layers, source: Tensor = source) -> Tensor:
             # An activation, which frozen layers would not keep.
@@ -113,7 +116,10 @@ def adapters_bytes(saved: dict[str, int], method: str) -> int:
 
 
 def peak(size: Size, method: str, precision: str, dropout: float) -> dict[str, int]:
-    """Resident bytes of a new process: with the model built, and at most in its training passes."""
+    """With the model built, and at most in its training passes: resident bytes of a new process; on a GPU
+    bytes of tensors there."""
+    if size.device == "cuda":
+        return _peak_of_device(size, method, precision, dropout)
     name = next(name for name, known in NAMED.items() if known is size)
     arguments = [name, method, precision, str(dropout)]
     path = os.pathsep.join([str(_ROOT), *(entry for entry in sys.path if entry)])
@@ -128,18 +134,35 @@ def peak(size: Size, method: str, precision: str, dropout: float) -> dict[str, i
     return result
 
 
+def _peak_of_device(size: Size, method: str, precision: str, dropout: float) -> dict[str, int]:
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    model, data = _prepared(size, method, precision, dropout)
+    built = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    _train(model, data)
+    return {"built": built - before, "peak": torch.cuda.max_memory_allocated() - before}
+
+
+def _prepared(size: Size, method: str, precision: str, dropout: float) -> tuple[nn.Module, Batch]:
+    kind = PRECISIONS[precision]
+    return training_model(method, size, precision=kind, dropout=dropout), batch(size, kind)
+
+
+def _train(model: nn.Module, data: Batch) -> None:
+    for _ in range(_PASSES):
+        forward_backward(model, data)
+
+
 def _resident(field: str) -> int:
     with open("/proc/self/status", encoding="ascii") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
 def _main(name: str, method: str, precision: str, dropout: str) -> None:
-    size = NAMED[name]
-    model = training_model(method, size, precision=PRECISIONS[precision], dropout=float(dropout))
-    data = batch(size, PRECISIONS[precision])
+    model, data = _prepared(NAMED[name], method, precision, float(dropout))
     built = _resident("VmRSS")
-    for _ in range(_PASSES):
-        forward_backward(model, data)
+    _train(model, data)
     print(json.dumps({"built": built, "peak": _resident("VmHWM")}))
 
 

@@ -119,14 +119,16 @@ def adapted_layers(
     precision: Precision,
     rank: int,
     dropout: float,
+    device: str,
     count: int = 1,
 ) -> list[nn.Module]:
     """``count`` adapted layers of ``shape`` (in, out), training."""
     torch.manual_seed(0)
-    host = Projections(*shape, count).to(precision.base)
+    with torch.device(device):
+        host = Projections(*shape, count).to(precision.base)
     targets = [f"projections.{k}" for k in range(count)]
     adapt(host, method, targets, precision=precision, rank=rank, dropout=dropout)
-    return list(host.train().projections)
+    return list(host.to(device).train().projections)
 
 
 @dataclass
@@ -166,10 +168,12 @@ def training_model(
 ) -> nn.Module:
     """The model of the training step, adapted in all six linear layers of each block."""
     torch.manual_seed(0)
-    model = Regression(size).to(precision.base)
-    return adapt(
+    with torch.device(size.device):
+        model = Regression(size).to(precision.base)
+    adapted = adapt(
         model, method, TARGETS, precision=precision, rank=size.rank, dropout=dropout, growing=growing
-    ).train()
+    )
+    return adapted.to(size.device).train()
 
 
 def batch(
@@ -178,5 +182,5 @@ def batch(
     """Embeddings that want their gradient, so that it flows through every layer, and a target."""
     generator = torch.Generator().manual_seed(1)
     shape = (count or size.batch, tokens or size.tokens, size.width)
-    embeddings = torch.randn(shape, generator=generator).to(precision.base).requires_grad_()
-    return embeddings, torch.randn(shape, generator=generator)
+    embeddings = torch.randn(shape, generator=generator).to(size.device, precision.base)
+    return embeddings.requires_grad_(), torch.randn(shape, generator=generator).to(size.device)

@@ -59,6 +59,7 @@ def conditions(figures: Figures) -> list[str]:
         f"- {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB, "
         f"{machine['capability']}{', AMX bf16' if machine['bf16_units'] else ''}; "
         f"{machine['threads']} threads; {machine['date']}",
+        *([f"- everything on the GPU: {machine['gpu']}"] if machine.get("gpu") else []),
         f"- {machine['system']}, Python {machine['python']}, {versions}",
         f"- measured rates: matrix product {rates.gemm[4] / 1e9:.0f} GFLOP/s float32, "
         f"{rates.gemm[2] / 1e9:.0f} bfloat16; copy {rates.copy / 1e9:.1f} GB/s",

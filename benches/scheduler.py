@@ -13,7 +13,7 @@ from torch import nn
 
 from .sizes import Size
 from .step import adamw
-from .timing import no_collection, once
+from .timing import no_collection, once, wait
 
 # "sensitivity" is the default form with the paper's importance.
 FORMS = ("default", "sensitivity", "paper")
@@ -84,9 +84,11 @@ class Clock:
         self._optimizer.register_step_post_hook(self._end)
 
     def _begin(self, *_: Any) -> None:
+        wait()
         self.ms -= time.perf_counter() * 1e3
 
     def _end(self, *_: Any) -> None:
+        wait()
         self.ms += time.perf_counter() * 1e3
 
     def read(self) -> float:
@@ -97,12 +99,12 @@ class Clock:
 
 def _case(size: Size, count: int, form: str) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = get_peft_model(Sum(size.module_width, count), _config(form, count)).train()
+    model = get_peft_model(Sum(size.module_width, count), _config(form, count)).to(size.device).train()
     optimizer = adamw(model)
     clock = Clock(optimizer)
     scheduler = attach(model, optimizer, total_steps=100_000, lr_warmup_steps=50)
     clock.stop()
-    x = torch.randn(1, size.module_width)
+    x = torch.randn(1, size.module_width, device=size.device)
     hooks: dict[str, list[float]] = {state: [] for state in STATES}
     plain: list[float] = []
     with no_collection():

@@ -35,6 +35,7 @@ class Size:
         large_bytes: Size of the tensor whose copy gives the bandwidth.
         dropouts: Probabilities; the last is the one of the whole steps.
         peaks: Precisions for which processes are started to see their peak of memory.
+        device: Where everything is computed.
     """
 
     layer_cases: tuple[LayerCase, ...]
@@ -55,6 +56,7 @@ class Size:
     large_bytes: int = 1 << 28
     dropouts: tuple[float, ...] = (0.0, 0.1)
     peaks: tuple[str, ...] = ("float32", "bfloat16")
+    device: str = "cpu"
 
 
 def _full() -> Size:
@@ -98,4 +100,26 @@ SMOKE = Size(
     peaks=(),
 )
 
-NAMED = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
+
+def _cuda() -> Size:
+    cases = [LayerCase(shape, tokens, 8) for shape in (*BERT, LLAMA[2]) for tokens in (2048, 8192)]
+    cases += [LayerCase(LLAMA[2], 8192, rank) for rank in (2, 64)]
+    return Size(
+        tuple(cases),
+        precisions=("bfloat16", "bfloat16 throughout"),
+        seconds=0.2,
+        step_seconds=3.0,
+        width=2048,
+        layers=2,
+        tokens=512,
+        events=1,
+        modules=(100,),
+        intervals=2,
+        peaks=("bfloat16",),
+        device="cuda",
+    )
+
+
+CUDA = _cuda()
+
+NAMED = {"full": FULL, "quick": QUICK, "smoke": SMOKE, "cuda": CUDA}

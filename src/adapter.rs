@@ -31,6 +31,14 @@ pub struct Adapter {
     pub queue: cuda::Stream,
 }
 
+/// What the products of one call take.
+struct Factors {
+    /// A, (rows, in).
+    a: Tensor,
+    /// `P = s B diag(E)`, (out, rows).
+    p: Tensor,
+}
+
 /// The dropout of one call. The mask is a function of `seed`: the CPU draws it anew where it is needed,
 /// the kernels of a CUDA device keep it, a bit an element. Where there are no such kernels it comes from
 /// torch's generator and is kept, a byte an element.
@@ -91,6 +99,37 @@ impl Adapter {
             Tensor::f_cat(&[active, rest], 0)?
         };
         Ok(all.f_mul_scalar(self.scale)?)
+    }
+
+    /// A and P in the dtype of the products.
+    fn factors(&self, kind: Kind) -> Result<Factors> {
+        if let Some((a, p)) = cuda::factors(self.parameters(), kind, self.queue)? {
+            return Ok(Factors { a, p });
+        }
+        Ok(Factors { a: self.a.f_to_kind(kind)?, p: self.scaled_b()?.f_to_kind(kind)? })
+    }
+
+    /// The gradients of A, B and E from `right = u^T drop(x)`, (rows, in), without the dropout's gain, and
+    /// `left = t^T gy`, (rows, out).
+    fn gradients(&self, right: &Tensor, left: &Tensor, gain: f64) -> Result<[Tensor; 3]> {
+        if let Some(made) = cuda::gradients(self.parameters(), right, left, gain, self.queue)? {
+            return Ok(made);
+        }
+        let (kind, active) = (self.a.kind(), self.e.size()[0]);
+        let left = left.f_to_kind(kind)?;
+        let grad_a = right.f_to_kind(kind)?.f_mul_scalar(gain)?;
+        // Contiguous: DDP copies gradients of other strides than the parameter's one by one.
+        let grad_b = left.f_mul(&self.scaled_e()?.f_unsqueeze(1)?)?.f_tr()?.f_contiguous()?;
+        let grad_e = left
+            .f_narrow(0, 0, active)?
+            .f_mul(&self.b.f_narrow(1, 0, active)?.f_tr()?)?
+            .f_sum_dim_intlist([1i64].as_slice(), true, kind)?
+            .f_mul_scalar(self.scale)?;
+        Ok([grad_a, grad_b, grad_e])
+    }
+
+    fn parameters(&self) -> cuda::Parameters<'_> {
+        cuda::Parameters { a: &self.a, b: &self.b, e: &self.e, scale: self.scale }
     }
 
     /// `P = s B diag(E)`, so that dW = P A: (out, rows), in the parameters' dtype.
@@ -181,8 +220,8 @@ pub fn forward(
     if let Some(t) = fast::forward(adapter, x, y, fast::Start::Add, dropout.as_deref())? {
         return Ok(t);
     }
-    let t = down(adapter, x, dropout)?;
-    let p = adapter.scaled_b()?.f_to_kind(x.kind())?;
+    let Factors { a, p } = adapter.factors(x.kind())?;
+    let t = down(adapter, &a, x, dropout)?;
     if y.kind() == x.kind() {
         let _ = y.f_addmm_(&t, &p.f_tr()?)?;
     } else {
@@ -191,15 +230,20 @@ pub fn forward(
     Ok(t)
 }
 
-/// `A drop(x)` with the dropout's gain, (tokens, rows); keeps the mask where it has to be.
-fn down(adapter: &Adapter, x: &Tensor, dropout: Option<&mut Dropout>) -> Result<Tensor> {
+/// `A drop(x)` with the dropout's gain, (tokens, rows); keeps the mask where it has to be. `a` is A in the
+/// dtype of x.
+fn down(
+    adapter: &Adapter,
+    a: &Tensor,
+    x: &Tensor,
+    dropout: Option<&mut Dropout>,
+) -> Result<Tensor> {
     let gain = Dropout::gain(dropout.as_deref());
     let Some(dropout) = dropout else {
-        return Ok(x.f_mm(&adapter.a.f_to_kind(x.kind())?.f_tr()?)?);
+        return Ok(x.f_mm(&a.f_tr()?)?);
     };
     if dropout.mask.is_none() {
-        let a = adapter.a.f_to_kind(x.kind())?;
-        if let Some((t, mask)) = cuda::down(x, &a, gain, &dropout.stream, adapter.queue)? {
+        if let Some((t, mask)) = cuda::down(x, a, gain, &dropout.stream, adapter.queue)? {
             dropout.mask = Some(mask);
             return Ok(t);
         }
@@ -298,11 +342,8 @@ pub fn backward(
     }
     let t = t.f_to_kind(x.kind())?;
     let gain = Dropout::gain(dropout);
-    let kind = adapter.a.kind();
-
-    let scaled_e = adapter.scaled_e()?;
-    let p = adapter.b.f_mul(&scaled_e)?;
-    let u = gy.f_mm(&p.f_to_kind(x.kind())?)?;
+    let Factors { a, p } = adapter.factors(x.kind())?;
+    let u = gy.f_mm(&p)?;
     let masked = match dropout {
         Some(dropout) => Some((dropout, dropout.mask_for(x)?)),
         None => None,
@@ -310,23 +351,17 @@ pub fn backward(
     let dropped = masked.as_ref().map(|(dropout, mask)| dropout.applied(x, mask)).transpose()?;
     let dropped = dropped.as_ref().unwrap_or(x);
 
-    let grad_a = u.f_tr()?.f_mm(dropped)?.f_to_kind(kind)?.f_mul_scalar(gain)?;
+    let right = u.f_tr()?.f_mm(dropped)?;
     // (rows, out): t^T gy reads gy row by row; gy^T t would be several times slower.
-    let q = t.f_tr()?.f_mm(&gy)?.f_to_kind(kind)?;
-    // Contiguous: DDP copies gradients of other strides than the parameter's one by one.
-    let grad_b = q.f_mul(&scaled_e.f_unsqueeze(1)?)?.f_tr()?.f_contiguous()?;
-    let active = adapter.e.size()[0];
-    let grad_e = q
-        .f_narrow(0, 0, active)?
-        .f_mul(&adapter.b.f_narrow(1, 0, active)?.f_tr()?)?
-        .f_sum_dim_intlist([1i64].as_slice(), true, kind)?
-        .f_mul_scalar(adapter.scale)?;
+    let left = t.f_tr()?.f_mm(&gy)?;
+    let [grad_a, grad_b, grad_e] = adapter.gradients(&right, &left, gain)?;
     if let Some(slot) = importance {
-        let input = Input::Whole(dropped);
+        let (input, p) = (Input::Whole(dropped), adapter.scaled_b()?);
         importance::accumulate(slot, &p, &adapter.a, &gy, input, gain, adapter.queue)?;
     }
     let grad_x = if needs_x {
-        let mut grad_x = up(adapter, &u, masked.as_ref().map(|(dropout, mask)| (*dropout, mask)))?;
+        let masked = masked.as_ref().map(|(dropout, mask)| (*dropout, mask));
+        let mut grad_x = up(adapter, &a, &u, masked)?;
         if let Some(weight) = weight {
             let _ = grad_x.f_addmm_(&gy, weight)?;
         }
@@ -337,15 +372,19 @@ pub fn backward(
     Ok(Gradients { x: grad_x, a: grad_a, b: grad_b, e: grad_e })
 }
 
-/// `drop(u A)` with the dropout's gain, (tokens, in).
-fn up(adapter: &Adapter, u: &Tensor, masked: Option<(&Dropout, &Tensor)>) -> Result<Tensor> {
+/// `drop(u A)` with the dropout's gain, (tokens, in). `a` is A in the dtype of u.
+fn up(
+    adapter: &Adapter,
+    a: &Tensor,
+    u: &Tensor,
+    masked: Option<(&Dropout, &Tensor)>,
+) -> Result<Tensor> {
     let gain = Dropout::gain(masked.map(|(dropout, _)| dropout));
     let size = [u.size()[0], adapter.a.size()[1]];
     if cuda::takes(u, adapter.queue) {
         let mut out = Tensor::f_empty(size, (u.kind(), u.device()))?;
-        let a = adapter.a.f_to_kind(u.kind())?;
         let mask = masked.map(|(_, mask)| mask);
-        if cuda::add_grad_x(&mut out, false, u, &a, mask, gain, adapter.queue)? {
+        if cuda::add_grad_x(&mut out, false, u, a, mask, gain, adapter.queue)? {
             return Ok(out);
         }
     }

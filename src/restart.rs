@@ -10,6 +10,7 @@ use crate::allocation::{adam_ratio, restart_ratio, LearningRate};
 use crate::checks;
 use crate::errors::{Error, Result};
 use crate::kernels::blend::{self, Keep, Mix, Tail};
+use crate::kernels::cuda;
 use crate::kernels::plain::{self, Plain, Real};
 
 /// What the optimizer's step was, as far as its rows need it.
@@ -110,6 +111,13 @@ impl Newborn {
         Ok(matrix.f_narrow(self.dim, matrix.size()[self.dim as usize] - count, count)?)
     }
 
+    /// Newborn rows for a kernel.
+    fn part(&self, first: usize, count: usize, weights: (f64, f64)) -> cuda::Part<'_> {
+        let (first, count) = (first as i64, count as i64);
+        let Self { parameter, old, dim, .. } = self;
+        cuda::Part { parameter, old, dim: *dim, first, count, weights }
+    }
+
     fn slices(&self) -> Option<Slices<'_>> {
         let (parameter, old) = (Plain::of(&self.parameter)?, Plain::of(&self.old)?);
         let Plain { rows, columns, .. } = parameter;
@@ -142,7 +150,12 @@ impl Newborn {
 }
 
 /// Keeps what the newborn rows are, before an optimizer step.
-pub fn keep(newborns: &mut [Newborn]) -> Result<()> {
+pub fn keep(newborns: &mut [Newborn], queue: cuda::Stream) -> Result<()> {
+    let whole = |newborn| Newborn::part(newborn, 0, newborn.births.len(), (0.0, 1.0));
+    let parts: Vec<_> = newborns.iter().map(whole).collect();
+    if cuda::keep_newborns(&parts, queue)? {
+        return Ok(());
+    }
     let slices: Vec<_> = newborns.iter().map(Newborn::slices).collect();
     keep_slices::<f32>(&slices);
     keep_slices::<f64>(&slices);
@@ -164,13 +177,16 @@ fn keep_slices<T: Real>(slices: &[Option<Slices<'_>>]) {
 type Factors = HashMap<u64, (f64, f64)>;
 
 /// Corrects, in place, the newborn rows after an optimizer step; what they were has been kept.
-pub fn correct(newborns: &[Newborn], step: &Step) -> Result<()> {
+pub fn correct(newborns: &[Newborn], step: &Step, queue: cuda::Stream) -> Result<()> {
     step.check()?;
     let mut factors = Factors::new();
     for &birth in newborns.iter().flat_map(|newborn| &newborn.births) {
         factors.entry(birth).or_insert_with(|| step.factors(birth));
     }
     if factors.values().all(|&factors| factors == (1.0, 0.0)) {
+        return Ok(());
+    }
+    if cuda::mix_newborns(&parts_to_correct(newborns, &factors), queue)? {
         return Ok(());
     }
     let mut slices: Vec<_> = newborns.iter().map(Newborn::slices).collect();
@@ -182,6 +198,22 @@ pub fn correct(newborns: &[Newborn], step: &Step) -> Result<()> {
     correct_slices::<f64>(&slices, &factors);
     let mut others = newborns.iter().zip(&slices).filter(|(_, slices)| slices.is_none());
     others.try_for_each(|(newborn, _)| newborn.correct_with_torch(&factors))
+}
+
+/// The rows of one birth after the other, those left out that stay as they are.
+fn parts_to_correct<'a>(newborns: &'a [Newborn], factors: &Factors) -> Vec<cuda::Part<'a>> {
+    let mut parts = Vec::new();
+    for newborn in newborns {
+        let mut first = 0;
+        for run in newborn.births.chunk_by(|one, next| one == next) {
+            let weights = factors[&run[0]];
+            if weights != (1.0, 0.0) {
+                parts.push(newborn.part(first, run.len(), weights));
+            }
+            first += run.len();
+        }
+    }
+    parts
 }
 
 fn correct_slices<T: Real>(slices: &[Option<Slices<'_>>], factors: &Factors) {
@@ -257,7 +289,7 @@ mod tests {
         let lr = LearningRate { multiplier: 1.0, warmup: 4, linear_until: None };
         let step = Step { learning_rate: Some(lr), betas: None, decay: 0.0, step: 3, lead: 0 };
         let newborn = Newborn::with_old(parameter.shallow_clone(), &old, &[0, 2], 1).unwrap();
-        correct(&[newborn.unwrap()], &step).unwrap();
+        correct(&[newborn.unwrap()], &step, cuda::Stream(0)).unwrap();
         let want = Tensor::from_slice(&[1.0, 0.5, 3.0, 1.0]).reshape([2, 2]);
         assert_eq!(parameter, want);
     }
@@ -266,9 +298,9 @@ mod tests {
     fn stepped(mut parameter: Tensor, update: &Tensor, births: &[u64], dim: i64) -> Tensor {
         let newborn = Newborn::new(parameter.shallow_clone(), births, dim).unwrap().unwrap();
         let mut newborns = [newborn];
-        keep(&mut newborns).unwrap();
+        keep(&mut newborns, cuda::Stream(0)).unwrap();
         let _ = parameter.f_add_(update).unwrap();
-        correct(&newborns, &step()).unwrap();
+        correct(&newborns, &step(), cuda::Stream(0)).unwrap();
         parameter
     }
 

@@ -10,8 +10,10 @@ use tch::{Device, Kind, Tensor};
 use crate::checks;
 use crate::errors::{Error, Result};
 
-/// Bytes that the copies of a block of tokens may take, where their dtype is not the sketch's.
+/// Bytes that the copies of a block of tokens may take, where their dtype is not the sketch's: on the CPU
+/// about what its caches hold, elsewhere few blocks, for each takes launches.
 const SCRATCH: i64 = 8 << 20;
+const SCRATCH_OF_DEVICE: i64 = 256 << 20;
 /// Tokens of such a block, at least.
 const LEAST_TOKENS: i64 = 16;
 /// Directions of a factor shorter than this share of its longest count as none.
@@ -42,7 +44,8 @@ pub fn accumulate(
     checks::shape("gy", gy, &[tokens, out])?;
     let copied = gy.kind() != kind || x.kind() != kind;
     let bytes = (features + out).max(1) * kind.elt_size_in_bytes() as i64;
-    let most = if copied { (SCRATCH / bytes).max(LEAST_TOKENS) } else { tokens.max(1) };
+    let scratch = if x.device() == Device::Cpu { SCRATCH } else { SCRATCH_OF_DEVICE };
+    let most = if copied { (scratch / bytes).max(LEAST_TOKENS) } else { tokens.max(1) };
     let mut first = 0;
     while first < tokens {
         let n = most.min(tokens - first);

@@ -288,6 +288,7 @@ def restart_(
     betas: tuple[float, float] | None = None,
     adam_lead: int = 0,
     decay: float = 0.0,
+    stream: int = 0,
 ) -> None:
     """Gives newborn rows their own learning rate after an optimizer step, in place (section 3.3).
 
@@ -301,6 +302,7 @@ def restart_(
         betas: Adam's, for its bias correction; None for other optimizers. adam_lead: Steps that the
             optimizer had taken before the first counted one.
         decay: Decoupled weight decay of the step: learning rate times weight decay.
+        stream: Handle of torch's current stream on the device of the parameters; 0 on the CPU.
     """
 
 @final
@@ -358,7 +360,7 @@ class Newborns:
     """
 
     def __new__(cls, parameters: Sequence[tuple[Tensor, Sequence[int], int]]) -> Newborns: ...
-    def keep(self) -> None:
+    def keep(self, stream: int = 0) -> None:
         """Before the optimizer's step: keeps the newborn rows, all that stand after the first."""
     def correct(
         self,
@@ -370,6 +372,7 @@ class Newborns:
         betas: tuple[float, float] | None = None,
         adam_lead: int = 0,
         decay: float = 0.0,
+        stream: int = 0,
     ) -> None:
         """After it: :func:`restart_` of the same arguments."""
 
@@ -414,6 +417,18 @@ def cuda_add_grad_x(
     gx: Tensor, accumulate: bool, u: Tensor, a: Tensor, mask: Tensor | None, gain: float, stream: int = 0
 ) -> bool:
     """``gx (+)= gain * drop(u a)`` in place; gx (tokens, in), u (tokens, ranks), a (ranks, in), one dtype."""
+
+def cuda_factors(
+    a: Tensor, b: Tensor, e: Tensor, scale: float, like: Tensor, stream: int = 0
+) -> tuple[Tensor, Tensor] | None:
+    """A (ranks, in) and ``scale b diag(e)`` (out, ranks) in the dtype of ``like``; e (active, 1), the others
+    count with ``RESERVE_E``. The dtype of the three is float32, or that of ``like``."""
+
+def cuda_gradients(
+    a: Tensor, b: Tensor, e: Tensor, scale: float, right: Tensor, left: Tensor, gain: float, stream: int = 0
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The gradients of a, b and e, as they are given to :func:`cuda_factors`, from those of the products:
+    ``gain * right`` (ranks, in) that of a, ``left`` (ranks, out) that of ``(scale b diag(e))^T``."""
 
 def cuda_importance_(
     vector: Tensor, slot: int, p: Tensor, a: Tensor, gy: Tensor, x: Tensor, gain: float, stream: int = 0

@@ -47,7 +47,8 @@ def shared_seed(seed: int, device: torch.device) -> int:
 
 def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
     """The DistributedDataParallel around ``model``: a Trainer does not hand it to its callbacks."""
-    if not several_processes():
+    # A group of one process has a reducer with sizes of its own, too.
+    if not (dist.is_available() and dist.is_initialized()):
         return None
     known = _found[model]() if model in _found else None
     if known is not None:

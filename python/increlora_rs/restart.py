@@ -10,6 +10,7 @@ from torch import nn
 
 from . import _core, arguments
 from .adapted import AdaptedModule
+from .cuda import stream
 
 LrSchedule = Literal["auto", "linear", "follow"]
 
@@ -52,7 +53,7 @@ class RestartWarmup:
         self._lr_schedule = lr_schedule
         self._young: dict[int, tuple[nn.Parameter, list[int], int]] = {}
         # Those of each group of the optimizer that has any, and the sizes of all groups then.
-        self._newborns: list[tuple[int, _core.Newborns]] = []
+        self._newborns: list[tuple[int, torch.device, _core.Newborns]] = []
         self._sizes: list[int] = []
         self.was_linear = total_steps is not None
         self.adam_lead = 0
@@ -74,20 +75,20 @@ class RestartWarmup:
         for index, parameters in enumerate(groups):
             young = [self._young[id(parameter)] for parameter in parameters if id(parameter) in self._young]
             if young:
-                self._newborns.append((index, _core.Newborns(young)))
+                self._newborns.append((index, young[0][0].device, _core.Newborns(young)))
 
     def keep_old(self) -> None:
         """Before the optimizer acts: keeps the values of the rows concerned."""
         if self._young and self._sizes != [len(group["params"]) for group in self._optimizer.param_groups]:
             self._sort_by_group()
-        for _, newborns in self._newborns:
-            newborns.keep()
+        for _, device, newborns in self._newborns:
+            newborns.keep(stream(device))
 
     def correct(self, step: int) -> None:
         """After the optimizer took step ``step``: corrects the newborn rows."""
         self._observe(step)
         linear = self._lr_schedule == "linear" or (self._lr_schedule == "auto" and self.was_linear)
-        for index, newborns in self._newborns:
+        for index, device, newborns in self._newborns:
             group = self._optimizer.param_groups[index]
             newborns.correct(
                 step,
@@ -97,6 +98,7 @@ class RestartWarmup:
                 betas=_adam_betas(self._optimizer, group),
                 adam_lead=self.adam_lead,
                 decay=_decoupled_decay(self._optimizer, group),
+                stream=stream(device),
             )
 
     def _observe(self, step: int) -> None:

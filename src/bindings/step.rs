@@ -100,11 +100,12 @@ impl PyNewborns {
         Ok(Self(Mutex::new(newborns)))
     }
 
-    fn keep(&self, py: Python<'_>) -> PyResult<()> {
-        detached(py, || restart::keep(&mut locked(&self.0)))
+    #[pyo3(signature = (stream=0))]
+    fn keep(&self, py: Python<'_>, stream: usize) -> PyResult<()> {
+        detached(py, || restart::keep(&mut locked(&self.0), cuda::Stream(stream)))
     }
 
-    #[pyo3(signature = (step, *, multiplier=None, lr_warmup=0, linear_until=None, betas=None, adam_lead=0, decay=0.0))]
+    #[pyo3(signature = (step, *, multiplier=None, lr_warmup=0, linear_until=None, betas=None, adam_lead=0, decay=0.0, stream=0))]
     #[allow(clippy::too_many_arguments)]
     fn correct(
         &self,
@@ -116,6 +117,7 @@ impl PyNewborns {
         betas: Option<Bound<'_, PyAny>>,
         adam_lead: u64,
         decay: f64,
+        stream: usize,
     ) -> PyResult<()> {
         let betas = extracted(py, betas)?;
         let learning_rate = multiplier.map(|multiplier| LearningRate {
@@ -124,7 +126,7 @@ impl PyNewborns {
             linear_until,
         });
         let step = restart::Step { learning_rate, betas, decay, step, lead: adam_lead };
-        detached(py, move || restart::correct(&locked(&self.0), &step))
+        detached(py, move || restart::correct(&locked(&self.0), &step, cuda::Stream(stream)))
     }
 }
 
@@ -136,7 +138,7 @@ fn extracted(py: Python<'_>, betas: Option<Bound<'_, PyAny>>) -> PyResult<Option
 ///
 /// Each entry of `parameters` is (parameter, its value before the step, births, dim).
 #[pyfunction]
-#[pyo3(signature = (parameters, step, *, multiplier=None, lr_warmup=0, linear_until=None, betas=None, adam_lead=0, decay=0.0))]
+#[pyo3(signature = (parameters, step, *, multiplier=None, lr_warmup=0, linear_until=None, betas=None, adam_lead=0, decay=0.0, stream=0))]
 #[allow(clippy::too_many_arguments)]
 fn restart_(
     py: Python<'_>,
@@ -148,6 +150,7 @@ fn restart_(
     betas: Option<Bound<'_, PyAny>>,
     adam_lead: u64,
     decay: f64,
+    stream: usize,
 ) -> PyResult<()> {
     let mut entries: Vec<(PyTensor, PyTensor, Vec<u64>, i64)> =
         Vec::with_capacity(parameters.len());
@@ -164,7 +167,8 @@ fn restart_(
         let newborns = entries.into_iter().filter_map(|(parameter, old, births, dim)| {
             Newborn::with_old(parameter.0, &old.0, &births, dim).transpose()
         });
-        restart::correct(&newborns.collect::<Result<Vec<_>, _>>()?, &step)
+        let newborns = newborns.collect::<Result<Vec<_>, _>>()?;
+        restart::correct(&newborns, &step, cuda::Stream(stream))
     })
 }
 

@@ -168,6 +168,94 @@ def test_the_gradient_of_x_is_added_where_it_is_kept(
     close(gx, want, 2 * TOLERANCE[dtype])
 
 
+# (features, out, ranks, active)
+FACTORS = [(8, 3, 1, 1), (72, 40, 5, 4), (300, 1030, 8, 8), (2100, 17, 33, 20)]
+PAIRS = [(dtype, dtype) for dtype in DTYPES] + [
+    (torch.float32, torch.float16),
+    (torch.float32, torch.bfloat16),
+]
+
+
+@pytest.fixture
+def parameters(numbers):
+    """``parameters(shape, dtype)``: A, B, E, and E with the reserve in float64."""
+
+    def make(shape, dtype):
+        features, out, ranks, active = shape
+        a, b, e = (numbers(*size, dtype=dtype) for size in [(ranks, features), (out, ranks), (active, 1)])
+        reserve = torch.full((ranks - active,), _core.RESERVE_E, dtype=torch.float64)
+        return a, b, e, torch.cat([e.double().flatten(), reserve])
+
+    return make
+
+
+@pytest.mark.parametrize("shape", FACTORS)
+@pytest.mark.parametrize(("stored", "wanted"), PAIRS)
+def test_the_factors_are_scaled_and_cast(device, stream, guarded, parameters, shape, stored, wanted):
+    a, b, e, values = parameters(shape, stored)
+    like = torch.empty(0, dtype=wanted, device=device)
+    put = guarded.put
+    cast, p = _core.cuda_factors(put(a), put(b), put(e), 1.5, like, stream)
+    assert torch.equal(cast.cpu(), a.to(wanted))
+    assert p.dtype == wanted
+    close(p, 1.5 * b.double() * values, TOLERANCE[wanted])
+
+
+@pytest.mark.parametrize("shape", FACTORS)
+@pytest.mark.parametrize(("stored", "wanted"), PAIRS)
+def test_the_gradients_of_the_parameters_follow_from_those_of_the_factors(
+    device, stream, guarded, numbers, parameters, shape, stored, wanted
+):
+    (features, out, ranks, active), put = shape, guarded.put
+    a, b, e, values = parameters(shape, stored)
+    right, left = numbers(ranks, features, dtype=wanted), numbers(ranks, out, dtype=wanted)
+    got = _core.cuda_gradients(put(a), put(b), put(e), 1.5, put(right), put(left), 1.25, stream)
+    of_e = 1.5 * (left.double() * b.double().T).sum(1, keepdim=True)[:active]
+    want = [1.25 * right.double(), 1.5 * values * left.double().T, of_e]
+    for value, expected, parameter in zip(got, want, (a, b, e), strict=True):
+        assert value.shape == parameter.shape and value.dtype == stored and value.is_contiguous()
+        close(value, expected, 2 * TOLERANCE[stored])
+
+
+def test_pairs_of_dtypes_without_kernels_are_not_taken(device, stream, numbers):
+    a, b, e = numbers(2, 8).to(device), numbers(4, 2).to(device), numbers(2, 1).to(device)
+    half = [factor.half() for factor in (a, b, e)]
+    assert _core.cuda_factors(*half, 1.0, a, stream) is None
+    assert _core.cuda_factors(a, b, e, 1.0, a.double(), stream) is None
+    assert _core.cuda_factors(a[:, ::2], b, e, 1.0, a, stream) is None
+    assert _core.cuda_gradients(*half, 1.0, a, b.T, 1.0, stream) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("across", [1, 72, 5000])
+def test_newborn_rows_are_mixed_with_what_they_were(device, stream, guarded, numbers, dtype, across):
+    births = {0: [0, 3, 3, 9], 1: [0, 0, 9], 2: [5]}
+    before = {0: numbers(4, across), 1: numbers(across, 3), 2: numbers(across, 1)}
+    before = {k: value.to(dtype) for k, value in before.items()}
+    here = {k: guarded.put(value) for k, value in before.items()}
+    newborns = _core.Newborns([(here[k], births[k], 0 if k == 0 else 1) for k in here])
+    newborns.keep(stream)
+    after = {k: numbers(*value.shape, dtype=dtype) for k, value in before.items()}
+    for k, value in here.items():
+        value.copy_(after[k])
+    settings = {"multiplier": 0.75, "lr_warmup": 10, "betas": (0.9, 0.999), "decay": 0.01}
+    newborns.correct(12, **settings, stream=stream)
+    for k, value in here.items():
+        # The loops of the CPU, which have tests of their own, in float64.
+        want = after[k].double()
+        _core.restart_([(want, before[k].double(), births[k], 0 if k == 0 else 1)], 12, **settings)
+        assert not torch.equal(want, after[k].double())
+        close(value, want, 2 * TOLERANCE[dtype])
+
+
+def test_all_newborns_take_one_launch_each(emulated, numbers):
+    parameters = [(numbers(4, 72), [0, 1, 2, 2], 0) for _ in range(100)]
+    newborns = _core.Newborns(parameters)
+    newborns.keep()
+    newborns.correct(3, betas=(0.9, 0.999))
+    assert emulated.emulator_launched().decode().split() == ["keep_newborns_f32", "mix_newborns_f32"]
+
+
 # (out, features, ranks); the last one is two blocks of G.
 SCORES = [(1, 8, 1), (70, 72, 2), (130, 264, 16), (64, 520, 33), (40, 72, 70), (1100, 16, 2)]
 # Here a block of G is cut short by its bytes, at 64 rows.

@@ -6,6 +6,8 @@ from increlora_rs import IncreLoraConfig, _core, attach, ops
 from peft import get_peft_model
 from torch import nn
 
+LAYER = {"down_8_f32", "apply_mask_f32", "add_grad_x_f32", "score_tile_f32", "score_total"}
+
 # Relative to the largest entry.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
@@ -52,7 +54,7 @@ def test_a_layer_is_the_one_of_the_cpu(layer_on_cpu, device, dtype, p, whole):
 def test_the_layer_runs_by_the_kernels(emulated):
     passes("cpu", torch.float32, 0.1, True)
     launched = set(emulated.emulator_launched().decode().split())
-    assert {"down_8_f32", "apply_mask_f32", "add_grad_x_f32", "score_tile_f32", "score_total"} <= launched
+    assert {"factors_f32_f32", "gradients_f32_f32", *LAYER} <= launched
 
 
 def trained(device, p, importance):
@@ -100,7 +102,8 @@ def test_a_training_is_the_one_of_the_cpu(training_on_cpu, device, p, importance
 def test_the_scheduler_runs_by_the_kernels(emulated):
     trained("cpu", 0.0, "sensitivity")
     launched = set(emulated.emulator_launched().decode().split())
-    assert {"smooth", "orthogonality_gram_f32", "orthogonality_gradient_f32"} <= launched
+    wanted = {"smooth", "orthogonality_gram_f32", "orthogonality_gradient_f32", "keep_newborns_f32"}
+    assert wanted | {"mix_newborns_f32"} <= launched
 
 
 def test_a_module_without_a_gradient_counts_in_the_mean(emulated):

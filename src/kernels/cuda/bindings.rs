@@ -115,6 +115,48 @@ fn cuda_add_grad_x(
     })
 }
 
+/// The dtype comes by a tensor that has it.
+#[pyfunction]
+#[pyo3(signature = (a, b, e, scale, like, stream=0))]
+fn cuda_factors(
+    py: Python<'_>,
+    a: PyTensor,
+    b: PyTensor,
+    e: PyTensor,
+    scale: f64,
+    like: PyTensor,
+    stream: usize,
+) -> PyResult<Option<(PyTensor, PyTensor)>> {
+    let (a, b, e, like) = (a.0, b.0, e.0, like.0);
+    detached(py, move || {
+        let parameters = super::Parameters { a: &a, b: &b, e: &e, scale };
+        let taken = super::factors(parameters, like.f_kind()?, Stream(stream))?;
+        Ok(taken.map(|(a, p)| (PyTensor(a), PyTensor(p))))
+    })
+}
+
+#[pyfunction]
+#[pyo3(signature = (a, b, e, scale, right, left, gain, stream=0))]
+#[allow(clippy::too_many_arguments)]
+fn cuda_gradients(
+    py: Python<'_>,
+    a: PyTensor,
+    b: PyTensor,
+    e: PyTensor,
+    scale: f64,
+    right: PyTensor,
+    left: PyTensor,
+    gain: f64,
+    stream: usize,
+) -> PyResult<Option<(PyTensor, PyTensor, PyTensor)>> {
+    let (a, b, e, right, left) = (a.0, b.0, e.0, right.0, left.0);
+    detached(py, move || {
+        let parameters = super::Parameters { a: &a, b: &b, e: &e, scale };
+        let taken = super::gradients(parameters, &right, &left, gain, Stream(stream))?;
+        Ok(taken.map(|[a, b, e]| (PyTensor(a), PyTensor(b), PyTensor(e))))
+    })
+}
+
 #[pyfunction]
 #[pyo3(signature = (vector, slot, p, a, gy, x, gain, stream=0))]
 #[allow(clippy::too_many_arguments)]
@@ -192,6 +234,8 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(cuda_apply_mask, module)?)?;
     module.add_function(wrap_pyfunction!(cuda_down, module)?)?;
     module.add_function(wrap_pyfunction!(cuda_add_grad_x, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda_factors, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda_gradients, module)?)?;
     module.add_function(wrap_pyfunction!(cuda_importance_, module)?)?;
     module.add_function(wrap_pyfunction!(cuda_smooth_, module)?)?;
     module.add_function(wrap_pyfunction!(cuda_add_orthogonality_gradient_, module)?)?;

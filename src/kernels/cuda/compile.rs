@@ -13,7 +13,7 @@ use cudarc::nvrtc::{result as nvrtc, sys};
 use crate::errors::{Error, Result};
 
 /// In the order in which they need each other.
-const SOURCES: [&str; 9] = [
+const SOURCES: [&str; 11] = [
     include_str!("intrinsics.cu"),
     include_str!("prelude.cu"),
     include_str!("dropout.cu"),
@@ -23,6 +23,8 @@ const SOURCES: [&str; 9] = [
     include_str!("score.cu"),
     include_str!("smooth.cu"),
     include_str!("orthogonality.cu"),
+    include_str!("factors.cu"),
+    include_str!("newborn.cu"),
 ];
 
 /// Device code for one architecture.

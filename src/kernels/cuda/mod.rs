@@ -7,12 +7,16 @@
 
 pub mod bindings;
 pub mod compile;
+mod factors;
 mod layer;
+mod newborn;
 mod runtime;
 mod score;
 mod step;
 
+pub use factors::{factors, gradients, Parameters};
 pub use layer::{add_grad_x, apply_mask, down, draw_mask, takes};
+pub use newborn::{keep as keep_newborns, mix as mix_newborns, Part};
 pub use runtime::{emulate, kernels, unavailable, EmulatedLaunch, Stream};
 pub use score::accumulate;
 pub use step::{add_orthogonality_gradient_, smooth_};

@@ -13,7 +13,7 @@ use super::compile;
 use crate::errors::{Error, Result};
 
 /// Kernels that exist for every dtype, under the name with its suffix.
-const TYPED: [&str; 7] = [
+const TYPED: [&str; 9] = [
     "apply_mask",
     "down_8",
     "down_16",
@@ -21,13 +21,29 @@ const TYPED: [&str; 7] = [
     "score_tile",
     "orthogonality_gram",
     "orthogonality_gradient",
+    "keep_newborns",
+    "mix_newborns",
+];
+/// Kernels that exist for pairs of dtypes, the parameters' and the products', under the name with both.
+const PAIRED: [&str; 2] = ["factors", "gradients"];
+/// The pairs.
+pub const PAIRS: [(Kind, Kind); 5] = [
+    (Kind::Float, Kind::Float),
+    (Kind::Half, Kind::Half),
+    (Kind::BFloat16, Kind::BFloat16),
+    (Kind::Float, Kind::Half),
+    (Kind::Float, Kind::BFloat16),
 ];
 const UNTYPED: [&str; 4] = ["dropout_bits", "score_total", "smooth", "orthogonality_residual"];
 
 /// The names of all kernels.
 pub fn kernels() -> Vec<String> {
     let typed = TYPED.iter().flat_map(|name| ["f32", "f16", "bf16"].map(|t| format!("{name}_{t}")));
-    UNTYPED.iter().map(|&name| name.to_owned()).chain(typed).collect()
+    let paired = PAIRED.iter().flat_map(|name| {
+        let suffixes = PAIRS.iter().filter_map(|&(stored, wanted)| pair(stored, wanted));
+        suffixes.map(move |suffix| format!("{name}_{suffix}"))
+    });
+    UNTYPED.iter().map(|&name| name.to_owned()).chain(typed).chain(paired).collect()
 }
 
 /// The suffix of the kernels for a dtype; `None` if they do not take it.
@@ -38,6 +54,13 @@ pub fn suffix(kind: Kind) -> Option<&'static str> {
         Kind::BFloat16 => Some("bf16"),
         _ => None,
     }
+}
+
+/// The suffix of the kernels for a pair of dtypes, the parameters' and the products'; `None` if there are
+/// none.
+pub fn pair(stored: Kind, wanted: Kind) -> Option<String> {
+    let known = PAIRS.contains(&(stored, wanted));
+    known.then(|| Some(format!("{}_{}", suffix(stored)?, suffix(wanted)?))).flatten()
 }
 
 /// The stream that kernels are queued on: the handle of torch's current stream on the device of the
@@ -60,7 +83,9 @@ pub enum Argument<'a> {
     /// `double`.
     Double(f64),
     /// A structure, passed by value.
-    Table(&'a super::step::Matrices),
+    Matrices(&'a super::step::Matrices),
+    /// The same.
+    Newborns(&'a super::newborn::Table),
 }
 
 impl Argument<'_> {
@@ -76,7 +101,8 @@ impl Argument<'_> {
             Self::Word(value) => std::ptr::from_ref(value).cast_mut().cast(),
             Self::Float(value) => std::ptr::from_ref(value).cast_mut().cast(),
             Self::Double(value) => std::ptr::from_ref(value).cast_mut().cast(),
-            Self::Table(value) => std::ptr::from_ref(*value).cast_mut().cast(),
+            Self::Matrices(value) => std::ptr::from_ref(*value).cast_mut().cast(),
+            Self::Newborns(value) => std::ptr::from_ref(*value).cast_mut().cast(),
         }
     }
 }

@@ -151,13 +151,13 @@ pub fn add_orthogonality_gradient_(
     let mean = Tensor::f_empty([] as [i64; 0], (Kind::Double, like.device()))?;
     let kernel = format!("orthogonality_gram_{suffix}");
     for group in &groups {
-        let arguments = [Argument::Table(&group.table), Argument::of(&scratch)];
+        let arguments = [Argument::Matrices(&group.table), Argument::of(&scratch)];
         let grid = (parts(group.longest, GRAM_LENGTH), group.count);
         // SAFETY: the arguments of orthogonality.cu; the table holds contiguous matrices and parts of the
         // scratch memory that are long enough.
         unsafe { target.launch(&kernel, grid, STEP_THREADS, &arguments)? };
         let arguments = [
-            Argument::Table(&group.table),
+            Argument::Matrices(&group.table),
             Argument::of(&scratch),
             Argument::of(&norms.f_narrow(0, group.first, group.count)?),
         ];
@@ -168,7 +168,7 @@ pub fn add_orthogonality_gradient_(
     let kernel = format!("orthogonality_gradient_{suffix}");
     for group in &groups {
         let arguments = [
-            Argument::Table(&group.table),
+            Argument::Matrices(&group.table),
             Argument::of(&scratch),
             Argument::of(&norms.f_narrow(0, group.first, group.count)?),
             Argument::of(&norms),

@@ -16,6 +16,8 @@
 #include "score.cu"
 #include "smooth.cu"
 #include "orthogonality.cu"
+#include "factors.cu"
+#include "newborn.cu"
 
 namespace {
 
@@ -37,7 +39,10 @@ const std::map<std::string, Launch> kernels = {
 #define EACH(NAME) ONE(NAME##_f32) ONE(NAME##_f16) ONE(NAME##_bf16)
     ONE(dropout_bits) ONE(score_total) ONE(smooth) ONE(orthogonality_residual)
     EACH(apply_mask) EACH(down_8) EACH(down_16) EACH(add_grad_x) EACH(score_tile)
-    EACH(orthogonality_gram) EACH(orthogonality_gradient)
+    EACH(orthogonality_gram) EACH(orthogonality_gradient) EACH(keep_newborns) EACH(mix_newborns)
+#define PAIRS(NAME) EACH(NAME##_f32) ONE(NAME##_f16_f16) ONE(NAME##_bf16_bf16)
+    PAIRS(factors) PAIRS(gradients)
+#undef PAIRS
 #undef EACH
 #undef ONE
 };
