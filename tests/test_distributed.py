@@ -26,7 +26,7 @@ def torchrun(processes, script, *arguments):
     assert done.returncode == 0, done.stderr[:3000]
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[1, 2, 3])
 def processes(request, tmp_path_factory):
     """(number, results of every process) of one launch for all scenarios."""
     out = tmp_path_factory.mktemp("ddp")
@@ -92,22 +92,21 @@ def test_a_sharded_model_is_refused_before_the_first_step(trainers):
 
 
 @pytest.fixture
-def one_of_several(tmp_path, monkeypatch):
-    """A process group of this process alone that the library takes for one of several."""
+def group_of_one(tmp_path):
+    """A process group of this process alone."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    monkeypatch.setattr(distributed, "several_processes", lambda: True)
     yield
     torch.distributed.destroy_process_group()
 
 
-def test_a_model_that_is_wrapped_after_the_first_look_is_found(one_of_several):
+def test_a_model_that_is_wrapped_after_the_first_look_is_found(group_of_one):
     model = torch.nn.Linear(2, 2)
     assert distributed.find_ddp(model) is None
     ddp = torch.nn.parallel.DistributedDataParallel(model)
     assert distributed.find_ddp(model) is ddp
 
 
-def test_what_was_found_is_not_looked_for_again(one_of_several, monkeypatch):
+def test_what_was_found_is_not_looked_for_again(group_of_one, monkeypatch):
     model = torch.nn.Linear(2, 2)
     ddp = torch.nn.parallel.DistributedDataParallel(model)
     assert distributed.find_ddp(model) is ddp
@@ -115,7 +114,7 @@ def test_what_was_found_is_not_looked_for_again(one_of_several, monkeypatch):
     assert distributed.find_ddp(model) is ddp
 
 
-def test_a_wrapper_that_is_gone_is_not_found(one_of_several):
+def test_a_wrapper_that_is_gone_is_not_found(group_of_one):
     model = torch.nn.Linear(2, 2)
     ddp = torch.nn.parallel.DistributedDataParallel(model)
     assert distributed.find_ddp(model) is ddp

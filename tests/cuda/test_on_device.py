@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import peft
@@ -11,6 +12,10 @@ from increlora_rs import IncreLoraCallback, IncreLoraConfig, attach
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
+
+from benches.device import table
+from benches.methods import FROZEN, LORA, OURS
+from benches.sizes import LayerCase
 
 pytestmark = [
     pytest.mark.gpu,
@@ -294,3 +299,10 @@ def test_the_whole_model_is_the_one_of_the_cpu(make_llama, grow, dtype):
     assert gradients.keys() == wanted.keys()
     for name, value in wanted.items():
         assert (gradients[name] - value).norm() < 3 * tolerance * value.norm() + 1e-9, name
+
+
+def test_the_layers_take_fewer_kernels_than_loras():
+    kernels = Counter()
+    for *_, method, _, count, _, _ in table((LayerCase((768, 768), 512, 8),)).rows:
+        kernels[method] += float(count)
+    assert 0.0 < kernels[FROZEN] < kernels[OURS] < kernels[LORA]
