@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from increlora_rs import IncreLoraConfig
 from increlora_rs._core import Schedule
+from increlora_rs.compare.results import read_results
 from peft import AdaLoraConfig, LoraConfig
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,16 @@ def test_the_tables_of_the_evidence_are_those_of_its_results():
     assert page.count("<!-- end -->") == len(re.findall(r"<!-- (?:overview|tasks|runs)\b", page)) >= 4
     other = re.sub(r"(\| `lora` \| 2 \|) [\d.]+ ±", r"\1 0.0 ±", page, count=1)
     assert render["rendered"](other) == page != other
+
+
+def test_the_figures_of_the_decoder_are_those_of_its_runs():
+    page = (DOCS / "evidence.md").read_text()
+    section = page.split("## A decoder\n")[1].split("\n## ")[0]
+    runs = read_results(DOCS / "evidence" / "smollm2.jsonl")
+    assert [run["config"]["method"] for run in runs] == ["lora", "increlora"]
+    figures = [metrics["accuracy"] for run in runs for metrics in [*run["epochs"], run["test"]]]
+    told = [float(number) for number in re.findall(r"\b\d\d\.\d\b", section)]
+    assert told == [round(100 * figure, 1) for figure in figures]
 
 
 def test_the_evidence_names_methods_and_tasks_that_were_trained():
