@@ -248,6 +248,14 @@ def test_newborn_rows_are_mixed_with_what_they_were(device, stream, guarded, num
         close(value, want, 2 * TOLERANCE[dtype])
 
 
+def test_a_parameter_that_lost_its_newborn_rows_is_not_written_past_its_end(device, stream):
+    parameter = torch.ones(4, 8, device=device)
+    newborns = _core.Newborns([(parameter, [0, 1, 1, 2], 0)])
+    parameter.set_(torch.ones(2, 8, device=device))
+    with pytest.raises(RuntimeError, match="narrow|start"):
+        newborns.keep(stream)
+
+
 def test_all_newborns_take_one_launch_each(emulated, numbers):
     parameters = [(numbers(4, 72), [0, 1, 2, 2], 0) for _ in range(100)]
     newborns = _core.Newborns(parameters)

@@ -1,7 +1,7 @@
 //! Rows, or columns, born during training ([`crate::restart`]), of all parameters of an optimizer's group in
 //! one launch for up to 512 parts.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::layer::{int, target};
 use super::runtime::{Argument, Stream};
@@ -49,20 +49,37 @@ pub struct Part<'a> {
 }
 
 impl Part<'_> {
+    /// Do the parameter and what is kept of it have one dtype, one device, and sizes that go together?
+    fn fits(&self, like: &Tensor) -> Result<bool> {
+        let (size, kept) = (self.parameter.size2()?, self.old.size2()?);
+        let (long, kept_long, across, kept_across) = if self.dim == 0 {
+            (size.0, kept.0, size.1, kept.1)
+        } else {
+            (size.1, kept.1, size.0, kept.0)
+        };
+        let plain = |tensor: &Tensor| {
+            tensor.f_kind().is_ok_and(|kind| kind == like.kind())
+                && tensor.device() == like.device()
+                && tensor.is_contiguous()
+        };
+        let inside = self.first >= 0 && self.first + self.count <= kept_long && kept_long <= long;
+        Ok(inside && across == kept_across && plain(self.parameter) && plain(self.old))
+    }
+
     fn newborn(&self) -> Result<Newborn> {
         let (rows, columns) = self.parameter.size2()?;
         let (kept_rows, kept_columns) = self.old.size2()?;
         let bytes = self.parameter.f_kind()?.elt_size_in_bytes() as i64;
-        let at = |skipped: i64, columns: i64| {
-            let line = if self.dim == 0 { columns } else { 1 };
-            (skipped + self.first) * line * bytes
+        let (skipped, height, width) = if self.dim == 0 {
+            (rows - kept_rows, self.count, columns)
+        } else {
+            (columns - kept_columns, rows, self.count)
         };
-        let skipped = if self.dim == 0 { rows - kept_rows } else { columns - kept_columns };
-        let (height, width) =
-            if self.dim == 0 { (self.count, columns) } else { (rows, self.count) };
+        let (line, kept_line) = if self.dim == 0 { (columns, kept_columns) } else { (1, 1) };
         Ok(Newborn {
-            values: self.parameter.data_ptr() as u64 + at(skipped, columns) as u64,
-            old: self.old.data_ptr() as u64 + at(0, kept_columns) as u64,
+            values: self.parameter.data_ptr() as u64
+                + ((skipped + self.first) * line * bytes) as u64,
+            old: self.old.data_ptr() as u64 + (self.first * kept_line * bytes) as u64,
             height: int("height", height)?,
             width: int("width", width)?,
             stride: int("stride", columns)?,
@@ -74,7 +91,7 @@ impl Part<'_> {
 }
 
 /// Copies the parts of the parameters to where they are kept. False if not taken: tensors that are not
-/// contiguous, several dtypes or devices, a dtype without kernels.
+/// contiguous or have changed their size, several dtypes or devices, a dtype without kernels.
 pub fn keep(parts: &[Part<'_>], stream: Stream) -> Result<bool> {
     launch("keep_newborns", parts, stream)
 }
@@ -87,10 +104,8 @@ pub fn mix(parts: &[Part<'_>], stream: Stream) -> Result<bool> {
 fn launch(kernel: &str, parts: &[Part<'_>], stream: Stream) -> Result<bool> {
     let Some(like) = parts.first().map(|part| part.parameter) else { return Ok(false) };
     let Some((target, suffix)) = target(like, stream) else { return Ok(false) };
-    let kind: Kind = like.f_kind()?;
-    for tensor in parts.iter().flat_map(|part| [part.parameter, part.old]) {
-        let fits = tensor.f_kind()? == kind && tensor.device() == like.device();
-        if !fits || !tensor.is_contiguous() {
+    for part in parts {
+        if !part.fits(like)? {
             return Ok(false);
         }
     }
