@@ -70,6 +70,7 @@ def measure(size: str, only: Sequence[str] = (), raw: Path | None = None) -> dic
                 figures[name] = section(NAMED[size])
             figures["others"][name] = busy.others
             if raw is not None:
+                raw.parent.mkdir(parents=True, exist_ok=True)
                 raw.write_text(json.dumps(figures) + "\n", encoding="utf-8")
             if busy.others is not None and busy.others > QUIET:
                 print(f"{name}: others took {busy.others:.0%} of the machine's time", file=sys.stderr)
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     size = parser.add_mutually_exclusive_group()
     parser.set_defaults(size="full")
     size.add_argument("--quick", dest="size", action="store_const", const="quick", help="some 3 minutes")
-    size.add_argument("--cuda", dest="size", action="store_const", const="cuda", help="on a GPU; 3 minutes")
+    size.add_argument("--cuda", dest="size", action="store_const", const="cuda", help="on a GPU")
     size.add_argument("--smoke", dest="size", action="store_const", const="smoke", help="seconds; no figures")
     parser.add_argument(
         "--only", type=_sections, default=(), metavar="SECTION,...", help=", ".join(_SECTIONS)

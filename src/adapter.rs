@@ -32,7 +32,7 @@ pub struct Adapter {
 }
 
 /// What the products of one call take.
-struct Factors {
+struct Operands {
     /// A, (rows, in).
     a: Tensor,
     /// `P = s B diag(E)`, (out, rows).
@@ -102,11 +102,11 @@ impl Adapter {
     }
 
     /// A and P in the dtype of the products.
-    fn factors(&self, kind: Kind) -> Result<Factors> {
+    fn operands(&self, kind: Kind) -> Result<Operands> {
         if let Some((a, p)) = cuda::factors(self.parameters(), kind, self.queue)? {
-            return Ok(Factors { a, p });
+            return Ok(Operands { a, p });
         }
-        Ok(Factors { a: self.a.f_to_kind(kind)?, p: self.scaled_b()?.f_to_kind(kind)? })
+        Ok(Operands { a: self.a.f_to_kind(kind)?, p: self.scaled_b()?.f_to_kind(kind)? })
     }
 
     /// The gradients of A, B and E from `right = u^T drop(x)`, (rows, in), without the dropout's gain, and
@@ -220,7 +220,7 @@ pub fn forward(
     if let Some(t) = fast::forward(adapter, x, y, fast::Start::Add, dropout.as_deref())? {
         return Ok(t);
     }
-    let Factors { a, p } = adapter.factors(x.kind())?;
+    let Operands { a, p } = adapter.operands(x.kind())?;
     let t = down(adapter, &a, x, dropout)?;
     if y.kind() == x.kind() {
         let _ = y.f_addmm_(&t, &p.f_tr()?)?;
@@ -342,7 +342,7 @@ pub fn backward(
     }
     let t = t.f_to_kind(x.kind())?;
     let gain = Dropout::gain(dropout);
-    let Factors { a, p } = adapter.factors(x.kind())?;
+    let Operands { a, p } = adapter.operands(x.kind())?;
     let u = gy.f_mm(&p)?;
     let masked = match dropout {
         Some(dropout) => Some((dropout, dropout.mask_for(x)?)),

@@ -186,7 +186,7 @@ pub fn correct(newborns: &[Newborn], step: &Step, queue: cuda::Stream) -> Result
     if factors.values().all(|&factors| factors == (1.0, 0.0)) {
         return Ok(());
     }
-    if cuda::mix_newborns(&parts_to_correct(newborns, &factors), queue)? {
+    if apart(newborns) && cuda::mix_newborns(&parts_to_correct(newborns, &factors), queue)? {
         return Ok(());
     }
     let mut slices: Vec<_> = newborns.iter().map(Newborn::slices).collect();
@@ -198,6 +198,20 @@ pub fn correct(newborns: &[Newborn], step: &Step, queue: cuda::Stream) -> Result
     correct_slices::<f64>(&slices, &factors);
     let mut others = newborns.iter().zip(&slices).filter(|(_, slices)| slices.is_none());
     others.try_for_each(|(newborn, _)| newborn.correct_with_torch(&factors))
+}
+
+/// Does no parameter lie where another does? One that is given twice is corrected twice, which the threads
+/// of a kernel would do at once.
+fn apart(newborns: &[Newborn]) -> bool {
+    let mut spans: Vec<(usize, usize)> = newborns
+        .iter()
+        .map(|Newborn { parameter, .. }| {
+            let first = parameter.data_ptr() as usize;
+            (first, first + parameter.numel() * parameter.kind().elt_size_in_bytes())
+        })
+        .collect();
+    spans.sort_unstable();
+    spans.windows(2).all(|pair| pair[0].1 <= pair[1].0)
 }
 
 /// The rows of one birth after the other, those left out that stay as they are.

@@ -11,7 +11,7 @@ use crate::checks;
 use crate::errors::{Error, Result};
 
 /// Bytes that the copies of a block of tokens may take, where their dtype is not the sketch's: on the CPU
-/// about what its caches hold, elsewhere few blocks, for each takes launches.
+/// about what its caches hold, elsewhere enough for few blocks, since each takes launches.
 const SCRATCH: i64 = 8 << 20;
 const SCRATCH_OF_DEVICE: i64 = 256 << 20;
 /// Tokens of such a block, at least.

@@ -36,7 +36,9 @@ def processes(request, tmp_path_factory):
 
 @pytest.mark.parametrize("scenario", ddp.SCENARIOS)
 def test_all_processes_have_the_same_parameters_bit_for_bit(processes, scenario):
-    _, results = processes
+    number, results = processes
+    if number == 1:
+        pytest.skip("one process has none to differ from")
     first = results[0][scenario]["parameters"]
     for other in results[1:]:
         for name, parameter in first.items():

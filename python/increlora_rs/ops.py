@@ -197,8 +197,8 @@ def linear(
         ValueError: shapes or devices do not fit, or a number is out of range.
         TypeError: a dtype does not fit.
     """
-    dtype = compute_dtype(x)
-    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    x, weight = as_autocast(x), as_autocast(weight)
+    bias = None if bias is None else as_autocast(bias)
     if torch.compiler.is_compiling():
         asked = asked_of(probe, slot)
         return compiled.linear(x, weight, bias, a, b, e, scale=scale, dropout=dropout, **asked)

@@ -168,6 +168,14 @@ def test_the_gradient_of_x_is_added_where_it_is_kept(
     close(gx, want, 2 * TOLERANCE[dtype])
 
 
+def close_by_part(got, want, active, tolerance):
+    """:func:`close` of the first ``active`` columns and of the others, in reserve, whose entries are tiny."""
+    close(got[:, :active], want[:, :active], tolerance)
+    # Of float16's subnormal numbers a few bits are left there.
+    rough = 0.03 if got.dtype == torch.float16 else tolerance
+    close(got[:, active:], want[:, active:], rough)
+
+
 # (features, out, ranks, active)
 FACTORS = [(8, 3, 1, 1), (72, 40, 5, 4), (300, 1030, 8, 8), (2100, 17, 33, 20)]
 PAIRS = [(dtype, dtype) for dtype in DTYPES] + [
@@ -198,7 +206,7 @@ def test_the_factors_are_scaled_and_cast(device, stream, guarded, parameters, sh
     cast, p = _core.cuda_factors(put(a), put(b), put(e), 1.5, like, stream)
     assert torch.equal(cast.cpu(), a.to(wanted))
     assert p.dtype == wanted
-    close(p, 1.5 * b.double() * values, TOLERANCE[wanted])
+    close_by_part(p, 1.5 * b.double() * values, shape[-1], TOLERANCE[wanted])
 
 
 @pytest.mark.parametrize("shape", FACTORS)
@@ -214,7 +222,24 @@ def test_the_gradients_of_the_parameters_follow_from_those_of_the_factors(
     want = [1.25 * right.double(), 1.5 * values * left.double().T, of_e]
     for value, expected, parameter in zip(got, want, (a, b, e), strict=True):
         assert value.shape == parameter.shape and value.dtype == stored and value.is_contiguous()
-        close(value, expected, 2 * TOLERANCE[stored])
+        part = active if parameter is b else value.shape[1]
+        close_by_part(value, expected, part, 2 * TOLERANCE[stored])
+
+
+def test_parameters_that_do_not_go_together_are_refused_by_name(device, stream, numbers):
+    a, b, e = numbers(2, 8).to(device), numbers(4, 2).to(device), numbers(2, 1).to(device)
+    with pytest.raises(TypeError, match="B has dtype"):
+        _core.cuda_factors(a, b.half(), e, 1.0, a, stream)
+    with pytest.raises(TypeError, match="E has dtype"):
+        _core.cuda_factors(a, b, e.double(), 1.0, a, stream)
+    with pytest.raises(ValueError, match="E has shape"):
+        _core.cuda_factors(a, b, numbers(3, 1).to(device), 1.0, a, stream)
+    with pytest.raises(ValueError, match="E has shape"):
+        _core.cuda_factors(a, b, e[:, :0], 1.0, a, stream)
+    with pytest.raises(ValueError, match="left has shape"):
+        _core.cuda_gradients(a, b, e, 1.0, a, a, 1.0, stream)
+    with pytest.raises(TypeError, match="left has dtype"):
+        _core.cuda_gradients(a, b, e, 1.0, a, b.T.half(), 1.0, stream)
 
 
 def test_pairs_of_dtypes_without_kernels_are_not_taken(device, stream, numbers):
@@ -252,8 +277,34 @@ def test_a_parameter_that_lost_its_newborn_rows_is_not_written_past_its_end(devi
     parameter = torch.ones(4, 8, device=device)
     newborns = _core.Newborns([(parameter, [0, 1, 1, 2], 0)])
     parameter.set_(torch.ones(2, 8, device=device))
-    with pytest.raises(RuntimeError, match="narrow|start"):
+    with pytest.raises(RuntimeError, match=r"narrow|start"):
         newborns.keep(stream)
+
+
+def test_more_parts_than_a_launch_takes_go_in_several(device, stream, numbers):
+    # 600 parts to mix: the second launch begins among them.
+    before = [numbers(3, 8) for _ in range(300)]
+    here = [matrix.to(device, copy=True) for matrix in before]
+    newborns = _core.Newborns([(matrix, [0, 1, 2], 0) for matrix in here])
+    newborns.keep(stream)
+    for matrix in here:
+        matrix.add_(1.0)
+    newborns.correct(3, betas=(0.9, 0.999), stream=stream)
+    for matrix, old in zip(here, before, strict=True):
+        want = old.double() + 1.0
+        _core.restart_([(want, old.double(), [0, 1, 2], 0)], 3, betas=(0.9, 0.999))
+        close(matrix, want, 2e-6)
+
+
+def test_a_parameter_that_is_given_twice_is_corrected_twice(device, stream, numbers):
+    old = numbers(2, 8)
+    here = (old + 1.0).to(device)
+    entry = (here, old.to(device), [0, 1], 0)
+    _core.restart_([entry, entry], 3, betas=(0.9, 0.999), stream=stream)
+    want = old.double() + 1.0
+    for _ in range(2):
+        _core.restart_([(want, old.double(), [0, 1], 0)], 3, betas=(0.9, 0.999))
+    close(here, want, 2e-6)
 
 
 def test_all_newborns_take_one_launch_each(emulated, numbers):

@@ -9,6 +9,7 @@ use crate::adapter::RESERVE_E;
 use crate::checks;
 use crate::errors::Result;
 
+// As factors.cu has them.
 const THREADS: u32 = 256;
 const ELEMENTS: i64 = 1024;
 
@@ -33,13 +34,15 @@ struct Sizes {
 }
 
 impl Parameters<'_> {
-    fn target(&self, kind: Kind, stream: Stream) -> Result<Option<(Target, String)>> {
+    /// Where the kernels run, the suffix of their name, and the sizes, checked.
+    fn target(&self, kind: Kind, stream: Stream) -> Result<Option<(Target, String, Sizes)>> {
+        let sizes = self.sizes()?;
         let Some(suffix) = pair(self.a.f_kind()?, kind) else { return Ok(None) };
         let plain = [self.a, self.b, self.e].iter().all(|tensor| tensor.is_contiguous());
         if !plain || self.a.numel() == 0 || self.b.numel() == 0 {
             return Ok(None);
         }
-        Ok(Target::of(self.a, stream).map(|target| (target, suffix)))
+        Ok(Target::of(self.a, stream).map(|target| (target, suffix, sizes)))
     }
 
     fn sizes(&self) -> Result<Sizes> {
@@ -47,6 +50,11 @@ impl Parameters<'_> {
         let (out, _) = checks::matrix("B", self.b)?;
         let (active, _) = checks::matrix("E", self.e)?;
         checks::shape("B", self.b, &[out, rows])?;
+        checks::shape("E", self.e, &[active.min(rows), 1])?;
+        for (name, tensor) in [("B", self.b), ("E", self.e)] {
+            checks::kind(name, tensor, self.a.f_kind()?)?;
+            checks::same_device(name, tensor, "A", self.a)?;
+        }
         Ok(Sizes { rows, features, out, active })
     }
 }
@@ -59,8 +67,8 @@ pub fn factors(
     stream: Stream,
 ) -> Result<Option<(Tensor, Tensor)>> {
     let Parameters { a, b, e, scale } = parameters;
-    let Some((target, suffix)) = parameters.target(kind, stream)? else { return Ok(None) };
-    let Sizes { rows, active, .. } = parameters.sizes()?;
+    let Some((target, suffix, sizes)) = parameters.target(kind, stream)? else { return Ok(None) };
+    let Sizes { rows, active, .. } = sizes;
     let cast =
         (a.f_kind()? != kind).then(|| Tensor::f_empty(a.size(), (kind, a.device()))).transpose()?;
     let p = Tensor::f_empty(b.size(), (kind, b.device()))?;
@@ -96,11 +104,13 @@ pub fn gradients(
 ) -> Result<Option<[Tensor; 3]>> {
     let Parameters { a, b, e, scale } = parameters;
     let kind = right.f_kind()?;
-    let Some((target, suffix)) = parameters.target(kind, stream)? else { return Ok(None) };
-    let Sizes { rows, features, out, active } = parameters.sizes()?;
-    checks::shape("right", right, &[rows, features])?;
-    checks::shape("left", left, &[rows, out])?;
+    let Some((target, suffix, sizes)) = parameters.target(kind, stream)? else { return Ok(None) };
+    let Sizes { rows, features, out, active } = sizes;
     checks::kind("left", left, kind)?;
+    for (name, tensor, width) in [("right", right, features), ("left", left, out)] {
+        checks::shape(name, tensor, &[rows, width])?;
+        checks::same_device(name, tensor, "A", a)?;
+    }
     let (right, left) = (right.f_contiguous()?, left.f_contiguous()?);
     let like =
         |tensor: &Tensor| Tensor::f_empty(tensor.size(), (tensor.f_kind()?, tensor.device()));

@@ -7,6 +7,7 @@ use super::layer::{int, target};
 use super::runtime::{Argument, Stream};
 use crate::errors::Result;
 
+// As newborn.cu has them.
 const THREADS: u32 = 256;
 const ELEMENTS: i64 = 2048;
 /// Parts of one launch.
@@ -91,7 +92,7 @@ impl Part<'_> {
 }
 
 /// Copies the parts of the parameters to where they are kept. False if not taken: tensors that are not
-/// contiguous or have changed their size, several dtypes or devices, a dtype without kernels.
+/// contiguous or no longer hold what is kept, several dtypes or devices, a dtype without kernels.
 pub fn keep(parts: &[Part<'_>], stream: Stream) -> Result<bool> {
     launch("keep_newborns", parts, stream)
 }

@@ -27,7 +27,7 @@ const TYPED: [&str; 9] = [
 /// Kernels that exist for pairs of dtypes, the parameters' and the products', under the name with both.
 const PAIRED: [&str; 2] = ["factors", "gradients"];
 /// The pairs.
-pub const PAIRS: [(Kind, Kind); 5] = [
+const PAIRS: [(Kind, Kind); 5] = [
     (Kind::Float, Kind::Float),
     (Kind::Half, Kind::Half),
     (Kind::BFloat16, Kind::BFloat16),
