@@ -30,6 +30,8 @@ __all__ = [
     "cuda_down",
     "cuda_draw_mask",
     "cuda_emulate",
+    "cuda_factors",
+    "cuda_gradients",
     "cuda_importance_",
     "cuda_kernels",
     "cuda_prepare",
