@@ -77,7 +77,7 @@ def _block(block: re.Match[str]) -> str:
 def _text(block: re.Match[str]) -> str:
     if block["kind"] == "runs":
         hours = sum(run["seconds"] for run in _runs()) / 3600
-        return f"{len(_runs())} runs, {hours:.1f} hours of one core."
+        return f"{len(_runs())} runs, {hours:.1f} hours of one core, pauses of the machine included."
     comparisons = selected(block["methods"], block["tasks"])
     if block["kind"] == "overview":
         return _table(*Overview(comparisons).cells())
