@@ -11,23 +11,11 @@ import torch
 import transformers
 from increlora_rs import IncreLoraCallback, IncreLoraConfig, growth_history
 from increlora_rs.adapted import adapted_modules
+from rows import Rows
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 TARGETS = ["query", "value", "intermediate.dense"]
 STEPS = 24
-
-
-class Rows(torch.utils.data.Dataset):
-    def __init__(self, n):
-        self.n = n
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):
-        generator = torch.Generator().manual_seed(i)
-        ids = torch.randint(5, 99, (8,), generator=generator)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[0] % 3}
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from increlora_rs import IncreLoraCallback, IncreLoraConfig, attach, growth_history
+from rows import Rows
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
@@ -25,15 +26,6 @@ FORMS = {
     "sensitivity": {"importance": "sensitivity", "orth_reg_weight": 0.1},
     "svd": {"init_lora_weights": "svd", "importance": "sensitivity"},
 }
-
-
-class Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 64
-
-    def __getitem__(self, i):
-        ids = torch.randint(5, 99, (8,), generator=torch.Generator().manual_seed(i))
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[0] % 3}
 
 
 @pytest.fixture
