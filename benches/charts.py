@@ -15,6 +15,7 @@ from .floor import ELEMENT, Rates
 from .methods import ADALORA, FROZEN, LITERAL, LORA, METHODS, OURS
 from .scheduler import FORMS, STATES
 from .sizes import NAMED
+from .tables import number
 from .timing import median, overhead
 
 _COLOURS = {FROZEN: "0.45", LORA: "#3b75af", ADALORA: "#8c6bb1", LITERAL: "#c44e52", OURS: "#e08214"}
@@ -72,7 +73,7 @@ def _overhead(figures: Mapping[str, Any], path: Path) -> Path:
             places = [i + (k - (len(methods) - 1) / 2) * width for i in range(len(mine))]
             values = [overhead(record["ms"], method) for record in mine]
             drawn = panel.bar(places, values, width * 0.92, color=_COLOURS[method], label=method)
-            panel.bar_label(drawn, fmt="{:.0f}", fontsize=7)
+            panel.bar_label(drawn, fmt=number, fontsize=7)
         for i, record in enumerate(mine):
             tokens, dropout = size.batch * size.tokens, record["dropout"]
             least = sum(
@@ -82,7 +83,7 @@ def _overhead(figures: Mapping[str, Any], path: Path) -> Path:
             label = "floor" if i == 0 else ""
             panel.hlines(least, i - 0.45, i + 0.45, color="black", linestyle="--", linewidth=1, label=label)
         frozen = median(mine[0]["ms"][FROZEN])
-        panel.set_title(f"{precision} (frozen: {frozen:.0f} ms)", fontsize=10)
+        panel.set_title(f"{precision} (frozen: {number(frozen)} ms)", fontsize=10)
         panel.set_xticks(range(len(mine)), [f"dropout {record['dropout']:g}" for record in mine])
     axes[0].set_ylabel("ms over the frozen model")
     return _save(figure, axes, path)

@@ -356,7 +356,8 @@ pub fn backward(
     let left = t.f_tr()?.f_mm(&gy)?;
     let [grad_a, grad_b, grad_e] = adapter.gradients(&right, &left, gain)?;
     if let Some(slot) = importance {
-        let (input, p) = (Input::Whole(dropped), adapter.scaled_b()?);
+        let input = Input::Whole(dropped);
+        let p = if p.kind() == adapter.a.kind() { p } else { adapter.scaled_b()? };
         importance::accumulate(slot, &p, &adapter.a, &gy, input, gain, adapter.queue)?;
     }
     let grad_x = if needs_x {

@@ -151,10 +151,12 @@ impl Newborn {
 
 /// Keeps what the newborn rows are, before an optimizer step.
 pub fn keep(newborns: &mut [Newborn], queue: cuda::Stream) -> Result<()> {
-    let whole = |newborn| Newborn::part(newborn, 0, newborn.births.len(), (0.0, 1.0));
-    let parts: Vec<_> = newborns.iter().map(whole).collect();
-    if cuda::keep_newborns(&parts, queue)? {
-        return Ok(());
+    if has_kernels(newborns, queue) {
+        let whole = |newborn| Newborn::part(newborn, 0, newborn.births.len(), (0.0, 1.0));
+        let parts: Vec<_> = newborns.iter().map(whole).collect();
+        if cuda::keep_newborns(&parts, queue)? {
+            return Ok(());
+        }
     }
     let slices: Vec<_> = newborns.iter().map(Newborn::slices).collect();
     keep_slices::<f32>(&slices);
@@ -186,7 +188,10 @@ pub fn correct(newborns: &[Newborn], step: &Step, queue: cuda::Stream) -> Result
     if factors.values().all(|&factors| factors == (1.0, 0.0)) {
         return Ok(());
     }
-    if apart(newborns) && cuda::mix_newborns(&parts_to_correct(newborns, &factors), queue)? {
+    if has_kernels(newborns, queue)
+        && apart(newborns)
+        && cuda::mix_newborns(&parts_to_correct(newborns, &factors), queue)?
+    {
         return Ok(());
     }
     let mut slices: Vec<_> = newborns.iter().map(Newborn::slices).collect();
@@ -198,6 +203,11 @@ pub fn correct(newborns: &[Newborn], step: &Step, queue: cuda::Stream) -> Result
     correct_slices::<f64>(&slices, &factors);
     let mut others = newborns.iter().zip(&slices).filter(|(_, slices)| slices.is_none());
     others.try_for_each(|(newborn, _)| newborn.correct_with_torch(&factors))
+}
+
+/// Spares the CPU, in every step, the parts that only a kernel takes.
+fn has_kernels(newborns: &[Newborn], queue: cuda::Stream) -> bool {
+    newborns.first().is_some_and(|newborn| cuda::takes(&newborn.parameter, queue))
 }
 
 /// Does no parameter lie where another does? One that is given twice is corrected twice, which the threads
