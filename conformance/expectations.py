@@ -45,26 +45,12 @@ _EXCLUDED: tuple[tuple[str, str], ...] = (
     ),
 )
 
-_NAMES = "names `lora_A.default.weight`; our factors are parameters themselves"
 _SVD = "the sum of two adapters has a higher rank than each, which is what `svd` keeps"
 _METHOD = "asks for the class names of PEFT's LoRA layers"
 
 #: Tests that must fail: state ("" for both), test, reason.
 _EXPECTED_FAILURES: tuple[tuple[str, str, str], ...] = (
     ("", r"TestLayerRepr::test_repr_lora_", _METHOD),
-    ("", r"TestMultiRankAdapter::test_multirank$", _NAMES),
-    (
-        "",
-        r"TestRequiresGrad::test_requires_grad_(modules_to_save_(default|disabling|multiple_adapters)"
-        r"|follows_inference_mode_(modules_to_save|trainable_token_indices)"
-        r"|lora_(different_targets|same_targets|conv2d|emb_conv1d))$",
-        _NAMES,
-    ),
-    ("", r"TestRequiresGrad::test_loading_adapter_preserves_custom_requires_grad", _NAMES),
-    ("", r"test_inject_from_state_dict_missing_keys_warning", _NAMES),
-    ("", r"test_inject_from_state_dict_model_with_weight_conversion", _NAMES),
-    ("", r"test_prefix_removal_is_undone", _NAMES),
-    ("", r"test_save_pretrained_warns_for_unsharded_state_dict", _NAMES),
     (
         "",
         r"test_only_params_are_updated\[Embedding \+ transformers Conv1D 2 LoRA-",

@@ -119,9 +119,10 @@ def grow():
         for layer in layers.values():
             layer.set_reserve(adapter_name, reserve, generator)
             with torch.no_grad():
-                for factors in (layer.lora_A, layer.lora_B):
-                    factors[adapter_name].normal_(0.0, 0.3, generator=generator)
-                layer.lora_E[adapter_name].uniform_(0.5, 1.5, generator=generator)
+                a, b, e = layer.factors(adapter_name)
+                a.normal_(0.0, 0.3, generator=generator)
+                b.normal_(0.0, 0.3, generator=generator)
+                e.uniform_(0.5, 1.5, generator=generator)
         return {name: layer.r[adapter_name] for name, layer in layers.items()}
 
     return run

@@ -47,10 +47,10 @@ def same_numbers(ours, theirs, scheduler):
     layers = [module for module in ours.modules() if hasattr(module, "lora_E")]
     with torch.no_grad():
         for layer, other in zip(layers, literal.literal_layers(theirs), strict=True):
-            layer.lora_E["default"].uniform_(0.5, 1.5)
-            other.a.copy_(layer.lora_A["default"])
-            other.b.copy_(layer.lora_B["default"])
-            other.e.copy_(layer.lora_E["default"])
+            layer.lora_E["default"].weight.uniform_(0.5, 1.5)
+            other.a.copy_(layer.lora_A["default"].weight)
+            other.b.copy_(layer.lora_B["default"].weight)
+            other.e.copy_(layer.lora_E["default"].weight)
     assert scheduler.total_rank == 4
     return layers
 
@@ -81,9 +81,11 @@ def test_the_literal_method_trains_as_ours_does(pair):
         for layer, theirs_layer in zip(layers, literal_layers, strict=True):
             rows = theirs_layer.a.shape[0]
             # At the growth ours draws the next reserve, which has no counterpart yet.
-            assert torch.allclose(layer.lora_A["default"][:rows], theirs_layer.a, rtol=1e-9)
-            assert torch.allclose(layer.lora_B["default"][:, :rows], theirs_layer.b, rtol=1e-9)
-            assert torch.allclose(layer.lora_E["default"][: theirs_layer.rank], theirs_layer.e, rtol=1e-9)
+            assert torch.allclose(layer.lora_A["default"].weight[:rows], theirs_layer.a, rtol=1e-9)
+            assert torch.allclose(layer.lora_B["default"].weight[:, :rows], theirs_layer.b, rtol=1e-9)
+            assert torch.allclose(
+                layer.lora_E["default"].weight[: theirs_layer.rank], theirs_layer.e, rtol=1e-9
+            )
         literal_scheduler.after_step()
         assert [layer.rank for layer in literal_layers] == list(scheduler.ranks.values())
     assert sum(scheduler.ranks.values()) == 5

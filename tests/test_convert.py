@@ -113,9 +113,9 @@ def test_bfloat16_lora_becomes_float32_factors(train, tmp_path):
     name = f"base_model.model.{QUERY}"
     a, b = (tensors[f"{name}.lora_{factor}.weight"].double() for factor in "AB")
     found = (
-        ours[f"{name}.lora_B"].double()
-        * ours[f"{name}.lora_E"].view(-1).double()
-        @ ours[f"{name}.lora_A"].double()
+        ours[f"{name}.lora_B.weight"].double()
+        * ours[f"{name}.lora_E.weight"].view(-1).double()
+        @ ours[f"{name}.lora_A.weight"].double()
     )
     torch.testing.assert_close(found, b @ a, rtol=0.0, atol=1e-5)
 
@@ -145,7 +145,7 @@ def test_exported_adapter_comes_back_with_its_ranks(make_bert, grow, tokens, tmp
 @sources
 def test_factors_are_orthonormal_and_e_falls(train, tmp_path, source):
     tensors = load_file(converted(train(), source, tmp_path) / WEIGHTS)
-    names = [key.removesuffix(".lora_E") for key in tensors if key.endswith(".lora_E")]
+    names = [key.removesuffix(".lora_E.weight") for key in tensors if key.endswith(".lora_E.weight")]
     assert len(names) == 4
     for name in names:
         a, b, e = (tensors[f"{name}.lora_{factor}"].double() for factor in "ABE")

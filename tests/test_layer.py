@@ -58,8 +58,8 @@ def update_of(layer, name="default", rows=None):
     """s B diag(E) A from the parameters, with the reserve's E where ``rows`` counts it in."""
     rank = layer.r[name]
     rows = rows or rank
-    a, b = layer.lora_A[name].detach()[:rows], layer.lora_B[name].detach()[:, :rows]
-    e = layer.lora_E[name].detach().view(-1)
+    a, b, e = (factor.detach() for factor in layer.factors(name))
+    a, b, e = a[:rows], b[:, :rows], e.view(-1)
     e = torch.cat([e, e.new_full((rows - rank,), RESERVE_E)])
     return scale_of(layer.configs[name], rank) * (b @ torch.diag(e) @ a)
 
@@ -106,7 +106,7 @@ def test_reserve_counts_in_training_only(build, grow, x, kind, reserve, training
     model, layer = build(config_of(kind))
     grow(model, {"lin0": 2}, reserve=reserve)
     with torch.no_grad():
-        layer.lora_A["default"][2:] *= 1e4
+        layer.lora_A["default"].weight[2:] *= 1e4
     model.train(training)
     assert_equal(layer(x), expected(layer, x, update_of(layer, rows=2 + reserve if training else 2)))
 
@@ -237,15 +237,12 @@ def test_output_that_the_base_layer_keeps_is_left_alone(grow, x):
 
 
 def gradients(layer):
-    return [d["default"].grad for d in (layer.lora_A, layer.lora_B, layer.lora_E)]
+    return [factor.grad for factor in layer.factors("default")]
 
 
 def autograd_of(layer, x, rows):
     """Gradients of A, B, E, x for the loss sum(y^2) by plain torch operations."""
-    a, b, e, x = (
-        t.detach().clone().requires_grad_()
-        for t in (layer.lora_A["default"], layer.lora_B["default"], layer.lora_E["default"], x)
-    )
+    a, b, e, x = (t.detach().clone().requires_grad_() for t in (*layer.factors("default"), x))
     rank = layer.r["default"]
     lambdas = torch.cat([e.view(-1), e.new_full((rows - rank,), RESERVE_E)])
     base = layer.get_base_layer()
@@ -388,7 +385,7 @@ def test_safe_merge_refuses_what_is_not_finite_and_leaves_the_weight(build, grow
     grow(model, {"lin0": 3})
     before = layer.get_base_layer().weight.detach().clone()
     with torch.no_grad():
-        getattr(layer, factor)["default"][0, 0] = value
+        getattr(layer, factor)["default"].weight[0, 0] = value
     with pytest.raises(ValueError, match=r"adapter default.*not finite"):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.get_base_layer().weight, before)
@@ -409,9 +406,9 @@ def test_delta_weight_leaves_the_reserve_out(build, grow):
 def test_growth_keeps_the_parameter_objects(build, kind, reserve):
     _, layer = build(config_of(kind))
     layer.set_reserve("default", reserve, generator())
-    before = [d["default"] for d in (layer.lora_A, layer.lora_B, layer.lora_E)]
+    before = layer.factors("default")
     layer.grow("default", 3, generator())
-    after = [d["default"] for d in (layer.lora_A, layer.lora_B, layer.lora_E)]
+    after = layer.factors("default")
     assert all(old is new for old, new in zip(before, after, strict=True))
 
 
@@ -419,11 +416,11 @@ def test_growth_keeps_the_parameter_objects(build, kind, reserve):
 def test_growth_keeps_the_old_values(build, grow, kind):
     model, layer = build(config_of(kind))
     grow(model, {"lin0": 2})
-    a, b, e = (d["default"].detach().clone() for d in (layer.lora_A, layer.lora_B, layer.lora_E))
+    a, b, e = (factor.detach().clone() for factor in layer.factors("default"))
     layer.grow("default", 3, generator())
-    assert torch.equal(layer.lora_A["default"][:2], a)
-    assert torch.equal(layer.lora_B["default"][:, :2], b)
-    assert torch.equal(layer.lora_E["default"][:2], e)
+    assert torch.equal(layer.lora_A["default"].weight[:2], a)
+    assert torch.equal(layer.lora_B["default"].weight[:, :2], b)
+    assert torch.equal(layer.lora_E["default"].weight[:2], e)
 
 
 @pytest.mark.parametrize(
@@ -435,9 +432,9 @@ def test_growth_gives_the_asked_shapes(build, kind, reserve, active):
     layer.grow("default", 3, generator())
     rows = active + max(reserve - 3, 0)
     assert layer.r["default"] == active
-    assert tuple(layer.lora_A["default"].shape) == (rows, IN)
-    assert tuple(layer.lora_B["default"].shape) == (OUT, rows)
-    assert tuple(layer.lora_E["default"].shape) == (active, 1)
+    assert tuple(layer.lora_A["default"].weight.shape) == (rows, IN)
+    assert tuple(layer.lora_B["default"].weight.shape) == (OUT, rows)
+    assert tuple(layer.lora_E["default"].weight.shape) == (active, 1)
 
 
 @pytest.mark.parametrize("kind", INITS)
@@ -477,14 +474,14 @@ def test_new_components_change_nothing_by_themselves(build, grow, x, kind):
 def test_new_components_are_drawn_by_the_init(build, kind, row_a, row_b, e):
     _, layer = build(config_of(kind))
     layer.grow("default", 3, generator())
-    assert bool(layer.lora_A["default"][1:].abs().gt(0).all()) is row_a
-    assert bool(layer.lora_B["default"][:, 1:].abs().gt(0).all()) is row_b
-    assert layer.lora_E["default"][1:].flatten().tolist() == [e] * 3
+    assert bool(layer.lora_A["default"].weight[1:].abs().gt(0).all()) is row_a
+    assert bool(layer.lora_B["default"].weight[:, 1:].abs().gt(0).all()) is row_b
+    assert layer.lora_E["default"].weight[1:].flatten().tolist() == [e] * 3
 
 
 def test_default_init_draws_a_as_lora_does(make_plain):
     model = get_peft_model(nn.ModuleDict({"lin0": nn.Linear(400, 300)}), config_of(init_r=4))
-    a = model.base_model.model["lin0"].lora_A["default"]
+    a = model.base_model.model["lin0"].lora_A["default"].weight
     bound = 1.0 / 400**0.5
     assert 0.98 * bound < a.abs().max() <= bound
     assert abs(a.std() - bound / 3**0.5) < 0.05 * bound
@@ -493,9 +490,9 @@ def test_default_init_draws_a_as_lora_does(make_plain):
 def test_svd_init_draws_both_with_the_papers_spread():
     model = get_peft_model(nn.ModuleDict({"lin0": nn.Linear(400, 300)}), config_of("svd", init_r=4))
     layer = model.base_model.model["lin0"]
-    assert abs(layer.lora_A["default"].std() - 0.02) < 0.002
-    assert abs(layer.lora_B["default"].std() - 0.02) < 0.002
-    assert layer.lora_E["default"].flatten().tolist() == [0.0] * 4
+    assert abs(layer.lora_A["default"].weight.std() - 0.02) < 0.002
+    assert abs(layer.lora_B["default"].weight.std() - 0.02) < 0.002
+    assert layer.lora_E["default"].weight.flatten().tolist() == [0.0] * 4
 
 
 def test_growth_follows_its_generator(build):
@@ -503,7 +500,7 @@ def test_growth_follows_its_generator(build):
     for seed in (1, 1, 2):
         _, layer = build(config_of("svd"))
         layer.grow("default", 2, generator(seed))
-        grown.append((layer.lora_A["default"][1:], layer.lora_B["default"][:, 1:]))
+        grown.append((layer.lora_A["default"].weight[1:], layer.lora_B["default"].weight[:, 1:]))
     assert torch.equal(grown[0][0], grown[1][0])
     assert torch.equal(grown[0][1], grown[1][1])
     assert not torch.equal(grown[0][0], grown[2][0])
@@ -512,11 +509,11 @@ def test_growth_follows_its_generator(build):
 def test_reserve_turns_active_first(build):
     _, layer = build(config_of("svd"))
     layer.set_reserve("default", 2, generator())
-    a, b = layer.lora_A["default"].detach().clone(), layer.lora_B["default"].detach().clone()
+    a, b = layer.lora_A["default"].weight.detach().clone(), layer.lora_B["default"].weight.detach().clone()
     layer.grow("default", 1, generator(1))
     assert (layer.r["default"], layer.reserve("default")) == (2, 1)
-    assert torch.equal(layer.lora_A["default"], a)
-    assert torch.equal(layer.lora_B["default"], b)
+    assert torch.equal(layer.lora_A["default"].weight, a)
+    assert torch.equal(layer.lora_B["default"].weight, b)
 
 
 def test_reserve_turned_active_starts_from_its_small_e(build):
@@ -524,7 +521,7 @@ def test_reserve_turned_active_starts_from_its_small_e(build):
     layer.set_reserve("default", 1, generator())
     layer.grow("default", 3, generator(1))
     torch.testing.assert_close(
-        layer.lora_E["default"].flatten().tolist(), [0.0, RESERVE_E, 0.0, 0.0], rtol=1e-6, atol=0.0
+        layer.lora_E["default"].weight.flatten().tolist(), [0.0, RESERVE_E, 0.0, 0.0], rtol=1e-6, atol=0.0
     )
 
 
@@ -541,10 +538,10 @@ def test_dropped_reserve_leaves_the_active_components(build, grow):
     model, layer = build()
     grow(model, {"lin0": 3}, reserve=2)
     before = update_of(layer)
-    parameter = layer.lora_A["default"]
+    parameter = layer.lora_A["default"].weight
     layer.set_reserve("default", 0)
     assert layer.reserve("default") == 0
-    assert layer.lora_A["default"] is parameter
+    assert layer.lora_A["default"].weight is parameter
     assert_equal(update_of(layer), before, 0.0)
 
 
@@ -586,7 +583,7 @@ def test_growth_past_the_smaller_side_is_refused(build):
     _, layer = build()
     with pytest.raises(ValueError, match=f"rank {IN + 1} .*{IN}"):
         layer.grow("default", IN, generator())
-    assert (layer.r["default"], tuple(layer.lora_A["default"].shape)) == (1, (1, IN))
+    assert (layer.r["default"], tuple(layer.lora_A["default"].weight.shape)) == (1, (1, IN))
 
 
 def test_growth_to_the_smaller_side_is_granted(build):
@@ -600,7 +597,7 @@ def test_growth_of_one_adapter_leaves_the_other(build, grow):
     model.add_adapter("other", config_of())
     layer.grow("other", 3, generator())
     assert layer.r == {"default": 1, "other": 4}
-    assert tuple(layer.lora_A["default"].shape) == (1, IN)
+    assert tuple(layer.lora_A["default"].weight.shape) == (1, IN)
 
 
 def test_growth_under_another_default_device_draws_the_same(build):
@@ -609,7 +606,7 @@ def test_growth_under_another_default_device_draws_the_same(build):
     plain.grow("default", 2, generator())
     with torch.device("meta"):
         moved.grow("default", 2, generator())
-    assert torch.equal(moved.lora_A["default"][1:], plain.lora_A["default"][1:])
+    assert torch.equal(moved.lora_A["default"].weight[1:], plain.lora_A["default"].weight[1:])
 
 
 def test_frozen_adapter_stays_frozen_when_it_grows(build):
@@ -625,14 +622,14 @@ def test_frozen_adapter_stays_frozen_when_it_grows(build):
 def test_adapter_of_a_bfloat16_base_is_float32(build):
     _, layer = build(dtype=torch.bfloat16)
     layer.grow("default", 2, generator())
-    dtypes = {d["default"].dtype for d in (layer.lora_A, layer.lora_B, layer.lora_E)}
+    dtypes = {factor.dtype for factor in layer.factors("default")}
     assert dtypes == {torch.float32}
 
 
 def test_adapter_keeps_the_base_dtype_where_autocast_adapter_dtype_is_off(build):
     _, layer = build(dtype=torch.bfloat16, autocast_adapter_dtype=False)
     layer.grow("default", 2, generator())
-    dtypes = {d["default"].dtype for d in (layer.lora_A, layer.lora_B, layer.lora_E)}
+    dtypes = {factor.dtype for factor in layer.factors("default")}
     assert dtypes == {torch.bfloat16}
 
 
@@ -680,7 +677,7 @@ def test_autocast_gives_float32_gradients_near_the_exact_ones(build, grow, x):
 def test_second_derivative_is_refused(build, grow, x):
     model, layer = build()
     grow(model, {"lin0": 3})
-    a = layer.lora_A["default"]
+    a = layer.lora_A["default"].weight
     (gradient,) = torch.autograd.grad(layer(x).square().sum(), a, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()
@@ -690,7 +687,7 @@ def test_adapter_cast_later_grows_in_its_dtype(build):
     model, layer = build(dtype=torch.bfloat16, autocast_adapter_dtype=False)
     cast_adapter_dtype(model, "default", autocast_adapter_dtype=True)
     layer.grow("default", 1, generator())
-    assert layer.lora_A["default"].dtype == torch.float32
+    assert layer.lora_A["default"].weight.dtype == torch.float32
 
 
 # Scale.
@@ -772,7 +769,7 @@ def test_copy_grows_by_itself(build, grow, x, duplicate):
     twin = duplicate(model)
     adapted_layers(twin, "default")["base_model.model.lin0"].grow("default", 2, generator())
     assert layer.r["default"] == 3
-    assert tuple(layer.lora_A["default"].shape) == (3, IN)
+    assert tuple(layer.lora_A["default"].weight.shape) == (3, IN)
 
 
 @pytest.mark.parametrize("kind", INITS)
@@ -801,9 +798,9 @@ def test_loading_a_state_dict_keeps_the_parameter_objects(build, grow):
     model, _ = build()
     grow(model, {"lin0": 3})
     fresh, layer = build()
-    before = layer.lora_A["default"]
+    before = layer.lora_A["default"].weight
     fresh.load_state_dict(model.state_dict())
-    assert layer.lora_A["default"] is before
+    assert layer.lora_A["default"].weight is before
 
 
 def test_state_dict_loads_with_assign(build, grow, x):
@@ -829,7 +826,7 @@ def test_state_dict_of_factors_that_do_not_fit_is_refused_by_name(build, grow, f
     model, _ = build()
     grow(model, {"lin0": 3})
     state = model.state_dict()
-    state[f"base_model.model.lin0.{factor}.default"] = torch.zeros(shape, dtype=torch.float64)
+    state[f"base_model.model.lin0.{factor}.default.weight"] = torch.zeros(shape, dtype=torch.float64)
     fresh, _ = build()
     with pytest.raises((RuntimeError, ValueError), match=r"lin0.*lora_"):
         fresh.load_state_dict(state)
@@ -840,8 +837,8 @@ def test_refused_state_dict_leaves_the_adapter_as_it_was(build, grow, x):
     grow(model, {"lin0": 3})
     before = model(x)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    state["base_model.model.lin0.lora_A.default"] = torch.zeros(2, IN + 1, dtype=torch.float64)
-    state["base_model.model.lin0.lora_E.default"] = torch.zeros(2, 1, dtype=torch.float64)
+    state["base_model.model.lin0.lora_A.default.weight"] = torch.zeros(2, IN + 1, dtype=torch.float64)
+    state["base_model.model.lin0.lora_E.default.weight"] = torch.zeros(2, 1, dtype=torch.float64)
     with pytest.raises((RuntimeError, ValueError)):
         model.load_state_dict(state)
     assert layer.r["default"] == 3

@@ -90,12 +90,13 @@ def fill(layer, name, rank, reserve=0):
     layer.grow(name, rank - layer.r[name], generator)
     layer.set_reserve(name, reserve, generator)
     with torch.no_grad():
-        for factors in (layer.lora_A, layer.lora_B):
-            factors[name].normal_(0.0, 0.5, generator=generator)
-        layer.lora_E[name].uniform_(0.5, 1.5, generator=generator)
+        a, b, e = layer.factors(name)
+        a.normal_(0.0, 0.5, generator=generator)
+        b.normal_(0.0, 0.5, generator=generator)
+        e.uniform_(0.5, 1.5, generator=generator)
         padding = getattr(layer.get_base_layer(), "padding_idx", None)
         if padding is not None:
-            layer.lora_A[name][:, padding] = 0.0
+            a[:, padding] = 0.0
 
 
 def delta_of(layer, a, b, e):
@@ -109,7 +110,7 @@ def delta_of(layer, a, b, e):
 
 
 def factors_of(layer, name="default"):
-    return [factors[name].detach().clone() for factors in (layer.lora_A, layer.lora_B, layer.lora_E)]
+    return [factor.detach().clone() for factor in layer.factors(name)]
 
 
 def with_weight(base, x, weight):
@@ -147,7 +148,7 @@ def run(layer, x):
     loss_of(y).backward()
     importance, probe.importance = probe.importance, None
     assert importance[[0, 2]].tolist() == [0.0, 0.0]
-    grads = [factors["default"].grad for factors in (layer.lora_A, layer.lora_B, layer.lora_E)]
+    grads = [factor.grad for factor in layer.factors("default")]
     return y.detach(), [*grads, x.grad], importance[1].item()
 
 
@@ -215,7 +216,7 @@ def test_gaussian_init_has_loras_spread_at_the_rank_of_the_budget():
     config = configure(init_lora_weights="gaussian", init_r=4)
     model = get_peft_model(One(nn.Linear(3000, 50)), config)
     (layer,) = adapted_layers(model, "default").values()
-    assert layer.lora_A["default"].std().item() == pytest.approx(1 / BUDGET, rel=0.05)
+    assert layer.lora_A["default"].weight.std().item() == pytest.approx(1 / BUDGET, rel=0.05)
 
 
 @pytest.mark.parametrize("case", EMBEDDINGS)
@@ -343,7 +344,7 @@ def test_without_a_question_no_importance_is_computed_but_the_pass_is_counted(ca
 @pytest.mark.parametrize("case", KINDS)
 def test_second_derivative_is_refused(case):
     _, layer = filled(case)
-    a = layer.lora_A["default"]
+    a = layer.lora_A["default"].weight
     (gradient,) = torch.autograd.grad(loss_of(layer(input_of(case))), a, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()
@@ -382,7 +383,7 @@ def test_safe_merge_refuses_what_is_not_finite(case):
     _, layer = filled(case)
     old = layer.get_base_layer().weight.detach().clone()
     with torch.no_grad():
-        layer.lora_B["default"][0, 0] = torch.inf
+        layer.lora_B["default"].weight[0, 0] = torch.inf
     with pytest.raises(ValueError, match="not finite"):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.get_base_layer().weight, old)

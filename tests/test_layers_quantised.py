@@ -132,7 +132,7 @@ def fill(model):
     for layer in adapted_layers(model, "default").values():
         layer.grow("default", 2, generator)
         with torch.no_grad():
-            layer.lora_B["default"].normal_(0.0, 0.3, generator=generator)
+            layer.lora_B["default"].weight.normal_(0.0, 0.3, generator=generator)
 
 
 @pytest.mark.parametrize("name", FORMATS)

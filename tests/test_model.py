@@ -240,9 +240,9 @@ def test_saved_adapter_holds_active_components_only(saved):
     shapes = {key: tuple(t.shape) for key, t in load_file(saved / "adapter_model.safetensors").items()}
     wanted = {}
     for name, rank in RANKS.items():
-        wanted[f"base_model.model.{name}.lora_A"] = (rank, HIDDEN)
-        wanted[f"base_model.model.{name}.lora_B"] = (HIDDEN, rank)
-        wanted[f"base_model.model.{name}.lora_E"] = (rank, 1)
+        wanted[f"base_model.model.{name}.lora_A.weight"] = (rank, HIDDEN)
+        wanted[f"base_model.model.{name}.lora_B.weight"] = (HIDDEN, rank)
+        wanted[f"base_model.model.{name}.lora_E.weight"] = (rank, 1)
     assert shapes == wanted
 
 
@@ -330,7 +330,7 @@ def test_all_parameters_count_base_and_adapter(trained, make_bert):
 
 def test_only_the_adapter_is_trainable(trained):
     names = {name for name, p in trained.named_parameters() if p.requires_grad}
-    wanted = {f"base_model.model.{name}.lora_{f}.default" for name in RANKS for f in "ABE"}
+    wanted = {f"base_model.model.{name}.lora_{f}.default.weight" for name in RANKS for f in "ABE"}
     assert names == wanted
 
 
@@ -366,7 +366,7 @@ def test_set_adapter_switches(two, tokens):
 @pytest.mark.parametrize("targets", [["query", "value"], ["key"]], ids=["same modules", "other modules"])
 def test_added_adapter_waits_for_set_adapter(trained, form, targets):
     trained.add_adapter("other", configure(form, target_modules=targets))
-    trainable = {name.rsplit(".", 1)[-1] for name, p in trained.named_parameters() if p.requires_grad}
+    trainable = {name.rsplit(".", 2)[-2] for name, p in trained.named_parameters() if p.requires_grad}
     assert trainable == {"default"}
 
 
@@ -382,7 +382,7 @@ def test_layers_of_one_adapter_share_a_probe_with_a_slot_each(two):
 
 def test_set_adapter_moves_the_training(two):
     two.set_adapter("other")
-    trainable = {name.rsplit(".", 1)[-1] for name, p in two.named_parameters() if p.requires_grad}
+    trainable = {name.rsplit(".", 2)[-2] for name, p in two.named_parameters() if p.requires_grad}
     assert trainable == {"other"}
 
 
@@ -454,7 +454,7 @@ def test_merged_adapter_gives_the_same_outputs_and_comes_out_again(trained, make
 def test_safe_merge_names_what_is_not_finite(trained):
     layer = next(iter(adapted_layers(trained, "default").values()))
     with torch.no_grad():
-        layer.lora_B["default"][0, 0] = float("nan")
+        layer.lora_B["default"].weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         trained.merge_and_unload(safe_merge=True)
 
@@ -721,5 +721,5 @@ def test_sizes_that_do_not_fit_are_refused_or_left_out_as_asked(grow, tmp_path):
     assert ranks_of(loaded) == {"emb": 2, "lin": 3}
     saved, found = model.state_dict(), loaded.state_dict()
     for name in ("lin.lora_A", "lin.lora_B", "lin.lora_E", "emb.lora_B", "emb.lora_E"):
-        key = f"base_model.model.{name}.default"
+        key = f"base_model.model.{name}.default.weight"
         assert torch.equal(found[key], saved[key])

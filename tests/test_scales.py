@@ -1,34 +1,107 @@
-"""The scales as numbers and as tensors."""
+"""The scales follow the rank, whatever changed it, and what a user set."""
 
 import copy
 import pickle
 
 import pytest
-from increlora_rs.scales import Scales
+import torch
+from increlora_rs import IncreLoraConfig
+from peft import get_peft_model
+from peft.helpers import rescale_adapter_scale
+from torch import nn
 
 
-def test_a_tensor_follows_its_number_and_keeps_its_identity():
-    scales = Scales({"default": 2.0})
-    tensor = scales.tensors["default"]
-    scales["default"] *= 3
-    assert scales == {"default": 6.0}
-    assert scales.tensors["default"] is tensor
-    assert tensor.tolist() == [6.0]
+def adapted(**options):
+    config = IncreLoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": ["0"]} | options))
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+    return model, model.base_model.model[0]
 
 
-def test_a_deleted_scale_takes_its_tensor_along():
-    scales = Scales({"default": 2.0, "other": 1.0})
-    del scales["other"]
-    assert list(scales.tensors) == ["default"]
-
-
-@pytest.mark.parametrize(
-    "way", [Scales.copy, copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))]
+FORMS = pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, 8 / 4),
+        ({"scaling": "rank"}, 8 / 3),
+        ({"use_rslora": True}, 8 / 4**0.5),
+        ({"scaling": "rank", "use_rslora": True}, 8 / 3**0.5),
+    ],
 )
-def test_copies_have_tensors_of_their_own(way):
-    scales = Scales({"default": 2.0})
-    other = way(scales)
-    other["default"] = 5.0
-    assert isinstance(other, Scales)
-    assert scales.tensors["default"].tolist() == [2.0]
-    assert other.tensors["default"].tolist() == [5.0]
+
+
+def new_values(layer, rank):
+    for parameter, shape in zip(layer.factors("default"), ((rank, 8), (8, rank), (rank, 1)), strict=True):
+        parameter.data = torch.ones(shape)
+
+
+@FORMS
+@pytest.mark.parametrize("way", ["grow", "resize", "values"])
+def test_the_scale_is_that_of_the_rank(options, wanted, way):
+    _, layer = adapted(**options)
+    if way == "grow":
+        layer.grow("default", 2, torch.Generator())
+    elif way == "resize":
+        layer.resize("default", 3)
+    else:
+        new_values(layer, 3)
+    assert layer.r == {"default": 3}
+    assert layer.scaling["default"] == wanted
+
+
+@FORMS
+def test_a_compiled_graph_takes_the_same_scale(options, wanted):
+    _, layer = adapted(**options)
+    new_values(layer, 3)
+    if options.get("scaling") == "rank":
+        assert layer.scaling.in_graph("default").tolist() == [wanted]
+
+
+@FORMS
+def test_what_a_user_set_stays_through_a_growth(options, wanted):
+    _, layer = adapted(**options)
+    layer.scaling["default"] *= 2.0
+    layer.grow("default", 2, torch.Generator())
+    assert layer.scaling["default"] == pytest.approx(2.0 * wanted, rel=1e-15)
+    layer.unscale_layer()
+    assert layer.scaling["default"] == wanted
+
+
+def test_a_configuration_that_is_changed_afterwards_changes_no_scale():
+    model, layer = adapted()
+    model.peft_config["default"].r = 16
+    layer.lora_alpha["default"] = 100
+    assert layer.scaling["default"] == 2.0
+    layer.set_scale("default", 1.0)
+    assert layer.scaling["default"] == 100 / 16
+
+
+def test_a_rescaling_of_pefts_comes_to_its_end():
+    model, layer = adapted()
+    with rescale_adapter_scale(model, multiplier=0.5):
+        assert layer.scaling["default"] == 1.0
+    assert layer.scaling["default"] == 2.0
+    layer.grow("default", 1, torch.Generator())
+    assert layer.scaling == {"default": 2.0}
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_of_a_layer_has_scales_of_its_own(way):
+    _, layer = adapted(scaling="rank")
+    other = way(layer)
+    other.grow("default", 1, torch.Generator())
+    other.scaling["default"] *= 3.0
+    assert (layer.scaling["default"], other.scaling["default"]) == (8.0, 12.0)
+
+
+def test_a_rank_cannot_be_assigned():
+    _, layer = adapted()
+    with pytest.raises(TypeError):
+        layer.r["default"] = 3
+    with pytest.raises(AttributeError, match=r"grow\(\) and resize\(\)"):
+        layer.r = {"default": 3}
+
+
+def test_a_deleted_adapter_has_no_scale():
+    model, layer = adapted()
+    model.add_adapter("other", IncreLoraConfig(r=4, target_modules=["0"]))
+    model.delete_adapter("default")
+    assert list(layer.scaling) == list(layer.r) == ["other"]

@@ -38,7 +38,7 @@ def edit(adapter, change):
 
 
 def key(module, factor):
-    return f"base_model.model.{module}.{factor}"
+    return f"base_model.model.{module}.{factor}.weight"
 
 
 # Readers of a directory: with the base model, and without.

@@ -33,22 +33,22 @@ class AdaptedModule:
     @property
     def a(self) -> nn.Parameter:
         """A, (rows, in)."""
-        return self.layer.lora_A[self.adapter]
+        return self.layer.factors(self.adapter)[0]
 
     @property
     def b(self) -> nn.Parameter:
         """B, (out, rows)."""
-        return self.layer.lora_B[self.adapter]
+        return self.layer.factors(self.adapter)[1]
 
     @property
     def e(self) -> nn.Parameter:
         """E, (rank, 1)."""
-        return self.layer.lora_E[self.adapter]
+        return self.layer.factors(self.adapter)[2]
 
     @property
     def rank(self) -> int:
         """Number of active components."""
-        return self.layer.r[self.adapter]
+        return self.layer.rank(self.adapter)
 
     @property
     def rows(self) -> int:

@@ -45,7 +45,7 @@ def trainable_adapter(model: nn.Module, wanted: str | None) -> str:
     trainable: dict[str, None] = {}
     for module in model.modules():
         if isinstance(module, AdaptedLayer):
-            trainable.update({name: None for name, factor in module.lora_A.items() if factor.requires_grad})
+            trainable.update({name: None for name in module.lora_A if module.factors(name)[0].requires_grad})
     if wanted is not None:
         if wanted not in trainable:
             raise ValueError(

@@ -36,7 +36,7 @@ def write_section(card: Path, model: Any, adapters: Sequence[str]) -> None:
 def _adapter(model: Any, name: str) -> list[str]:
     config = model.peft_config[name]
     layers = adapted_layers(model, name)
-    ranks = {short(full): layer.r[name] for full, layer in layers.items()}
+    ranks = {short(full): layer.rank(name) for full, layer in layers.items()}
     budget = Budget.of(config, [(layer.out_features, layer.in_features) for layer in layers.values()])
     folder = "path/to/this/folder" + ("" if name == "default" else f"/{name}")
     title = "## IncreLoRA adapter" + ("" if name == "default" else f" `{name}`")

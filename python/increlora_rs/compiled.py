@@ -22,7 +22,7 @@ from .sketch import length_of, pairs_of
 # Names by which torch.compile knows the adapter's parameters, and the dimension of their rows. Without
 # them it takes the shape of every parameter for fixed, whatever is marked.
 _GROWING = tuple(
-    rf".*\['lora_{factor}'\]\._parameters:{dim}" for factor, dim in (("A", 0), ("B", 1), ("E", 0))
+    rf".*\['lora_{factor}'\].*\['weight'\]:{dim}" for factor, dim in (("A", 0), ("B", 1), ("E", 0))
 )
 
 _MASKED_BY_KERNELS = (torch.float32, torch.float16, torch.bfloat16)

@@ -285,8 +285,12 @@ class IncreLoraConfig(LoraConfig):
 
     def scale(self, lora_alpha: float, rank: int) -> float:
         """The scale s_k of a module of ``rank`` active components."""
+        return lora_alpha / self.divisor(rank)
+
+    def divisor(self, rank: int) -> float:
+        """What alpha is divided by for a module of ``rank`` active components."""
         divisor = float(self.r if self.scaling == "budget" else max(rank, 1))
-        return lora_alpha / (divisor**0.5 if self.use_rslora else divisor)
+        return divisor**0.5 if self.use_rslora else divisor
 
     def _register_custom_module(self, mapping: dict[Any, Any]) -> None:
         """LoRA layers of one's own, which would not grow.

@@ -109,7 +109,7 @@ def convert_lora(
         # float16 and bfloat16 would not hold orthonormal factors well enough.
         dtype = torch.promote_types(lora.modules[name].a.dtype, torch.float32)
         for factor, tensor in (("A", part.v), ("B", part.u), ("E", part.s.view(-1, 1) / scale)):
-            tensors[f"base_model.model.{name}.lora_{factor}"] = tensor.to(dtype).contiguous()
+            tensors[f"base_model.model.{name}.lora_{factor}.weight"] = tensor.to(dtype).contiguous()
     with staged(target) as stage:
         save_file(tensors, stage / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(stage))

@@ -59,7 +59,7 @@ def growth_history(
 def write_history(model: nn.Module, adapter_name: str, folder: Path) -> None:
     """Writes the history of the model's adapter to ``folder``, if its ranks have grown."""
     ranks = {
-        short(name): layer.r[adapter_name] for name, layer in adapted_layers(model, adapter_name).items()
+        short(name): layer.rank(adapter_name) for name, layer in adapted_layers(model, adapter_name).items()
     }
     configs: Any = model.peft_config
     history = _part(configs[adapter_name], ranks)

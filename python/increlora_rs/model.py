@@ -24,6 +24,7 @@ from .ops import Probe
 from .weighted import WeightedSum, combined_config
 
 _PREFIX = "base_model.model."
+_OLD_FACTOR = re.compile(r"\.lora_[ABE]$")
 
 
 # PEFT adds the head of these to the user's ``modules_to_save`` when the adapter is in the model already.
@@ -48,6 +49,11 @@ class IncreLoraModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Puts the adapter into ``model``; see ``peft.LoraModel.inject_adapter``."""
         given = config = self.peft_config[adapter_name]
+        for name, other in self.peft_config.items():
+            layers = adapted_layers(model, name) if other is given and name != adapter_name else {}
+            if layers:
+                # A twin of an adapter that is there, as TRL's trainers make one: of its ranks as they are.
+                given.rank_pattern = rank_pattern({short(n): m.rank(name) for n, m in layers.items()})
         if not given.inference_mode:
             # The ranks that an adapter reaches stand in its configuration: the user's own, which may
             # serve for another model, is told of the modules only.
@@ -178,8 +184,8 @@ class IncreLoraModel(LoraModel):
             raise
         for name, factors in sums.items():
             layer = layers[name]
-            for parameters, value in zip((layer.lora_A, layer.lora_B, layer.lora_E), factors, strict=True):
-                parameters[adapter_name].data = value.clone(memory_format=torch.contiguous_format)
+            for parameter, value in zip(layer.factors(adapter_name), factors, strict=True):
+                parameter.data = value.clone(memory_format=torch.contiguous_format)
         # Injecting an adapter makes the active ones trainable.
         for parameter in self.parameters():
             parameter.requires_grad_(id(parameter) in trained)
@@ -213,11 +219,13 @@ class IncreLoraModel(LoraModel):
         )
         ranks = {}
         for name, layer in adapted_layers(model, adapter_name).items():
-            rank = ranks[short(name)] = layer.r[adapter_name]
-            a, b = f"{name}.lora_A.{adapter_name}", f"{name}.lora_B.{adapter_name}"
-            if a in selected:
-                selected[a] = selected[a][:rank].contiguous()
-                selected[b] = selected[b][:, :rank].contiguous()
+            ranks[short(name)] = layer.rank(adapter_name)
+            keys = factor_keys(name, adapter_name)
+            # A state_dict that was handed over may hold a part of the modules.
+            if all(key in selected for key in keys):
+                active = _without_reserve(short(name), *(selected[key] for key in keys))
+                selected.update(zip(keys, active, strict=True))
+                ranks[short(name)] = int(active[-1].shape[0])
         config.rank_pattern = rank_pattern(ranks)
         return selected
 
@@ -230,13 +238,16 @@ class IncreLoraModel(LoraModel):
         Raises:
             ValueError: the tensors are not those of this model's adapter, or are not finite.
         """
+        # Adapters of 0.1.0 name the factors as parameters.
+        state_dict = {_OLD_FACTOR.sub(r"\g<0>.weight", key): tensor for key, tensor in state_dict.items()}
         mapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
+        layers = adapted_layers(model, adapter_name)
         expected: set[str] = set()
         ranks: list[tuple[AdaptedLayer, int]] = []
-        for name, layer in adapted_layers(model, adapter_name).items():
-            keys = [f"{name}.lora_{factor}.{adapter_name}" for factor in "ABE"]
+        for name, layer in layers.items():
+            keys = factor_keys(name, adapter_name)
             expected.update(keys)
             missing = [key for key in keys if key not in mapped]
             if missing:
@@ -271,6 +282,11 @@ ignores_mismatched_sizes: ContextVar[bool] = ContextVar("ignores_mismatched_size
 def short(name: str) -> str:
     """A module's name without PEFT's prefix."""
     return name.removeprefix(_PREFIX)
+
+
+def factor_keys(name: str, adapter_name: str) -> list[str]:
+    """The keys of A, B and E of module ``name`` in a model's ``state_dict``."""
+    return [f"{name}.lora_{factor}.{adapter_name}.weight" for factor in "ABE"]
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLayer]:
@@ -327,6 +343,18 @@ class SizeMismatchError(ValueError, RuntimeError):
 
 def check_factors(name: str, a: Tensor, b: Tensor, e: Tensor, in_features: int, out_features: int) -> None:
     """Raises ValueError unless A, B, E are finite and fit a module of the given size."""
+    check_shapes(name, a, b, e, in_features, out_features)
+    for factor, tensor in (("lora_E", e), ("lora_A", a), ("lora_B", b)):
+        if tensor.device.type != "meta" and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ValueError(
+                f"{factor} of module {name!r} holds {bad} values that are NaN or infinite; the adapter "
+                "is damaged, or its training diverged: take an earlier checkpoint."
+            )
+
+
+def check_shapes(name: str, a: Tensor, b: Tensor, e: Tensor, in_features: int, out_features: int) -> None:
+    """Raises ValueError unless A, B, E of an adapter fit each other and a module of the given size."""
     rank = e.shape[0] if e.dim() else 0
     for factor, tensor, want in (
         ("lora_E", e, (rank, 1)),
@@ -339,12 +367,22 @@ def check_factors(name: str, a: Tensor, b: Tensor, e: Tensor, in_features: int, 
                 f"but the model needs {want}, with a rank of 1 or more; the adapter was saved from another "
                 "base model, or is damaged."
             )
-        if tensor.device.type != "meta" and not torch.isfinite(tensor).all():
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise ValueError(
-                f"{factor} of module {name!r} holds {bad} values that are NaN or infinite; the adapter "
-                "is damaged, or its training diverged: take an earlier checkpoint."
-            )
+
+
+def _without_reserve(name: str, a: Tensor, b: Tensor, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The active components of a module that is to be saved.
+
+    Raises:
+        ValueError: the three are of different ranks.
+    """
+    rank, rows = e.shape[0], a.shape[0]
+    if b.shape[1] != rows or not 1 <= rank <= rows:
+        raise SizeMismatchError(
+            f"size mismatch: module {name!r} has lora_A of shape {tuple(a.shape)}, lora_B of "
+            f"{tuple(b.shape)} and lora_E of {tuple(e.shape)}, which are of different ranks, so nothing was "
+            "saved. What gave them new values must give them to all three, as load_state_dict() does."
+        )
+    return a[:rank].contiguous(), b[:, :rank].contiguous(), e
 
 
 def _check_no_lora(model: nn.Module) -> None:

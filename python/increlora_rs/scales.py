@@ -1,38 +1,95 @@
-"""The scales of a layer's adapters, as numbers and as tensors."""
+"""The scales of a layer's adapters: what the configuration makes of the rank, times what a user set."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from .layers.base import AdaptedLayer
 
-class Scales(dict[str, float]):
-    """The scale by adapter name; ``tensors`` holds the same numbers, float64 (1) on the CPU.
 
-    A tensor keeps its identity when its scale changes, so a compiled graph can read it. (A scalar would be
-    read as a number when the graph is made.)
+@dataclass
+class _Scale:
+    """``factor * alpha / divisor``.
+
+    Args:
+        factor: What the user asked for, on top of what the configuration makes; as a tensor, float64 (1) on
+            the CPU, too: it keeps its identity, so a compiled graph can read it. (A scalar would be read as a
+            number when the graph is made.)
+        divisor: None: the rank, or its root.
     """
 
-    def __init__(self, scales: dict[str, float] | None = None) -> None:
-        super().__init__()
-        self.tensors: dict[str, Tensor] = {}
-        for name, scale in (scales or {}).items():
-            self[name] = scale
+    factor: float
+    tensor: Tensor
+    alpha: float
+    divisor: float | None
+    root: bool
 
-    def __setitem__(self, name: str, scale: float) -> None:
-        super().__setitem__(name, scale)
-        if name in self.tensors:
-            self.tensors[name].fill_(scale)
+
+class Scales(MutableMapping[str, float]):
+    """The scale s by adapter name.
+
+    Where it follows the rank it is made from the rank whenever it is read, so it cannot fall behind.
+
+    Args:
+        layer: The layer, whose ``lora_alpha``, ``configs`` and ranks are read.
+    """
+
+    def __init__(self, layer: AdaptedLayer) -> None:
+        self._layer = layer
+        self._scales: dict[str, _Scale] = {}
+
+    def configure(self, name: str, factor: float = 1.0) -> None:
+        """Sets the scale to ``factor`` times what alpha and configuration make now."""
+        layer, known = self._layer, self._scales.get(name)
+        config, alpha = layer.configs[name], layer.lora_alpha[name]
+        if known is None:
+            tensor = torch.tensor([factor], dtype=torch.float64, device="cpu")
         else:
-            self.tensors[name] = torch.tensor([scale], dtype=torch.float64, device="cpu")
+            tensor = known.tensor.fill_(factor)
+        divisor = None if config.scaling == "rank" else config.divisor(layer.rank(name))
+        self._scales[name] = _Scale(factor, tensor, alpha, divisor, config.use_rslora)
+
+    def in_graph(self, name: str) -> Tensor:
+        """A scale that follows the rank, for a graph, which knows no rank: float64 (1) on the CPU."""
+        scale, rank = self._scales[name], self._layer.rank(name)
+        divisor = torch.ones(1, dtype=torch.float64, device="cpu") * rank
+        return scale.tensor * scale.alpha / (divisor.sqrt() if scale.root else divisor)
+
+    def _unscaled(self, name: str) -> float:
+        scale = self._scales[name]
+        if scale.divisor is not None:
+            return scale.alpha / scale.divisor
+        return scale.alpha / self._layer.configs[name].divisor(self._layer.rank(name))
+
+    def __getitem__(self, name: str) -> float:
+        return self._scales[name].factor * self._unscaled(name)
+
+    def __setitem__(self, name: str, value: float) -> None:
+        scale = self._scales[name]
+        scale.factor = value / self._unscaled(name)
+        scale.tensor.fill_(scale.factor)
 
     def __delitem__(self, name: str) -> None:
-        super().__delitem__(name)
-        del self.tensors[name]
+        del self._scales[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._scales)
+
+    def __len__(self) -> int:
+        return len(self._scales)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
     def copy(self) -> Scales:
-        """A copy with tensors of its own."""
-        return Scales(self)
-
-    def __reduce__(self) -> tuple[type[Scales], tuple[dict[str, float]]]:
-        return Scales, (dict(self),)
+        """The scales of the same layer as they are now, with tensors of their own."""
+        other = Scales(self._layer)
+        for name, scale in self._scales.items():
+            other._scales[name] = _Scale(**(vars(scale) | {"tensor": scale.tensor.clone()}))
+        return other

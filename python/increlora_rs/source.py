@@ -29,7 +29,7 @@ from .peft_type import PEFT_TYPE
 
 # Adapters that can be read: what they are called, and their type.
 _KINDS = {IncreLoraConfig: ("IncreLoRA", PEFT_TYPE), LoraConfig: ("LoRA", PeftType.LORA)}
-_FACTOR = re.compile(r"^(?P<name>.+)\.lora_(?P<factor>[ABE])$")
+_FACTOR = re.compile(r"^(?P<name>.+)\.lora_(?P<factor>[ABE])(\.weight)?$")
 
 
 @dataclass

@@ -83,7 +83,7 @@ class WeightedSum:
             if self.combination_type == "cat" and a.shape[0] <= layer.largest_rank:
                 return a, b, e
             svd = svd_of_product(b.double() * e.double().view(-1), a)
-        largest = max(layer.r[name] for name, _ in parts)
+        largest = max(layer.rank(name) for name, _ in parts)
         rank = svd.rank if self.combination_type == "cat" else min(svd.rank, self.svd_rank or largest)
         svd, dtype = svd.first(rank), exact[0][0].dtype
         return svd.v.to(dtype), svd.u.to(dtype), svd.s.view(-1, 1).to(dtype)

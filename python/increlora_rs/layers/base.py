@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,6 +21,7 @@ from ..config import IncreLoraConfig
 from ..ops import Probe
 from ..optimizer_state import watch
 from ..scales import Scales
+from .factor import Factor
 from .weight import changed_weight
 
 _PAPER_STD = 0.02
@@ -27,10 +30,10 @@ _PAPER_STD = 0.02
 class AdaptedLayer(nn.Module, LoraLayer, ABC):
     """A frozen module with an update ``s B diag(E) A`` of its weight whose rank can grow.
 
-    For each adapter the parameters are ``lora_A`` (rows, in), ``lora_B`` (out, rows) and ``lora_E``
-    (rank, 1), rows = rank + components in reserve. They keep their identity when they grow, so
-    optimizers and hooks that hold them stay valid. A subclass says what in and out are, and how the
-    update acts.
+    For each adapter the parameters are ``lora_A.NAME.weight`` (rows, in), ``lora_B.NAME.weight`` (out, rows)
+    and ``lora_E.NAME.weight`` (rank, 1), rows = rank + components in reserve. They alone say what the rank
+    is, and they keep their identity when they grow, so optimizers and hooks that hold them stay valid. A
+    subclass says what in and out are, and how the update acts.
     """
 
     # What the layer adapts: "linear", "transposed" (transformers' Conv1D), "embedding", "convolution".
@@ -40,7 +43,6 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
 
     in_features: int
     out_features: int
-    r: dict[str, int]
     lora_alpha: dict[str, float]
     scaling: Scales
     use_rslora: dict[str, bool]
@@ -53,7 +55,6 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
 
     adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_E")
     other_param_names: tuple[str, ...] = (
-        "r",
         "lora_alpha",
         "scaling",
         "use_rslora",
@@ -76,10 +77,10 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         self.quantization = quantization
-        self.scaling = Scales()
-        self.lora_A = nn.ParameterDict({})
-        self.lora_B = nn.ParameterDict({})
-        self.lora_E = nn.ParameterDict({})
+        self.scaling = Scales(self)
+        self.lora_A = nn.ModuleDict({})
+        self.lora_B = nn.ModuleDict({})
+        self.lora_E = nn.ModuleDict({})
         self.configs: dict[str, IncreLoraConfig] = {}
         self.probes: dict[str, Probe] = {}
         self.slots: dict[str, int] = {}
@@ -102,7 +103,6 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
                 f"out_features={self.out_features}; lower init_r or rank_pattern, or leave this "
                 "module out of target_modules."
             )
-        self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.configs[adapter_name] = config
         self.probes[adapter_name] = probe
@@ -110,11 +110,10 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         self.use_rslora[adapter_name] = config.use_rslora
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0.0 else nn.Identity()
         self.lora_dropout[adapter_name] = dropout
-        a, b, e = self._draw(adapter_name, r, None)
-        self.lora_A[adapter_name] = nn.Parameter(a)
-        self.lora_B[adapter_name] = nn.Parameter(b)
-        self.lora_E[adapter_name] = nn.Parameter(e)
-        self.scaling[adapter_name] = config.scale(lora_alpha, r)
+        drawn = self._draw(adapter_name, r, None)
+        for held, weight in zip((self.lora_A, self.lora_B, self.lora_E), drawn, strict=True):
+            held[adapter_name] = Factor(weight)
+        self.scaling.configure(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -123,9 +122,32 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         """min(in, out): no update of this layer has a higher rank."""
         return min(self.in_features, self.out_features)
 
+    @property
+    def r(self) -> Mapping[str, int]:
+        """The rank by adapter name, read off E: to change it, :meth:`grow` or :meth:`resize`."""
+        return MappingProxyType({name: self.rank(name) for name in self.lora_E})
+
+    @r.setter
+    def r(self, ranks: dict[str, int]) -> None:
+        # LoraLayer's constructor begins with an empty dictionary.
+        if ranks:
+            raise AttributeError(f"r={ranks!r}: a rank is the size of lora_E; grow() and resize() change it.")
+
+    def rank(self, adapter_name: str) -> int:
+        """Number of active components."""
+        return int(self.lora_E[adapter_name].weight.shape[0])
+
     def reserve(self, adapter_name: str) -> int:
         """Number of components in reserve."""
-        return int(self.lora_A[adapter_name].shape[0]) - self.r[adapter_name]
+        return int(self.lora_A[adapter_name].weight.shape[0]) - self.rank(adapter_name)
+
+    def factors(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+        """The parameters A (rows, in), B (out, rows), E (rank, 1), with the reserve."""
+        return (
+            self.lora_A[adapter_name].weight,
+            self.lora_B[adapter_name].weight,
+            self.lora_E[adapter_name].weight,
+        )
 
     def _draw(
         self, adapter_name: str, n: int, generator: torch.Generator | None
@@ -175,67 +197,71 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
                 f"adapter {adapter_name!r} is merged into the base weight and cannot grow; call "
                 "unmerge_adapter() first."
             )
-        rank = self.r[adapter_name] + components
+        old_rank = self.rank(adapter_name)
+        rank = old_rank + components
         if rank > self.largest_rank:
             raise ValueError(
                 f"components={components}: rank {rank} would be more than min(in, out) = "
-                f"{self.largest_rank}; give {self.largest_rank - self.r[adapter_name]} or fewer."
+                f"{self.largest_rank}; give {self.largest_rank - old_rank} or fewer."
             )
         from_reserve = min(components, self.reserve(adapter_name))
-        a, b, e = self._draw(adapter_name, components - from_reserve, generator)
+        drawn_a, drawn_b, drawn_e = self._draw(adapter_name, components - from_reserve, generator)
         if directions is not None:
-            _point(b, directions[0], 0)
-            _point(a, directions[1], 1)
+            _point(drawn_b, directions[0], 0)
+            _point(drawn_a, directions[1], 1)
         reserve_e = torch.full((from_reserve, 1), RESERVE_E, device=generator.device)
+        a, b, e = self.factors(adapter_name)
         config = self.configs[adapter_name]
-        before = config.scale(self.lora_alpha[adapter_name], self.r[adapter_name])
+        before = config.scale(self.lora_alpha[adapter_name], old_rank)
         after = config.scale(self.lora_alpha[adapter_name], rank)
         if config.preserve_output and before != after:
             with torch.no_grad():
-                self.lora_E[adapter_name].mul_(before / after)
-        _append(self.lora_A[adapter_name], a, 0)
-        _append(self.lora_B[adapter_name], b, 1)
-        _append(self.lora_E[adapter_name], torch.cat([reserve_e, e]), 0)
-        self.r[adapter_name] = rank
-        self.scaling[adapter_name] *= after / before
+                e.mul_(before / after)
+        _append(a, drawn_a, 0)
+        _append(b, drawn_b, 1)
+        _append(e, torch.cat([reserve_e, drawn_e]), 0)
 
     def set_reserve(
         self, adapter_name: str, components: int, generator: torch.Generator | None = None
     ) -> None:
         """Draws, or drops, components so that ``components`` are in reserve."""
-        rows = self.r[adapter_name] + components
-        missing = rows - int(self.lora_A[adapter_name].shape[0])
+        rows = self.rank(adapter_name) + components
+        a, b, _ = self.factors(adapter_name)
+        missing = rows - int(a.shape[0])
         if missing > 0:
-            a, b, _ = self._draw(adapter_name, missing, generator)
-            self.add_reserve(adapter_name, a, b)
+            drawn_a, drawn_b, _ = self._draw(adapter_name, missing, generator)
+            self.add_reserve(adapter_name, drawn_a, drawn_b)
         elif missing < 0:
-            a, b = self.lora_A[adapter_name], self.lora_B[adapter_name]
             _resize(a, a.detach()[:rows].clone(memory_format=torch.contiguous_format))
             _resize(b, b.detach()[:, :rows].clone(memory_format=torch.contiguous_format))
 
     def add_reserve(self, adapter_name: str, a: Tensor, b: Tensor) -> None:
         """Puts given components in reserve: A (n, in), B (out, n)."""
-        _append(self.lora_A[adapter_name], a, 0)
-        _append(self.lora_B[adapter_name], b, 1)
+        own_a, own_b, _ = self.factors(adapter_name)
+        _append(own_a, a, 0)
+        _append(own_b, b, 1)
 
     def resize(self, adapter_name: str, rank: int, rows: int | None = None) -> None:
         """Gives the adapter ``rank`` active of ``rows`` components (None: no reserve), values
         undefined: for loading."""
         rows = rank if rows is None else rows
-        if rank == self.r[adapter_name] and rows == self.lora_A[adapter_name].shape[0]:
+        a, b, e = self.factors(adapter_name)
+        if rank == e.shape[0] and rows == a.shape[0] == b.shape[1]:
             return
-        a, b, e = (d[adapter_name] for d in (self.lora_A, self.lora_B, self.lora_E))
         _resize(a, a.new_zeros(rows, self.in_features))
         _resize(b, b.new_zeros(self.out_features, rows))
         _resize(e, e.new_zeros(rank, 1))
-        self.r[adapter_name] = rank
         self.probes[adapter_name].reloaded = True
-        self.scaling[adapter_name] = self.configs[adapter_name].scale(self.lora_alpha[adapter_name], rank)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # A checkpoint of another rank: the parameters take its shape, whatever loads it.
         for name in list(self.lora_A.keys()):
-            a, b, e = (state_dict.get(f"{prefix}lora_{factor}.{name}") for factor in "ABE")
+            keys = [f"{prefix}lora_{factor}.{name}" for factor in "ABE"]
+            for key in keys:
+                # The names of 0.1.0's first adapters, whose factors were parameters themselves.
+                if key in state_dict:
+                    state_dict[f"{key}.weight"] = state_dict.pop(key)
+            a, b, e = (state_dict.get(f"{key}.weight") for key in keys)
             if a is None or b is None or e is None or a.dim() != 2 or e.dim() != 2:
                 continue
             rows, rank = int(a.shape[0]), int(e.shape[0])
@@ -246,7 +272,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
 
     def active_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """A (rank, in), B (out, rank), E (rank, 1) without the reserve: views of the parameters."""
-        a, b, e = self.lora_A[adapter_name], self.lora_B[adapter_name], self.lora_E[adapter_name]
+        a, b, e = self.factors(adapter_name)
         rank = e.shape[0]
         if may_differ(a.shape[0], rank):
             a, b = a[:rank], b[:, :rank]
@@ -330,7 +356,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
     def _factors_in_use(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """A, B, E as the forward pass takes them: in training with the reserve, which learns."""
         if self.training:
-            return self.lora_A[name], self.lora_B[name], self.lora_E[name]
+            return self.factors(name)
         return self.active_factors(name)
 
     def _dropout(self, name: str) -> float:
@@ -342,7 +368,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         follows_rank = torch.compiler.is_compiling() and self.configs[name].scaling == "rank"
         # PEFT's rescale_adapter_scale puts a plain dictionary in the place.
         if follows_rank and isinstance(self.scaling, Scales):
-            return self.scaling.tensors[name]
+            return self.scaling.in_graph(name)
         return self.scaling[name]
 
     def _mixed_batch(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
@@ -356,8 +382,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Sets the scale to ``scale`` times the configured one."""
         if adapter in self.scaling:
-            config = self.configs[adapter]
-            self.scaling[adapter] = scale * config.scale(self.lora_alpha[adapter], self.r[adapter])
+            self.scaling.configure(adapter, scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides the scale by ``scale``; None: back to the configured one."""

@@ -1,0 +1,108 @@
+"""The parameters have LoRA's names, so what copies or picks by name treats them as LoRA's."""
+
+import copy
+import pickle
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from increlora_rs import IncreLoraConfig
+from increlora_rs.layers.factor import Factor
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from trl import DPOConfig, DPOTrainer
+
+
+class Kinds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb = nn.Embedding(11, 6)
+        self.conv = nn.Conv1d(6, 8, 3, padding=1)
+        self.lin = nn.Linear(8, 5)
+
+    def forward(self, ids):
+        return self.lin(torch.relu(self.conv(self.emb(ids).transpose(1, 2))).transpose(1, 2))
+
+
+IDS = torch.arange(11).view(1, 11)
+TARGETS = ["emb", "conv", "lin"]
+
+
+def adapted(form=IncreLoraConfig, targets=TARGETS):
+    torch.manual_seed(0)
+    return get_peft_model(Kinds(), form(r=2, lora_alpha=4, target_modules=targets))
+
+
+def trained_names(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_names_are_those_of_lora_and_e():
+    ours, theirs = (trained_names(adapted(form, ["conv", "lin"])) for form in (IncreLoraConfig, LoraConfig))
+    assert {name for name in ours if "lora_E" not in name} == theirs
+    assert {name for name in ours if "lora_E" in name} == {n.replace("_A", "_E") for n in theirs if "_A" in n}
+
+
+def test_saved_names_are_those_of_lora_and_e(tmp_path):
+    for form in (IncreLoraConfig, LoraConfig):
+        adapted(form, ["lin"]).save_pretrained(tmp_path / form.__name__)
+    ours, theirs = (
+        set(load_file(tmp_path / form.__name__ / "adapter_model.safetensors"))
+        for form in (IncreLoraConfig, LoraConfig)
+    )
+    assert ours - theirs == {"base_model.model.lin.lora_E.weight"}
+    assert theirs <= ours
+
+
+def test_a_reference_made_by_name_is_the_adapter(grow):
+    # As TRL's trainers make one of an adapter that is trained on.
+    model = adapted()
+    grow(model, {"emb": 3, "conv": 1, "lin": 2})
+    wanted = model(IDS)
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    model.set_adapter("ref")
+    torch.testing.assert_close(model(IDS), wanted)
+
+
+def test_the_first_loss_of_dpo_on_a_trained_adapter_is_that_of_equal_models(grow, tmp_path):
+    model = get_peft_model(
+        tiny.llama(), IncreLoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
+    )
+    grow(model)
+    rows = Dataset.from_dict(
+        {"prompt": ["the cat"] * 4, "chosen": [" sings and waits"] * 4, "rejected": [" sleeps and waits"] * 4}
+    )
+    arguments = DPOConfig(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1,
+        use_cpu=True,
+        bf16=False,
+    )
+    trainer = DPOTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tiny.tokenizer())
+    trainer.train()
+    first = next(log["loss"] for log in trainer.state.log_history if "loss" in log)
+    assert float(first) == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-3)
+
+
+def test_a_factor_reads_as_its_parameter():
+    factor = Factor(torch.ones(2, 3))
+    assert factor.shape == (2, 3)
+    assert factor.detach().sum() == 6.0
+    assert {factor.weight: "state"}[factor] == "state"
+    with pytest.raises(AttributeError, match="no attribute 'unknown'"):
+        factor.unknown  # noqa: B018
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f))])
+def test_copies_of_a_factor_have_its_values(way):
+    factor = Factor(torch.arange(6.0).view(2, 3))
+    assert torch.equal(way(factor).weight, factor.weight)
