@@ -7,6 +7,19 @@ INSTALLED := $(VENV)/.installed
 # What pyproject.toml needs for a build, installed once instead of in an isolated environment.
 BUILD_REQUIRES := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | sed 's/", "/" "/g')
 
+# Switches by which torch, oneDNN and MKL take the kernels of other processors, a run of the tests each; what a
+# processor lacks or a library does not know is left as it is.
+INSTRUCTION_SETS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 \
+	ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	MKL_CBWR=COMPATIBLE MKL_CBWR=AVX2 OMP_NUM_THREADS=1
+# What a machine's kernels could decide: numbers, not files, pictures and documents.
+NUMERIC_TESTS := tests/core tests/test_adapters.py tests/test_budget.py tests/test_callback.py \
+	tests/test_convert.py tests/test_distributed.py tests/test_export.py tests/test_export_kinds.py \
+	tests/test_gradient_importance.py tests/test_growth.py tests/test_layer.py tests/test_layers.py \
+	tests/test_layers_models.py tests/test_layers_quantised.py tests/test_loops.py tests/test_model.py \
+	tests/test_optimizer_state.py tests/test_reference.py tests/test_scheduler.py tests/test_state_machine.py \
+	tests/test_torch_compile.py tests/test_torch_compile_layers.py tests/test_weighted.py
+
 # Binaries of cargo's find libtorch so.
 WITH_TORCH = LD_LIBRARY_PATH="$$(python -c 'import os, torch; print(os.path.join(torch.__path__[0], "lib"))')"
 
@@ -18,7 +31,7 @@ export TOKENIZERS_PARALLELISM := false
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo bench evidence conformance docs test test-rust test-python test-gpu lint format clean
+.PHONY: help build demo bench evidence conformance docs test test-rust test-python test-isa test-gpu lint format clean
 
 help: ## list the targets
 	@sed -n -E 's/^([a-z-]+):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -55,6 +68,12 @@ test-rust: $(INSTALLED)
 
 test-python: build
 	pytest
+
+test-isa: build ## the tests of numbers as on other processors, and on one core
+	@set -e; for switch in $(INSTRUCTION_SETS); do \
+		echo "== $$switch"; env $$switch pytest $(NUMERIC_TESTS); \
+	done
+	@echo "== one core"; taskset -c 0 pytest $(NUMERIC_TESTS)
 
 test-gpu: ## the kernels' tests, with the interpreter whose packages are at hand
 	$(PYTHON) -m pytest tests/cuda

@@ -3,6 +3,9 @@
 //!
 //! A holds `active + reserve` rows and E only the active ones: the reserve counts with the constant
 //! [`RESERVE_E`], which is not trained ("advance learning", section 3.3 of the paper).
+//!
+//! The products are of contiguous matrices, whatever the strides of what is given: a BLAS rounds by the
+//! layout, and eager mode and a compiled graph hand over the same numbers in different ones.
 
 use tch::{Device, Kind, Tensor};
 
@@ -217,6 +220,7 @@ pub fn forward(
     checks::shape("y", y, &[x.size()[0], adapter.b.size()[0]])?;
     checks::float("y", y)?;
     checks::same_device("y", y, "x", x)?;
+    let x = &x.f_contiguous()?;
     if let Some(t) = fast::forward(adapter, x, y, fast::Start::Add, dropout.as_deref())? {
         return Ok(t);
     }
@@ -275,6 +279,7 @@ pub fn linear(
         checks::shape("bias", bias, &[out])?;
         checks::same_device("bias", bias, "x", x)?;
     }
+    let x = &x.f_contiguous()?;
     // The update first, into memory that nothing has written yet; the large product is added to it.
     let start = fast::Start::Bias(bias);
     if let Some(t) = fast::forward(adapter, x, y, start, dropout.as_deref())? {
@@ -324,7 +329,7 @@ pub fn backward(
     if let Some(weight) = weight {
         check_weight(adapter, x, weight)?;
     }
-    let gy = gy.f_to_kind(x.kind())?;
+    let (x, gy) = (&x.f_contiguous()?, gy.f_to_kind(x.kind())?.f_contiguous()?);
     if let Some(mut gradients) = fast::backward(adapter, x, t, &gy, dropout, needs_x)? {
         if let Some(slot) = importance {
             let input = match dropout {
@@ -340,7 +345,7 @@ pub fn backward(
         }
         return Ok(gradients);
     }
-    let t = t.f_to_kind(x.kind())?;
+    let t = t.f_to_kind(x.kind())?.f_contiguous()?;
     let gain = Dropout::gain(dropout);
     let Operands { a, p } = adapter.operands(x.kind())?;
     let u = gy.f_mm(&p)?;

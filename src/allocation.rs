@@ -7,6 +7,9 @@ use crate::errors::{Error, Result};
 const MAX_EVENTS: u64 = 50;
 /// Steps between two growth events in an automatic schedule, at least.
 const MIN_INTERVAL: u64 = 10;
+/// Values nearer to each other than this share of the larger are tied. Far above what the order of float32
+/// sums leaves between two ways of computing a score, far below what a score knows of a module.
+pub const NEAR: f64 = 1e-5;
 
 /// When and how much the ranks grow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -287,8 +290,9 @@ pub struct Growth {
 /// Chooses who grows at an event: the `top_h` modules of highest score for their cost that have room,
 /// each by `add_r`, never past a cap nor past `budget`.
 ///
-/// Equal values go to the module that comes first in model order; a score that is not a number
-/// counts as the lowest. Where the budget leaves less than the whole event, the event is the last: what is
+/// Of the values within [`NEAR`] of the best that is left, the module that comes first in model order is
+/// next, so that what rounding makes of equal modules decides nothing; any two values further apart go by
+/// value. A score that is not a number counts as the lowest. Where the budget leaves less than the whole event, the event is the last: what is
 /// left goes to the modules that it still pays for, best first, until it pays for none. With costs of 1 the
 /// last module chosen gains fewer components, and those after it none.
 pub fn choose(
@@ -307,10 +311,8 @@ pub fn choose(
             ranks.len()
         )));
     }
-    let value = |k: usize| scores[k] / costs[k] as f64;
-    let key = |k: &usize| if value(*k).is_nan() { f64::NEG_INFINITY } else { value(*k) + 0.0 };
-    let mut order: Vec<usize> = (0..ranks.len()).filter(|&k| ranks[k] < caps[k]).collect();
-    order.sort_by(|a, b| key(b).total_cmp(&key(a)));
+    let values: Vec<f64> = scores.iter().zip(costs).map(|(s, &cost)| s / cost as f64).collect();
+    let order = best_first((0..ranks.len()).filter(|&k| ranks[k] < caps[k]).collect(), &values);
     let mut purse = Purse { left: budget.saturating_sub(cost(ranks, costs)), grown: Vec::new() };
     let top_h = usize::try_from(schedule.top_h).unwrap_or(usize::MAX);
     let mut last = false;
@@ -327,6 +329,26 @@ pub fn choose(
         last = purse.left < before;
     }
     Ok(purse.grown)
+}
+
+/// The modules `open` in the order in which [`choose`] takes them.
+fn best_first(mut open: Vec<usize>, values: &[f64]) -> Vec<usize> {
+    let value = |k: usize| if values[k].is_nan() { f64::NEG_INFINITY } else { values[k] + 0.0 };
+    open.sort_by(|&a, &b| value(b).total_cmp(&value(a)));
+    let mut rest = open.as_mut_slice();
+    while let Some(&first) = rest.first() {
+        let best = value(first);
+        let tied = rest.partition_point(|&k| is_near(best, value(k)));
+        let (group, after) = rest.split_at_mut(tied);
+        group.sort_unstable();
+        rest = after;
+    }
+    open
+}
+
+/// Is `value`, at most `best`, tied with it?
+fn is_near(best: f64, value: f64) -> bool {
+    value == best || (best.is_finite() && best - value <= NEAR * best.abs())
 }
 
 /// What is left of a budget during an event, and what it has bought.

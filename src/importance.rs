@@ -78,15 +78,19 @@ pub fn accumulate(
     let bytes_a_row = 2 * features.max(1) * wide.elt_size_in_bytes() as i64;
     let rows = (SCRATCH / bytes_a_row).clamp(1, BLOCK_ROWS);
     let (p, a) = (p.f_to_kind(wide)?, a.f_to_kind(wide)?);
+    let (gy, x) = (gy.f_contiguous()?, x.f_contiguous()?);
+    // Added to the slot as one number, whatever the slot holds.
+    let mut total = Tensor::f_zeros([1], (Kind::Double, x.device()))?;
     let mut first = 0;
     while first < out {
         let n = rows.min(out - first);
-        let g = gy.f_narrow(1, first, n)?.f_tr()?.f_mm(x)?.f_to_kind(wide)?;
+        let g = gy.f_narrow(1, first, n)?.f_tr()?.f_mm(&x)?.f_to_kind(wide)?;
         let mut product = p.f_narrow(0, first, n)?.f_mm(&a)?;
         let _ = product.f_mul_(&g)?.f_abs_()?;
-        let _ = target.f_add_(&product.f_sum(Kind::Double)?.f_mul_scalar(gain)?)?;
+        let _ = total.f_add_(&product.f_sum(Kind::Double)?)?;
         first += n;
     }
+    let _ = target.f_add_(&total.f_mul_scalar(gain)?)?;
     Ok(())
 }
 

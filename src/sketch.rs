@@ -20,11 +20,14 @@ const LEAST_TOKENS: i64 = 16;
 const NEGLIGIBLE: f64 = 1e-5;
 /// Singular values below this share of the sketched matrix's norm are what rounding left.
 const ROUNDING: f64 = 1e-6;
+/// Entries of a vector nearer to its largest than this share of it count as large as that.
+const NEAR: f64 = 1e-5;
 
 /// Adds the part of the tokens of one backward pass to a sketch, without a host synchronisation.
 ///
 /// `gy` (tokens, out) and `x` (tokens, in) may have another dtype than the sketch: they are copied to it
-/// block by block.
+/// block by block. What the sketch holds before has no part in the products, nor has where it lies in
+/// memory or how gy and x are strided: a BLAS rounds otherwise where it adds to a full matrix.
 pub fn accumulate(
     left: &mut Tensor,
     right: &mut Tensor,
@@ -46,14 +49,26 @@ pub fn accumulate(
     let bytes = (features + out).max(1) * kind.elt_size_in_bytes() as i64;
     let scratch = if x.device() == Device::Cpu { SCRATCH } else { SCRATCH_OF_DEVICE };
     let most = if copied { (scratch / bytes).max(LEAST_TOKENS) } else { tokens.max(1) };
+    let mut added: Option<(Tensor, Tensor)> = None;
     let mut first = 0;
     while first < tokens {
         let n = most.min(tokens - first);
-        let gy = gy.f_narrow(0, first, n)?.f_to_kind(kind)?;
-        let x = x.f_narrow(0, first, n)?.f_to_kind(kind)?;
-        let _ = left.f_addmm_(&x.f_mm(&omega.f_tr()?)?.f_tr()?, &gy)?;
-        let _ = right.f_addmm_(&gy.f_mm(&psi.f_tr()?)?.f_tr()?, &x)?;
+        let gy = gy.f_narrow(0, first, n)?.f_to_kind(kind)?.f_contiguous()?;
+        let x = x.f_narrow(0, first, n)?.f_to_kind(kind)?.f_contiguous()?;
+        let seen = x.f_mm(&omega.f_tr()?)?;
+        let sent = gy.f_mm(&psi.f_tr()?)?;
+        match &mut added {
+            Some((to_left, to_right)) => {
+                let _ = to_left.f_addmm_(&seen.f_tr()?, &gy)?;
+                let _ = to_right.f_addmm_(&sent.f_tr()?, &x)?;
+            }
+            None => added = Some((seen.f_tr()?.f_mm(&gy)?, sent.f_tr()?.f_mm(&x)?)),
+        }
         first += n;
+    }
+    if let Some((to_left, to_right)) = added {
+        let _ = left.f_add_(&to_left)?;
+        let _ = right.f_add_(&to_right)?;
     }
     Ok(())
 }
@@ -134,7 +149,9 @@ pub struct Triples {
 /// (rows, in): of `(1 - P_B) G (1 - P_A)` with the projections on B's columns and on A's rows.
 ///
 /// Float64 on the CPU; 0 for those past the sketch's rank, NaN where a number that goes in is not finite.
-/// Exact for a G whose rank is at most that of the sketch, k.
+/// Exact for a G whose rank is at most that of the sketch, k. Of a pair of vectors and its negative, the one
+/// is given in which the first of the largest entries of `v` is positive: left to itself, an SVD signs them
+/// by its rounding. Where singular values are equal their vectors are any that span the same.
 pub fn triples(
     left: &Tensor,
     right: &Tensor,
@@ -192,9 +209,21 @@ pub fn triples(
     let _ = sigma.f_masked_fill_(&sigma.f_le_tensor(&whole.f_mul_scalar(ROUNDING)?)?, 0.0)?;
     let n = count.min(sigma.size()[0]);
     found.sigma.f_narrow(0, 0, n)?.f_copy_(&sigma.f_narrow(0, 0, n)?)?;
-    found.u.f_narrow(1, 0, n)?.f_copy_(&q.f_mm(&u.f_narrow(1, 0, n)?)?)?;
-    found.v.f_narrow(0, 0, n)?.f_copy_(&v.f_narrow(1, 0, n)?.f_tr()?.f_mm(&x.f_tr()?)?)?;
+    let u = q.f_mm(&u.f_narrow(1, 0, n)?)?;
+    let v = v.f_narrow(1, 0, n)?.f_tr()?.f_mm(&x.f_tr()?)?;
+    let signs = signs(&v)?;
+    found.u.f_narrow(1, 0, n)?.f_copy_(&u.f_mul(&signs.f_tr()?)?)?;
+    found.v.f_narrow(0, 0, n)?.f_copy_(&v.f_mul(&signs)?)?;
     Ok(found)
+}
+
+/// 1 or -1 for each row of `v`, (n, 1): the sign of the first of its largest entries.
+fn signs(v: &Tensor) -> Result<Tensor> {
+    let sizes = v.f_abs()?;
+    let bound = sizes.f_amax([1i64].as_slice(), true)?.f_mul_scalar(1.0 - NEAR)?;
+    let first = sizes.f_ge_tensor(&bound)?.f_to_kind(Kind::Uint8)?.f_argmax(1, true)?;
+    let negative = v.f_gather(1, &first, false)?.f_lt(0.0)?.f_to_kind(v.kind())?;
+    Ok(negative.f_mul_scalar(-2.0)?.f_add_scalar(1.0)?)
 }
 
 /// The columns of `q` less their projections on the columns of `b`, in which each column counts alike,
@@ -302,6 +331,34 @@ mod tests {
         let product = found.u.narrow(1, 0, 1).mm(&found.v.narrow(0, 0, 1));
         let want = diagonal(6).narrow(1, 2, 1).mm(&diagonal(5).narrow(0, 2, 1));
         assert!(distance(&product, &want) < 1e-12);
+    }
+
+    #[test]
+    fn the_first_of_the_largest_entries_of_v_is_positive() {
+        let v = Tensor::from_slice(&[0.1, -3.0, 3.0 + 1e-6, -1.0, 2.0, -0.5]).reshape([2, 3]);
+        assert_eq!(signs(&v).unwrap(), Tensor::from_slice(&[-1.0, 1.0]).reshape([2, 1]));
+        for sign in [1.0, -1.0] {
+            let mut sketch = sketch(6, 5, Kind::Double);
+            sketch.add(&(Tensor::ones([1, 6], (Kind::Double, Device::Cpu)) * sign), &random(1, 5));
+            let none = |rows, columns| Tensor::zeros([rows, columns], (Kind::Double, Device::Cpu));
+            let Triples { sigma, u, v } = sketch.triples(&none(0, 5), &none(6, 0), 1);
+            let largest = v.abs().argmax(1, true);
+            assert!(v.gather(1, &largest, false).double_value(&[0, 0]) > 0.0);
+            let whole = (u * sigma).mm(&v).mm(&sketch.omega.tr());
+            assert!(distance(&whole.tr(), &sketch.left) < 1e-10);
+        }
+    }
+
+    #[test]
+    fn what_the_sketch_holds_and_how_its_parts_are_strided_has_no_part_in_what_is_added() {
+        let (gy, x) = (random(37, 13), random(37, 21));
+        let mut once = sketch(13, 21, Kind::Double);
+        let mut twice = once.copy();
+        once.add(&gy, &x);
+        twice.add(&gy, &x);
+        twice.add(&gy.tr().contiguous().tr(), &x.tr().contiguous().tr());
+        assert_eq!(twice.left, once.left * 2.0);
+        assert_eq!(twice.right, once.right * 2.0);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-"""torch.compile and torch.export: the same numbers as without them, one compilation for all ranks."""
+"""torch.compile and torch.export: the numbers of eager mode, one compilation for all ranks."""
 
 import copy
 import io
@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from increlora_rs import IncreLoraCallback, IncreLoraConfig, attach
+from paths import assert_near, assert_same_growth, assert_same_training
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -97,7 +98,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_one_compilation_serves_a_whole_training_and_gives_the_same_bits(form):
+def test_one_compilation_serves_a_whole_training_and_agrees_with_eager_mode(form):
     make, options = FORMS[form]
     expected = train(adapted(make, **options))
     model = adapted(make, **options)
@@ -107,9 +108,19 @@ def test_one_compilation_serves_a_whole_training_and_gives_the_same_bits(form):
     assert counter.frame_count == 1
     assert len(got["history"]) >= 4
     assert got["total_rank"] == got["budget"]
-    assert got["history"] == expected["history"]
-    for ours, theirs in zip(got["parameters"], expected["parameters"], strict=True):
-        assert torch.equal(ours, theirs)
+    assert_same_growth(got["history"], expected["history"])
+    assert_same_training(got["parameters"], expected["parameters"])
+
+
+def test_a_compiled_training_again_gives_the_same_bits():
+    results = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        model = adapted(lora_dropout=0.2)
+        results.append(train(model, compile_counting(model)[0]))
+    assert results[0]["history"] == results[1]["history"]
+    for first, second in zip(results[0]["parameters"], results[1]["parameters"], strict=True):
+        assert torch.equal(first, second)
 
 
 @pytest.mark.slow
@@ -122,9 +133,8 @@ def test_inductor_compiles_once_and_agrees(form):
     with torch._dynamo.config.patch(error_on_recompile=True):
         got = train(model, compiled)
     assert counter.frame_count == 1
-    assert [row[:3] for row in got["history"]] == [row[:3] for row in expected["history"]]
-    for ours, theirs in zip(got["parameters"], expected["parameters"], strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+    assert_same_growth(got["history"], expected["history"])
+    assert_same_training(got["parameters"], expected["parameters"])
 
 
 @pytest.mark.slow
@@ -152,8 +162,7 @@ def test_evaluation_between_growths_is_compiled_once_too(form):
     compiled, counter = compile_counting(model)
     got = train(model, compiled, evaluate=True)
     assert counter.frame_count == 2
-    for ours, theirs in zip(got["evaluated"], expected["evaluated"], strict=True):
-        assert torch.equal(ours, theirs)
+    assert_same_training(got["evaluated"], expected["evaluated"])
 
 
 def gradients(*, compiled, backend="aot_eager", checkpointed=False, around=False, dtype=None, dropout=0.5):
@@ -191,9 +200,9 @@ def test_gradients_and_importance_are_those_of_eager_mode(case):
     expected = gradients(compiled=False, **CASES[case])
     got = gradients(compiled=True, **CASES[case])
     assert expected[2].min() > 0
+    narrow = case != "plain" and case != "checkpointing"
     for ours, theirs in zip(got, expected, strict=True):
-        assert ours.dtype == theirs.dtype
-        assert torch.equal(ours, theirs)
+        assert_near(ours, theirs, torch.bfloat16 if narrow else torch.float32)
 
 
 @pytest.mark.slow
@@ -215,7 +224,7 @@ def test_autocast_inside_the_compiled_function_is_obeyed():
     expected = step(x)
     got = torch.compile(step, backend="aot_eager", fullgraph=True)(x)
     assert got.dtype == torch.bfloat16
-    assert torch.equal(got, expected)
+    assert_near(got, expected, torch.bfloat16)
 
 
 def test_two_forward_passes_before_their_backward_passes():
@@ -263,7 +272,7 @@ def test_compiled_training_goes_on_after_detach():
         optimizer.step()
         optimizer.zero_grad()
     x, _ = batch(0)
-    assert torch.equal(compiled(x), model(x))
+    assert_near(compiled(x), model(x))
 
 
 def test_hooks_on_the_base_layer_are_kept(make_plain, plain_input):
@@ -272,7 +281,7 @@ def test_hooks_on_the_base_layer_are_kept(make_plain, plain_input):
     )
     model.base_model.model.lin0.base_layer.register_forward_hook(lambda module, args, out: out * 2)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(plain_input), model(plain_input))
+    assert_near(compiled(plain_input), model(plain_input))
 
 
 def test_two_active_adapters(make_plain, plain_input, grow):
@@ -282,7 +291,7 @@ def test_two_active_adapters(make_plain, plain_input, grow):
     model.add_adapter("other", copy.deepcopy(config))
     model.base_model.set_adapter(["default", "other"])
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(plain_input), model(plain_input))
+    assert_near(compiled(plain_input), model(plain_input))
 
 
 class Signal(nn.Module):
@@ -306,10 +315,9 @@ def test_embeddings_and_convolutions_train_outside_of_the_graphs():
     counter = CompileCounterWithBackend("aot_eager")
     got = train(model, torch.compile(model, backend=counter))
     assert counter.frame_count >= 1
-    assert got["history"] == expected["history"]
+    assert_same_growth(got["history"], expected["history"])
     assert got["total_rank"] == got["budget"]
-    for ours, theirs in zip(got["parameters"], expected["parameters"], strict=True):
-        assert torch.equal(ours, theirs)
+    assert_same_training(got["parameters"], expected["parameters"])
 
 
 def llama_rows(n=32):
@@ -350,7 +358,7 @@ def test_trainer_compiles_a_language_model_once(make_llama, tmp_path):
         results[compiled] = callback.scheduler.history.tolist(), losses, graphs
         assert callback.scheduler.total_rank == callback.scheduler.budget
     assert results[True][2] == 1
-    assert results[True][0] == results[False][0]
+    assert_same_growth(results[True][0], results[False][0])
     assert results[True][1] == pytest.approx(results[False][1], abs=1e-4)
 
 
@@ -379,21 +387,21 @@ def trained_llama(make_llama, grow):
 def test_an_exported_program_gives_the_same_logits(trained_llama, tokens, strict):
     program = exported(trained_llama, tokens, strict=strict)
     assert any("increlora.linear_forward" in str(node.target) for node in program.graph.nodes)
-    assert torch.equal(program.module()(tokens), Logits(trained_llama)(tokens))
+    assert_near(program.module()(tokens), Logits(trained_llama)(tokens))
 
 
 def test_an_exported_program_is_saved_and_loaded(trained_llama, tokens):
     file = io.BytesIO()
     torch.export.save(exported(trained_llama, tokens), file)
     file.seek(0)
-    assert torch.equal(torch.export.load(file).module()(tokens), Logits(trained_llama)(tokens))
+    assert_near(torch.export.load(file).module()(tokens), Logits(trained_llama)(tokens))
 
 
 def test_an_exported_program_takes_other_batches(trained_llama, tokens):
     sizes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
     program = exported(trained_llama, tokens, dynamic_shapes={"ids": sizes})
     other = torch.randint(0, 99, (3, 5))
-    assert torch.equal(program.module()(other), Logits(trained_llama)(other))
+    assert_near(program.module()(other), Logits(trained_llama)(other))
 
 
 def test_a_merged_model_exports_without_our_operations(trained_llama, tokens):
@@ -407,7 +415,7 @@ def test_a_model_exports_while_its_ranks_grow(make_llama, tokens):
     model = peft.get_peft_model(make_llama(), IncreLoraConfig(target_modules=["q_proj"]))
     attach(model, optimizer_of(model), total_steps=10)
     program = exported(model, tokens)
-    assert torch.equal(program.module()(tokens), Logits(model)(tokens))
+    assert_near(program.module()(tokens), Logits(model)(tokens))
 
 
 def operation_arguments(dropout, reserve, sketched):
@@ -454,8 +462,9 @@ def test_compiled_models_train_under_distributed_data_parallel(tmp_path):
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2))
     for way in ("compiled, then wrapped", "wrapped, then compiled"):
         assert len(first[way]["history"]) >= 4
-        assert first[way]["history"] == second[way]["history"] == first["eager"]["history"]
+        assert first[way]["history"] == second[way]["history"]
+        assert_same_growth(first[way]["history"], first["eager"]["history"])
         for name, value in first["eager"]["parameters"].items():
-            torch.testing.assert_close(first[way]["parameters"][name], value)
+            assert_same_training([first[way]["parameters"][name]], [value])
             assert torch.equal(first[way]["parameters"][name], second[way]["parameters"][name])
         assert first[way]["graphs"] == 1

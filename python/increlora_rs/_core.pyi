@@ -199,7 +199,8 @@ def sketched_triples(
     Returns:
         Singular values (count), left vectors (out, count), right vectors (count, in); float64 on the CPU.
         Exact for a G of at most the sketch's rank k; 0 for triples that are not there, NaN where a number
-        that goes in is not finite.
+        that goes in is not finite. Signed so that the first of the largest entries of a right vector is
+        positive.
     """
 
 @final
@@ -274,8 +275,9 @@ class Schedule:
         budget: int,
     ) -> list[tuple[int, int]]:
         """(module, components) of those that grow: the ``top_h`` of highest score for their cost with room,
-        ties to the first, never past a cap nor past ``budget``. Where the budget does not pay for all of
-        them, what is left goes to those that it pays for."""
+        never past a cap nor past ``budget``. Of those within 1e-5 of the best that is left, relative, the
+        first in model order is next. Where the budget does not pay for all of them, what is left goes to
+        those that it pays for."""
 
 def importance_window(beta1: float, beta2: float) -> int:
     """The smallest n with ``max(beta1, beta2)**n < 1e-3``."""

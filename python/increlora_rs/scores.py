@@ -13,6 +13,7 @@ from torch import Tensor
 from . import _core
 from .adapted import AdaptedModule
 from .config import IncreLoraConfig
+from .distributed import from_first_
 from .ops import Probe
 
 
@@ -59,8 +60,11 @@ class Scores:
         """Before the optimizer acts: takes in what :meth:`plan` does not."""
 
     def at_growth(self) -> npt.NDArray[np.float64]:
-        """The scores that a growth chooses by."""
-        return self.values()
+        """The scores that a growth chooses by, the same in every process."""
+        scores = self._mean * self._uncertainty
+        from_first_(scores)
+        chosen_by: npt.NDArray[np.float64] = scores.cpu().numpy()
+        return chosen_by
 
     def directions(self, k: int, components: int) -> tuple[Tensor, Tensor] | None:
         """What new components of module ``k`` start from; None: random numbers."""

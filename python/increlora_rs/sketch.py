@@ -16,6 +16,9 @@ from .seeded import generator
 class Sketch:
     """The sketch of the gradient G (out, in) of one module's weight.
 
+    What it holds has no part in the products of what is added: in eager mode it holds the sum of the passes
+    before, in a compiled graph zeros, and a BLAS rounds otherwise where it adds to a full matrix.
+
     Args:
         left: ``(G Omega)^T``, (k, out); with ``right`` a view of one vector of all modules.
         right: ``Psi G``, (l, in).
@@ -37,15 +40,15 @@ class Sketch:
 
     def add_lookup(self, gy: Tensor, ids: Tensor) -> None:
         """The same for x whose row t is 1 at ``ids[t]`` and 0 elsewhere."""
-        gy = gy.to(self.left.dtype)
-        self.left.addmm_(self.omega[:, ids], gy)
-        self.right.index_add_(1, ids, self.psi @ gy.t())
+        gy = gy.to(self.left.dtype).contiguous()
+        self.left += self.omega[:, ids] @ gy
+        self.right += torch.zeros_like(self.right).index_add_(1, ids, self.psi @ gy.t())
 
     def add_matrix(self, gradient: Tensor) -> None:
         """Adds a gradient (out, in) that exists."""
-        gradient = gradient.to(self.left.dtype)
-        self.left.addmm_(self.omega, gradient.t())
-        self.right.addmm_(self.psi, gradient)
+        gradient = gradient.to(self.left.dtype).contiguous()
+        self.left += self.omega @ gradient.t()
+        self.right += self.psi @ gradient
 
 
 def sketches_of(

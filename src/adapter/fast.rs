@@ -79,7 +79,7 @@ impl Factors {
     }
 }
 
-/// As [`super::forward`], into `y`, which holds what `start` says.
+/// As [`super::forward`], of a contiguous `x`, into `y`, which holds what `start` says.
 pub fn forward(
     adapter: &Adapter,
     x: &Tensor,
@@ -91,7 +91,6 @@ pub fn forward(
     if !takes(adapter, x) || given || y.kind() != x.kind() || !y.is_contiguous() {
         return Ok(None);
     }
-    let x = x.f_contiguous()?;
     let factors = Factors::of(adapter, Dropout::gain(dropout))?;
     let bias = match start {
         Start::Bias(Some(bias)) => Some(bias.f_to_kind(Kind::Float)?.f_contiguous()?),
@@ -103,9 +102,9 @@ pub fn forward(
     };
     let t = Tensor::f_empty([x.size()[0], factors.rows as i64], (Kind::Float, Device::Cpu))?;
     if x.kind() == Kind::Float {
-        run_forward::<f32>(&x, &factors, first, dropout, &t, y);
+        run_forward::<f32>(x, &factors, first, dropout, &t, y);
     } else {
-        run_forward::<Bf16>(&x, &factors, first, dropout, &t, y);
+        run_forward::<Bf16>(x, &factors, first, dropout, &t, y);
     }
     Ok(Some(t))
 }
@@ -124,7 +123,7 @@ fn run_forward<E: Element>(
     tokens::forward(as_slice::<E>(x), factors.a(), factors.p(), start, stream, t, y);
 }
 
-/// As [`super::backward`], with the update's gradient of x alone.
+/// As [`super::backward`], of contiguous `x` and `gy`, with the update's gradient of x alone.
 pub fn backward(
     adapter: &Adapter,
     x: &Tensor,
@@ -139,13 +138,12 @@ pub fn backward(
     }
     let gain = Dropout::gain(dropout);
     let factors = Factors::of(adapter, gain)?;
-    let (x, gy) = (x.f_contiguous()?, gy.f_contiguous()?);
     let t = t.f_to_kind(Kind::Float)?.f_contiguous()?;
     let grad_x = needs_x.then(|| Tensor::f_empty(x.size(), (x.kind(), Device::Cpu))).transpose()?;
     let sums = if x.kind() == Kind::Float {
-        run_backward::<f32>(&x, &t, &gy, &factors, dropout, grad_x.as_ref())
+        run_backward::<f32>(x, &t, gy, &factors, dropout, grad_x.as_ref())
     } else {
-        run_backward::<Bf16>(&x, &t, &gy, &factors, dropout, grad_x.as_ref())
+        run_backward::<Bf16>(x, &t, gy, &factors, dropout, grad_x.as_ref())
     };
     let (kind, rows) = (adapter.a.kind(), factors.rows);
     let out = factors.p.len() / rows;

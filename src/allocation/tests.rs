@@ -6,6 +6,7 @@ use proptest::prelude::*;
 mod cases;
 mod costs;
 mod learning_rate;
+mod ties;
 
 const AUTOMATIC: Wish =
     Wish { warmup: None, interval: None, top_h: None, add_r: 1, growth_end: 0.6 };

@@ -239,6 +239,17 @@ def test_without_the_reserve_nothing_but_its_constant_is_missing():
     torch.testing.assert_close(difference, want, rtol=1e-6, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [F64, F32, BF16])
+def test_strides_change_no_bit(dtype):
+    # 40 rows of A: more than our loops take, so that float32 is multiplied by the BLAS too.
+    for sizes in ((19, 12, 10, 3, 2), (70, 64, 48, 40, 0)):
+        case = make_case(sizes, dtype)
+        plain = by_core(case)[0]
+        case.x, case.gy = case.x.T.contiguous().T, case.gy.T.contiguous().T
+        strided = by_core(case)[0]
+        assert all(torch.equal(strided[name], value) for name, value in plain.items())
+
+
 def test_without_components_the_base_layer_remains():
     case = make_case((4, 5, 6, 0, 0))
     assert torch.equal(by_core(case)[0]["out"], case.y)

@@ -122,6 +122,12 @@ def test_ties_go_to_the_first_modules():
     assert chosen([0.0, 0.0, 0.0, 0.0]) == [(0, 2), (1, 2)]
 
 
+def test_scores_within_the_bound_are_ties():
+    near, far = 1 - 0.9e-5, 1 - 1.1e-5
+    assert chosen([near, 1.0, near, 1.0]) == [(0, 2), (1, 2)]
+    assert chosen([far, 1.0, far, 1.0]) == [(1, 2), (3, 2)]
+
+
 def test_a_score_that_is_not_a_number_comes_last():
     assert chosen([np.nan, -1.0, np.nan, -2.0]) == [(1, 2), (3, 2)]
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from increlora_rs import _core
+from increlora_rs.sketch import Sketch
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 K, ROWS = 8, 33
@@ -65,6 +66,55 @@ def test_any_dtype_is_added_as_the_sketchs_own(dtypes):
     assert torch.equal(sketch["right"], wide["right"])
 
 
+def as_sketch(parts):
+    return Sketch(**parts, collector=torch.zeros(1))
+
+
+def by_tokens(parts):
+    _core.add_to_sketch_(**parts, gy=normal(31, 60, seed=3, dtype=F32), x=normal(31, 40, seed=4, dtype=F32))
+
+
+def by_tokens_in_columns(parts):
+    gy, x = normal(31, 60, seed=3, dtype=F32), normal(31, 40, seed=4, dtype=F32)
+    _core.add_to_sketch_(**parts, gy=gy.T.contiguous().T, x=x.T.contiguous().T)
+
+
+def by_blocks_of_tokens(parts):
+    # Of another dtype than the sketch's, and more than one block of them.
+    gy, x = (normal(30_000, n, seed=3, dtype=BF16) for n in (60, 40))
+    _core.add_to_sketch_(**parts, gy=gy, x=x)
+
+
+def by_lookup(parts):
+    ids = torch.arange(31) * 7 % 40
+    as_sketch(parts).add_lookup(normal(31, 60, seed=3, dtype=F32), ids)
+
+
+def by_matrix(parts):
+    as_sketch(parts).add_matrix(normal(60, 40, seed=3, dtype=F32))
+
+
+ADDITIONS = [by_tokens, by_blocks_of_tokens, by_lookup, by_matrix]
+
+
+@pytest.mark.parametrize("add", ADDITIONS)
+def test_what_a_sketch_holds_has_no_part_in_what_is_added(add):
+    once, twice = new_sketch(), new_sketch()
+    add(once)
+    add(twice)
+    add(twice)
+    for half in ("left", "right"):
+        assert torch.equal(twice[half], 2 * once[half])
+
+
+def test_strides_change_no_bit_of_a_sketch():
+    rows, columns = new_sketch(), new_sketch()
+    by_tokens(rows)
+    by_tokens_in_columns(columns)
+    for half in ("left", "right"):
+        assert torch.equal(columns[half], rows[half])
+
+
 def test_no_tokens_add_nothing():
     sketch = new_sketch()
     _core.add_to_sketch_(**sketch, gy=torch.zeros(0, 60), x=torch.zeros(0, 40))
@@ -81,6 +131,19 @@ def test_a_gradient_of_low_rank_comes_back_whole(rank):
         sign = torch.sign(u[:, j] @ want_u[:, j])
         assert torch.allclose(sign * u[:, j], want_u[:, j], atol=1e-5)
         assert torch.allclose(sign * v[j], want_v[j], atol=1e-5)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_first_of_the_largest_entries_of_v_is_positive(sign):
+    # The rows of v are (1, -1, 0, ...) and (0, 0, 2, -2, 1, 0, ...), to rounding.
+    v = torch.zeros(2, 40)
+    v[0, 0], v[0, 1], v[1, 2], v[1, 3], v[1, 4] = 1.0, -1.0, 2.0, -2.0, 1.0
+    u = torch.zeros(60, 2)
+    u[0, 0], u[1, 1] = 5.0, 1.0
+    _, found_u, found_v = triples_of(sketch_of(sign * u @ v), count=2)
+    want = v / v.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(found_v.float(), want, rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(found_u[[0, 1]].float(), sign * torch.eye(2), rtol=0.0, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(5))
