@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.model import get_tp_plan_and_mesh
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.peft_types import PeftType
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -72,6 +74,12 @@ class IncreLoraModel(LoraModel):
         if isinstance(peft_config.target_modules, (list, set, tuple)):
             _check_targets(model, peft_config.target_modules)
 
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        # PEFT looks for LoRA by the name of the method, and what stops LoRA stops this.
+        as_lora = copy.copy(peft_config)
+        as_lora.peft_type = PeftType.LORA
+        super()._check_target_module_compatiblity(as_lora, model, target_name)
+
     def _create_and_replace(
         self,
         lora_config: IncreLoraConfig,
@@ -90,6 +98,7 @@ class IncreLoraModel(LoraModel):
                 target.update_layer(adapter_name, r, alpha, config=config, probe=self._probe)
                 return
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            _check_not_split(base, self.model, current_key)
             quantization = quantization_of(base, **get_quantization_kwargs(self.model))
             module = layer_class(base, quantization)(
                 target, adapter_name, config, r, alpha, self._probe, quantization
@@ -216,10 +225,19 @@ class IncreLoraModel(LoraModel):
             rank = ranks[short(name)] = layer.r[adapter_name]
             a, b = f"{name}.lora_A.{adapter_name}", f"{name}.lora_B.{adapter_name}"
             if a in selected:
+                _check_gathered(short(name), selected[a], selected[b])
                 selected[a] = selected[a][:rank].contiguous()
                 selected[b] = selected[b][:, :rank].contiguous()
         config.rank_pattern = rank_pattern(ranks)
         return selected
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        raise ValueError(
+            "path_initial_model_for_weight_conversion is for LoRA that changes the base weights (PiSSA, "
+            "OLoRA, CorDA, LoRA-GA), which IncreLoRA does not; leave it out. The adapter as a plain LoRA is "
+            "what increlora_rs.export_lora writes."
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -345,6 +363,25 @@ def check_factors(name: str, a: Tensor, b: Tensor, e: Tensor, in_features: int, 
                 f"{factor} of module {name!r} holds {bad} values that are NaN or infinite; the adapter "
                 "is damaged, or its training diverged: take an earlier checkpoint."
             )
+
+
+def _check_gathered(name: str, a: Tensor, b: Tensor) -> None:
+    if a.dim() != 2 or b.dim() != 2 or not a.numel() or not b.numel():
+        raise ValueError(
+            f"the adapter of module {name!r} cannot be saved: lora_A has shape {tuple(a.shape)} and lora_B "
+            f"{tuple(b.shape)} in this process, as parts of a parameter that DeepSpeed ZeRO-3 or FSDP has "
+            "split. Gather the parameters, as accelerator.get_state_dict(model) does, and give them to "
+            "save_pretrained as state_dict."
+        )
+
+
+def _check_not_split(base: nn.Module, model: nn.Module, name: str) -> None:
+    plan = getattr(base, "_hf_tp_plan", None) or get_tp_plan_and_mesh(model, name)[0]
+    if plan is not None:
+        raise ValueError(
+            f"its weight is split over processes (tensor parallel, {plan!r}), and so would its adapter have "
+            "to be, which cannot grow; load the base model without tp_plan and use DDP."
+        )
 
 
 def _check_no_lora(model: nn.Module) -> None:

@@ -20,6 +20,11 @@ class Scales(dict[str, float]):
             self[name] = scale
 
     def __setitem__(self, name: str, scale: float) -> None:
+        if isinstance(scale, Tensor):
+            raise ValueError(
+                f"the scale of adapter {name!r} is a number, not a tensor as PEFT's hot-swapping makes it, "
+                "which is for plain LoRA only; hot-swap what increlora_rs.export_lora writes."
+            )
         super().__setitem__(name, scale)
         if name in self.tensors:
             self.tensors[name].fill_(scale)
