@@ -116,7 +116,8 @@ class IncreLoraModel(LoraModel):
         for name, layer in self.model.named_modules():
             base: Any = layer.get_base_layer() if isinstance(layer, AdaptedLayer) else None
             weight = getattr(base, "weight", None)
-            if isinstance(weight, nn.Parameter) and used[id(weight)] > 1:
+            # In a quantised layer, the new weight is another object.
+            if isinstance(weight, nn.Parameter) and used[id(weight)] > 1 and layer.quantization is None:
                 base.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
                 warnings.warn(
                     f"the weight of {name!r} is tied to another module's, which the adapter leaves alone; to "
