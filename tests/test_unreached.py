@@ -107,6 +107,7 @@ def test_a_module_of_one_step_of_the_window_is_as_any_other(importance, uses_las
     assert "['read']" in told[0]
 
 
+@pytest.mark.filterwarnings("ignore:.*importance of every module is 0")
 @pytest.mark.parametrize("importance", IMPORTANCES)
 def test_at_the_first_step_only_what_has_no_gradient_is_named(importance):
     with pytest.warns(UserWarning, match=r"of 3 adapted modules, \['read'\]"):
