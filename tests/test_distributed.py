@@ -123,3 +123,14 @@ def test_a_wrapper_that_is_gone_is_not_found(group_of_one):
     del ddp
     gc.collect()
     assert distributed.find_ddp(model) is None
+
+
+def test_a_module_that_one_process_calls_is_reached_in_all(tmp_path):
+    torchrun(2, "unreached.py", tmp_path)
+    first, second = (torch.load(tmp_path / f"rank{k}.pt") for k in range(2))
+    assert first == second
+    for ranks, told in first.values():
+        assert "['none']" in told[0]
+        assert ranks["none"] == 1
+        assert ranks["some"] > 1
+        assert sum(ranks.values()) == 9

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,6 +101,215 @@ def hqq(net):
 TRAINABLE = [bnb_8bit, bnb_4bit, torchao_int8, torchao_int4, torchao_float8, hqq]
 FORMATS = {make.__name__: make for make in (*TRAINABLE, torchao_int8_dynamic)}
 TRAINABLE = [make.__name__ for make in TRAINABLE]
+
+
+# Every kind that can be quantised anew: the bits that its weight and activations come to, and how it is made.
+
+
+def _hqq(linear, compute_dtype=torch.float32, **kwargs):
+    quantize = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed")
+    config = quantize.BaseQuantizeConfig(**({"group_size": 64} | kwargs))
+    return quantize.HQQLinear(linear, config, compute_dtype=compute_dtype, device="cpu")
+
+
+def _bnb(linear, kind, **kwargs):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    quantised = getattr(bnb.nn, kind)(WIDTH, WIDTH, bias=linear.bias is not None, **kwargs)
+    quantised.load_state_dict(linear.state_dict())
+    return quantised.to("cpu")
+
+
+def _bnb_8bit(linear, **kwargs):
+    return _bnb(linear, "Linear8bitLt", **kwargs)
+
+
+def _bnb_4bit(linear, **kwargs):
+    return _bnb(linear, "Linear4bit", compute_dtype=torch.float32, **kwargs)
+
+
+def _ao(linear, name, **kwargs):
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    config = getattr(quantization, name)(**kwargs)
+    quantization.quantize_(linear, config)
+    linear.config = config
+    return linear
+
+
+REQUANTISED = {
+    "hqq_8": (8, _hqq, {"nbits": 8}),
+    "hqq_4": (4, _hqq, {"nbits": 4, "axis": 1}),
+    "hqq_4_axis_0": (4, _hqq, {"nbits": 4, "axis": 0}),
+    "hqq_4_as_float": (4, _hqq, {"nbits": 4, "axis": 1, "view_as_float": True}),
+    "hqq_8_whole_rows": (8, _hqq, {"nbits": 8, "group_size": None}),
+    "hqq_8_bfloat16": (7, _hqq, {"nbits": 8, "compute_dtype": torch.bfloat16}),
+    "bnb_8": (7, _bnb_8bit, {"has_fp16_weights": False, "threshold": 6.0}),
+    "bnb_8_kept_whole": (7, _bnb_8bit, {"has_fp16_weights": True}),
+    "bnb_nf4": (4, _bnb_4bit, {"quant_type": "nf4"}),
+    "bnb_nf4_single": (4, _bnb_4bit, {"quant_type": "nf4", "compress_statistics": False}),
+    "bnb_nf4_bfloat16": (4, _bnb_4bit, {"quant_type": "nf4", "quant_storage": torch.bfloat16}),
+    "bnb_fp4": (3, _bnb_4bit, {"quant_type": "fp4"}),
+    "torchao_int8": (8, _ao, {"name": "Int8WeightOnlyConfig"}),
+    "torchao_int4": (4, _ao, {"name": "IntxWeightOnlyConfig", "weight_dtype": torch.int4}),
+    "torchao_float8": (5, _ao, {"name": "Float8WeightOnlyConfig"}),
+    "torchao_int8_dynamic": (7, _ao, {"name": "Int8DynamicActivationInt8WeightConfig"}),
+}
+
+
+@pytest.fixture(params=[True, False], ids=["bias", "no bias"])
+def bias(request):
+    return request.param
+
+
+@pytest.fixture(params=REQUANTISED)
+def requantised(request, bias):
+    """(model of one adapted layer, its base layer, x, the bits of its kind)."""
+    bits, make, kwargs = REQUANTISED[request.param]
+    torch.manual_seed(7)
+    linear = nn.Linear(WIDTH, WIDTH, bias=bias)
+    with torch.no_grad():
+        linear.weight.mul_(2.0)
+        if bias:
+            linear.bias.fill_(3.0)
+    net = nn.Sequential(make(linear.requires_grad_(False), **kwargs))
+    config = getattr(net[0], "config", None)
+    if config is not None:
+        # As a model that transformers quantised says it.
+        said = SimpleNamespace(get_apply_tensor_subclass=lambda: config)
+        net.hf_quantizer = SimpleNamespace(quantization_config=said)
+    model = get_peft_model(net, IncreLoraConfig(r=4, lora_alpha=4, target_modules=["0"])).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, 0.0, 0.5)
+    dtype = kwargs.get("compute_dtype", torch.float32)
+    return model, model.base_model.model[0].get_base_layer(), torch.randn(16, WIDTH, dtype=dtype), bits
+
+
+def _near(y, wanted, model, x, bits):
+    """Is the difference what rounding to so many bits makes of the update?"""
+    with model.disable_adapter():
+        update = wanted - model(x)
+    return (y - wanted).norm() < 8 * 2.0**-bits * update.norm()
+
+
+def _held(module):
+    """What a module has beside its weight, to compare: all that can be compared."""
+    plain = (bool, int, float, str, tuple, torch.dtype, torch.device, type(None))
+    attributes = {name: value for name, value in vars(module).items() if isinstance(value, plain)}
+    weight = getattr(module, "weight", None)
+    settings = ("quant_type", "blocksize", "compress_statistics", "quant_storage", "bnb_quantized")
+    attributes |= {f"weight.{name}": getattr(weight, name, None) for name in settings}
+    attributes["quant_config"] = copy.deepcopy(getattr(module, "quant_config", None))
+    attributes["weight"] = type(weight), getattr(weight, "requires_grad", None)
+    attributes["order"] = [(name, type(p), p.device, p.dtype) for name, p in module.named_parameters()]
+    return attributes
+
+
+@pytest.mark.filterwarnings("ignore:.*quantised anew")
+def test_a_merged_layer_gives_the_adapters_output_to_the_rounding(requantised):
+    model, _, x, bits = requantised
+    with torch.no_grad():
+        wanted = model(x)
+        twin = copy.deepcopy(model)
+        model.merge_adapter(safe_merge=True)
+        assert _near(model(x), wanted, twin, x, bits)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantised anew")
+def test_an_unmerged_layer_is_the_one_before_however_often(requantised):
+    model, _, x, _ = requantised
+    with torch.no_grad():
+        wanted = model(x)
+        model.merge_adapter()
+        merged = model(x)
+        for _ in range(2):
+            model.unmerge_adapter()
+            torch.testing.assert_close(model(x), wanted)
+            model.merge_adapter()
+            torch.testing.assert_close(model(x), merged)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantised anew")
+def test_merging_and_unmerging_leave_all_but_the_weight(requantised):
+    model, layer, x, _ = requantised
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    layer.note = "mine"
+    with torch.no_grad():
+        # bitsandbytes learns some of its settings at the first call.
+        model(x)
+        before, bias = _held(layer), layer.bias
+        for step in (model.merge_adapter, model.unmerge_adapter, model.merge_adapter):
+            step()
+            calls.clear()
+            model(x)
+            assert calls == [1]
+            assert model.base_model.model[0].get_base_layer() is layer
+            assert layer.bias is bias
+            assert _held(layer) == before
+        assert model.merge_and_unload()[0] is layer
+
+
+@pytest.mark.filterwarnings("ignore:.*quantised anew")
+def test_two_adapters_merge_and_unmerge(requantised):
+    model, _, x, bits = requantised
+    model.add_adapter("other", IncreLoraConfig(r=2, lora_alpha=2, target_modules=["0"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B.other" in name:
+            nn.init.normal_(parameter, 0.0, 0.5)
+    model.base_model.set_adapter(["default", "other"])
+    with torch.no_grad():
+        wanted = model(x)
+        twin = copy.deepcopy(model)
+        model.merge_adapter()
+        assert _near(model(x), wanted, twin, x, bits - 1)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(x), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantised anew")
+def test_a_copy_of_a_merged_layer_unmerges(requantised):
+    model, _, x, _ = requantised
+    with torch.no_grad():
+        wanted = model(x)
+        model.merge_adapter()
+        merged = model(x)
+        twin = copy.deepcopy(model)
+        twin.unmerge_adapter()
+        torch.testing.assert_close(twin(x), wanted)
+        torch.testing.assert_close(model(x), merged)
+
+
+def test_a_weight_that_another_layer_shares_stays_there():
+    torch.manual_seed(7)
+    first = _bnb_4bit(nn.Linear(WIDTH, WIDTH), quant_type="nf4")
+    second = _bnb_4bit(nn.Linear(WIDTH, WIDTH), quant_type="nf4")
+    second.weight = first.weight
+    model = get_peft_model(
+        nn.Sequential(first, second), IncreLoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    ).eval()
+    x = torch.randn(4, WIDTH)
+    with torch.no_grad(), pytest.warns(UserWarning, match="quantised anew"):
+        wanted = second(x)
+        model.merge_adapter()
+        torch.testing.assert_close(second(x), wanted)
+    assert second.weight.bnb_quantized
+
+
+def test_a_weight_that_cannot_be_quantised_anew_is_left_and_told():
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    config = quantization.FqnToConfig({"0": quantization.Int8WeightOnlyConfig()})
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    quantization.quantize_(net, config, filter_fn=None)
+    said = SimpleNamespace(get_apply_tensor_subclass=lambda: config)
+    net.hf_quantizer = SimpleNamespace(quantization_config=said)
+    config = IncreLoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(net, config).eval()
+    x = torch.randn(4, WIDTH)
+    with torch.no_grad(), pytest.warns(UserWarning, match="quantised anew"):
+        wanted = model(x)
+        with pytest.raises(ValueError, match=r"torchao cannot quantise the weight anew, .*unquantised"):
+            model.merge_adapter()
+        torch.testing.assert_close(model(x), wanted)
 
 
 def base(name):

@@ -60,6 +60,15 @@ class AdaptedModule:
         """Each parameter, the dimension along which it grows, and the births of its rows."""
         return [(self.a, 0, self.row_births), (self.b, 1, self.row_births), (self.e, 0, self.e_births)]
 
+    def first_learners(self) -> list[nn.Parameter]:
+        """The factor that starts at 0, and so is the first to get a gradient; none where all are random."""
+        config = self.layer.configs[self.adapter]
+        if config.init_lora_weights is False:
+            return []
+        if config.init_lora_weights == "svd":
+            return [self.e]
+        return [self.a if self.layer.kind == "embedding" else self.b]
+
     def start(self) -> None:
         """Marks all rows as there from the start."""
         self.row_births, self.e_births = [0] * self.rows, [0] * self.rank

@@ -6,6 +6,8 @@ import gc
 import weakref
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -34,6 +36,16 @@ def from_first_(values: Tensor) -> None:
     """Replaces ``values`` by the first process's."""
     if several_processes():
         dist.broadcast(values, 0)
+
+
+def in_any_process(facts: Tensor, device: torch.device) -> npt.NDArray[np.bool_]:
+    """Which of ``facts`` (bool, on the host) hold in some process; ``device``: where processes talk."""
+    if several_processes():
+        shared = facts.to(device, torch.int32)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        facts = shared.cpu() > 0
+    result: npt.NDArray[np.bool_] = facts.numpy()
+    return result
 
 
 def shared_seed(seed: int, device: torch.device) -> int:

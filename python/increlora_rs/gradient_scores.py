@@ -13,7 +13,7 @@ from torch import Tensor
 from . import _core
 from .adapted import AdaptedModule
 from .config import IncreLoraConfig
-from .distributed import average_, from_first_
+from .distributed import average_, from_first_, in_any_process
 from .ops import Probe
 from .scores import Scores
 from .sketch import Sketch, length_of, pairs_of, sketches_of
@@ -50,7 +50,6 @@ class GradientScores(Scores):
 
     def __init__(self, modules: Sequence[AdaptedModule], config: IncreLoraConfig, scaler: Any | None) -> None:
         super().__init__(modules, config, scaler)
-        self._modules = modules
         self._keeps_directions = config.follows_gradient
         self._sigma = np.zeros(len(modules))
         # One list for ever: the layers know it.
@@ -91,6 +90,11 @@ class GradientScores(Scores):
         if grad_scale is None and scale is not None:
             grad_scale = torch.tensor(scale, dtype=torch.float64)
         _core.take_sketches_(self._step, self._sum, self._steps, scale=grad_scale, found_inf=found_inf)
+
+    def reached(self, optimizer: torch.optim.Optimizer) -> npt.NDArray[np.bool_]:
+        """Which modules a gradient has reached since the last growth, in the window's steps."""
+        held = torch.stack([left.any() | right.any() for left, right in self._sums])
+        return in_any_process(held.cpu(), self.importance.device)
 
     def at_growth(self) -> npt.NDArray[np.float64]:
         """The scores for a growth, the same in every process; the sketches start anew."""

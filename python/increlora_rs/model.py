@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.model import get_tp_plan_and_mesh
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.peft_types import PeftType
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -78,6 +80,12 @@ class IncreLoraModel(LoraModel):
         if isinstance(peft_config.target_modules, (list, set, tuple)):
             _check_targets(model, peft_config.target_modules)
 
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        # PEFT looks for LoRA by the name of the method, and what stops LoRA stops this.
+        as_lora = copy.copy(peft_config)
+        as_lora.peft_type = PeftType.LORA
+        super()._check_target_module_compatiblity(as_lora, model, target_name)
+
     def _create_and_replace(
         self,
         lora_config: IncreLoraConfig,
@@ -96,6 +104,7 @@ class IncreLoraModel(LoraModel):
                 target.update_layer(adapter_name, r, alpha, config=config, probe=self._probe)
                 return
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            _check_not_split(base, self.model, current_key)
             quantization = quantization_of(base, **get_quantization_kwargs(self.model))
             module = layer_class(base, quantization)(
                 target, adapter_name, config, r, alpha, self._probe, quantization
@@ -113,7 +122,8 @@ class IncreLoraModel(LoraModel):
         for name, layer in self.model.named_modules():
             base: Any = layer.get_base_layer() if isinstance(layer, AdaptedLayer) else None
             weight = getattr(base, "weight", None)
-            if isinstance(weight, nn.Parameter) and used[id(weight)] > 1:
+            # In a quantised layer, the new weight is another object.
+            if isinstance(weight, nn.Parameter) and used[id(weight)] > 1 and layer.quantization is None:
                 base.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
                 warnings.warn(
                     f"the weight of {name!r} is tied to another module's, which the adapter leaves alone; to "
@@ -223,11 +233,20 @@ class IncreLoraModel(LoraModel):
             keys = factor_keys(name, adapter_name)
             # A state_dict that was handed over may hold a part of the modules.
             if all(key in selected for key in keys):
+                _check_gathered(short(name), *(selected[key] for key in keys[:2]))
                 active = _without_reserve(short(name), *(selected[key] for key in keys))
                 selected.update(zip(keys, active, strict=True))
                 ranks[short(name)] = int(active[-1].shape[0])
         config.rank_pattern = rank_pattern(ranks)
         return selected
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        raise ValueError(
+            "path_initial_model_for_weight_conversion is for LoRA that changes the base weights (PiSSA, "
+            "OLoRA, CorDA, LoRA-GA), which IncreLoRA does not; leave it out. The adapter as a plain LoRA is "
+            "what increlora_rs.export_lora writes."
+        )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -383,6 +402,25 @@ def _without_reserve(name: str, a: Tensor, b: Tensor, e: Tensor) -> tuple[Tensor
             "saved. What gave them new values must give them to all three, as load_state_dict() does."
         )
     return a[:rank].contiguous(), b[:, :rank].contiguous(), e
+
+
+def _check_gathered(name: str, a: Tensor, b: Tensor) -> None:
+    if a.dim() != 2 or b.dim() != 2 or not a.numel() or not b.numel():
+        raise ValueError(
+            f"the adapter of module {name!r} cannot be saved: lora_A has shape {tuple(a.shape)} and lora_B "
+            f"{tuple(b.shape)} in this process, as parts of a parameter that DeepSpeed ZeRO-3 or FSDP has "
+            "split. Gather the parameters, as accelerator.get_state_dict(model) does, and give them to "
+            "save_pretrained as state_dict."
+        )
+
+
+def _check_not_split(base: nn.Module, model: nn.Module, name: str) -> None:
+    plan = getattr(base, "_hf_tp_plan", None) or get_tp_plan_and_mesh(model, name)[0]
+    if plan is not None:
+        raise ValueError(
+            f"its weight is split over processes (tensor parallel, {plan!r}), and so would its adapter have "
+            "to be, which cannot grow; load the base model without tp_plan and use DDP."
+        )
 
 
 def _check_no_lora(model: nn.Module) -> None:

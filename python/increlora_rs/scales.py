@@ -71,6 +71,11 @@ class Scales(MutableMapping[str, float]):
         return self._scales[name].factor * self._unscaled(name)
 
     def __setitem__(self, name: str, value: float) -> None:
+        if isinstance(value, Tensor):
+            raise ValueError(
+                f"the scale of adapter {name!r} is a number, not a tensor as PEFT's hot-swapping makes it, "
+                "which is for plain LoRA only; hot-swap what increlora_rs.export_lora writes."
+            )
         scale = self._scales[name]
         scale.factor = value / self._unscaled(name)
         scale.tensor.fill_(scale.factor)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from . import saved_state
+from . import saved_state, unreached
 from .adapted import adapted_modules
 from .attachment import check_attachable, trainable_adapter, unwrapped_optimizer
 from .compiled import mark_growing
@@ -327,6 +327,7 @@ class RankScheduler:
     # Growth.
 
     def _grow(self) -> None:
+        reached = self._scores.reached(self._optimizer)
         scores = self._scores.at_growth()
         if not scores.any():
             warnings.warn(
@@ -335,8 +336,15 @@ class RankScheduler:
                 UserWarning,
                 stacklevel=2,
             )
-        chosen = self.schedule.choose(
-            scores, ranks_of(self._modules), caps_of(self._config, self._modules), self.budget
+        if not self._history:
+            unreached.tell(self.step, self._modules, reached)
+        chosen = unreached.choose(
+            self.schedule,
+            scores,
+            ranks_of(self._modules),
+            caps_of(self._config, self._modules),
+            self.budget,
+            reached,
         )
         for k, components in chosen:
             module = self._modules[k]

@@ -13,8 +13,9 @@ from torch import Tensor
 from . import _core
 from .adapted import AdaptedModule
 from .config import IncreLoraConfig
-from .distributed import from_first_
+from .distributed import from_first_, in_any_process
 from .ops import Probe
+from .unreached import has_learned
 
 
 class Scores:
@@ -27,6 +28,7 @@ class Scores:
     """
 
     def __init__(self, modules: Sequence[AdaptedModule], config: IncreLoraConfig, scaler: Any | None) -> None:
+        self._modules = modules
         device = modules[0].a.device
         self.importance = torch.zeros(len(modules), dtype=torch.float64, device=device)
         self._mean = torch.zeros_like(self.importance)
@@ -65,6 +67,13 @@ class Scores:
         from_first_(scores)
         chosen_by: npt.NDArray[np.float64] = scores.cpu().numpy()
         return chosen_by
+
+    def reached(self, optimizer: torch.optim.Optimizer) -> npt.NDArray[np.bool_]:
+        """Which modules a gradient has reached, the same in every process; before :meth:`at_growth`."""
+        counted = (self._mean != 0.0).cpu()
+        for k in torch.nonzero(~counted).flatten().tolist():
+            counted[k] = has_learned(self._modules[k], optimizer)
+        return in_any_process(counted, self.importance.device)
 
     def directions(self, k: int, components: int) -> tuple[Tensor, Tensor] | None:
         """What new components of module ``k`` start from; None: random numbers."""

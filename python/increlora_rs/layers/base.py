@@ -22,6 +22,7 @@ from ..ops import Probe
 from ..optimizer_state import watch
 from ..scales import Scales
 from .factor import Factor
+from .requantised import Former
 from .weight import changed_weight
 
 _PAPER_STD = 0.02
@@ -52,6 +53,9 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
     if TYPE_CHECKING:
         # What nn.Module keeps in its dictionaries, and what LoraLayer inherits.
         def __getattr__(self, name: str) -> Any: ...
+
+    # What a quantised base layer held before adapters were merged into it.
+    _former: Former | None = None
 
     adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_E")
     other_param_names: tuple[str, ...] = (
@@ -300,13 +304,21 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.lora_A:
-                changed_weight(self, self.get_delta_weight(name), name, check_finite=safe_merge)
+                former = changed_weight(self, self.get_delta_weight(name), name, check_finite=safe_merge)
+                if not self.merged_adapters:
+                    self._former = former
                 self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Takes all merged updates out of the base weight again."""
+        """Takes all merged updates out of the base weight again.
+
+        A quantised weight is put back as it was; the merged layer keeps it for that.
+        """
         if not self.merged:
             warnings.warn("no adapter is merged, so there is nothing to unmerge", stacklevel=2)
+        former, self._former = self._former, None
+        if former is not None and former.put_back(self.get_base_layer()):
+            self.merged_adapters.clear()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.lora_A:

@@ -13,6 +13,8 @@ from peft.utils.quantization_utils import (
 )
 from torch import Tensor, nn
 
+from .requantised import Former, set_weight, weight_of
+
 if TYPE_CHECKING:
     from .base import AdaptedLayer
 
@@ -51,21 +53,26 @@ def restore_layout(base: nn.Module) -> None:
 
 def changed_weight(
     layer: AdaptedLayer, delta: Tensor, adapter_name: str, *, check_finite: bool = False
-) -> None:
+) -> Former | None:
     """Adds ``delta``, of the shape of the base weight, to it.
+
+    Returns:
+        What a quantised base layer held before; None for every other one.
 
     Raises:
         ValueError: the weight cannot be changed, or, with ``check_finite``, the result is not finite.
     """
     base: nn.Module = layer.get_base_layer()
-    backend = layer.quantization
     weight: Any = getattr(base, "weight", None)
-    if backend is None and not (is_plain(weight) and weight.is_floating_point()):
+    # bitsandbytes' layer of 8 bits may keep its numbers and quantise them at each call.
+    in_full = getattr(weight, "has_fp16_weights", False)
+    backend = None if in_full else layer.quantization
+    if backend is None and not ((in_full or is_plain(weight)) and weight.is_floating_point()):
         _refuse(adapter_name, type(weight).__name__, getattr(weight, "dtype", None))
     if backend is not None and not backend.supports_merge:
         _refuse(adapter_name, backend.backend_name, getattr(weight, "dtype", None))
     restore_layout(base)
-    old = weight.data if backend is None else backend.get_base_weight(base)
+    old = weight.data if backend is None else weight_of(backend, base)
     if check_finite and not torch.isfinite(old + delta.to(old.device)).all():
         raise ValueError(
             f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: some of "
@@ -73,14 +80,17 @@ def changed_weight(
         )
     if backend is None:
         weight.data += delta.to(weight.dtype)
-        return
+        if in_full:
+            # What the last call made of the old numbers.
+            base.state.reset_grads()  # type: ignore[operator, union-attr]
+        return None
     warnings.warn(
         f"the {backend.backend_name} weight of a {type(base).__name__} is quantised anew with the update of "
         f"adapter {adapter_name!r} in it, and the outputs change by the rounding",
         UserWarning,
         stacklevel=4,
     )
-    backend.set_base_weight(layer, (old.to(delta.dtype) + delta).to(old.dtype))
+    return set_weight(backend, base, (old.to(delta.dtype) + delta).to(old.dtype))
 
 
 def _refuse(adapter_name: str, what: str, dtype: Any) -> None:
