@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from .._core import RESERVE_E
 from ..compiled import may_differ
 from ..config import IncreLoraConfig
+from ..modes import watched
 from ..ops import Probe
 from ..optimizer_state import watch
 from ..scales import Scales
+from .call import is_plain_call
 from .weight import changed_weight
 
 _PAPER_STD = 0.02
@@ -35,8 +37,6 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
 
     # What the layer adapts: "linear", "transposed" (transformers' Conv1D), "embedding", "convolution".
     kind: ClassVar[str]
-    # The modules whose output is fresh memory that the update may be added to in place.
-    plain_types: ClassVar[tuple[type[nn.Module], ...]] = ()
 
     in_features: int
     out_features: int
@@ -298,7 +298,9 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         if adapter_names is not None:
             return self._mixed_batch(base(x, *args, **kwargs), x, adapter_names)
         names = [name for name in self.active_adapters if name in self.lora_A]
-        fresh = type(base) in self.plain_types and not _hooked(base)
+        unwatched = not watched()
+        # Nobody else sees what comes out, which is fresh memory then.
+        fresh = unwatched and is_plain_call(base)
         result = self._fused(x, names[0]) if names and fresh and not args and not kwargs else None
         if result is None:
             result = base(x, *args, **kwargs)
@@ -308,7 +310,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
             names = names[1:]
         for name in names:
             result = self._added(result, x, name, inplace=fresh)
-            fresh = True
+            fresh = unwatched
         return result
 
     def _no_gradient(self) -> str:
@@ -374,16 +376,6 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
 
     def __repr__(self) -> str:
         return "increlora." + super().__repr__()
-
-
-def _hooked(layer: nn.Module) -> bool:
-    """Does anybody else see what the layer puts out?"""
-    return bool(
-        layer._forward_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or nn.modules.module._global_forward_hooks
-    )
 
 
 def _point(drawn: Tensor, directions: Tensor, dim: int) -> None:

@@ -19,7 +19,6 @@ class Convolution(AdaptedLayer):
     """
 
     kind: ClassVar[str] = "convolution"
-    plain_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, *args, **kwargs)

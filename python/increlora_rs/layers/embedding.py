@@ -20,7 +20,6 @@ class Embedding(AdaptedLayer):
     """
 
     kind: ClassVar[str] = "embedding"
-    plain_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         if base_layer.max_norm is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
+from .. import torch_ops
+from ..modes import readable
 from ..ops import adapter, fits_linear, linear
 from .base import AdaptedLayer
 from .weight import restore_layout
@@ -16,7 +17,6 @@ class Linear(AdaptedLayer):
     """A frozen ``nn.Linear``, or a quantised layer that stands for one, (..., in) to (..., out)."""
 
     kind: ClassVar[str] = "linear"
-    plain_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
 
     def train(self, mode: bool = True) -> Linear:
         """Sets training or evaluation, as ``torch.nn.Module.train`` does."""
@@ -31,7 +31,10 @@ class Linear(AdaptedLayer):
         return linear(x, base.weight, base.bias, **self._arguments(name))
 
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
-        return adapter(y, x, inplace=inplace, **self._arguments(name))
+        arguments = self._arguments(name)
+        if not readable(y, x, arguments["a"]):
+            return torch_ops.linear(y, x, **arguments)
+        return adapter(y, x, inplace=inplace, **arguments)
 
     def _arguments(self, name: str) -> dict[str, Any]:
         """What the operations take of an adapter."""
@@ -51,7 +54,6 @@ class TransposedLinear(Linear):
     """A frozen ``Conv1D`` of transformers, GPT-2's linear layer, whose weight is (in, out)."""
 
     kind: ClassVar[str] = "transposed"
-    plain_types: ClassVar[tuple[type[nn.Module], ...]] = (Conv1D,)
 
     def _fused(self, x: Tensor, name: str) -> Tensor | None:
         base = self.base_layer
