@@ -1,4 +1,4 @@
-"""Tensors that are no plain memory, and modes that see operations, reach no raw memory and change no result."""
+"""Tensors that are no plain memory, and modes that see operations, change no result and end no process."""
 
 import pytest
 import torch

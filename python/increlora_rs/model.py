@@ -7,6 +7,7 @@ import functools
 import re
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import IncreLoraConfig
 from .kinds import Kind, module_kinds
 from .layers import AdaptedLayer, TransposedLinear, layer_class, quantization_of
+from .layers.offload import onloaded
 from .ops import Probe
 from .weighted import WeightedSum, combined_config
 
@@ -99,6 +101,11 @@ class IncreLoraModel(LoraModel):
         if adapter_name not in self.active_adapters:
             module.requires_grad_(False)
         self._replace_module(parent, target_name, module, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
+        # It moves the adapter to where the weight is, which an offloaded one is not.
+        with onloaded(child) if isinstance(new_module, AdaptedLayer) else nullcontext():
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _check_merge_allowed(self) -> None:
         """Gives base layers that share their weight with another module, as tied embeddings do, one of
@@ -216,6 +223,10 @@ class IncreLoraModel(LoraModel):
             rank = ranks[short(name)] = layer.r[adapter_name]
             a, b = f"{name}.lora_A.{adapter_name}", f"{name}.lora_B.{adapter_name}"
             if a in selected:
+                if selected[a].is_meta:
+                    factors = layer.active_factors(adapter_name)
+                    keys = (a, b, a.replace(f"{name}.lora_A", f"{name}.lora_E"))
+                    selected.update(zip(keys, (factor.detach() for factor in factors), strict=True))
                 selected[a] = selected[a][:rank].contiguous()
                 selected[b] = selected[b][:, :rank].contiguous()
         config.rank_pattern = rank_pattern(ranks)

@@ -21,6 +21,7 @@ from ..ops import Probe
 from ..optimizer_state import watch
 from ..scales import Scales
 from .call import is_plain_call
+from .offload import hook_of, onloaded
 from .weight import changed_weight
 
 _PAPER_STD = 0.02
@@ -117,6 +118,15 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         self.scaling[adapter_name] = config.scale(lora_alpha, r)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        hook = None if device is not None else hook_of(self.get_base_layer())
+        if hook is not None:
+            # The base's weight is on meta between calls, where an adapter would lose its numbers.
+            device = hook.execution_device
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     @property
     def largest_rank(self) -> int:
@@ -247,6 +257,9 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
     def active_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """A (rank, in), B (out, rank), E (rank, 1) without the reserve: views of the parameters."""
         a, b, e = self.lora_A[adapter_name], self.lora_B[adapter_name], self.lora_E[adapter_name]
+        if a.is_meta:
+            with onloaded(self.lora_A, self.lora_B, self.lora_E):
+                a, b, e = self.lora_A[adapter_name], self.lora_B[adapter_name], self.lora_E[adapter_name]
         rank = e.shape[0]
         if may_differ(a.shape[0], rank):
             a, b = a[:rank], b[:, :rank]
@@ -329,11 +342,19 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
         """``y``, which may be overwritten where ``inplace``, plus the update of adapter ``name`` for x."""
 
-    def _factors_in_use(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """A, B, E as the forward pass takes them: in training with the reserve, which learns."""
+    def _factors_in_use(self, name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A, B, E as the forward pass takes them for x: in training with the reserve, which learns."""
         if self.training:
-            return self.lora_A[name], self.lora_B[name], self.lora_E[name]
-        return self.active_factors(name)
+            factors = self.lora_A[name], self.lora_B[name], self.lora_E[name]
+            if not factors[0].is_meta:
+                return factors
+        factors = self.active_factors(name)
+        if factors[0].is_meta and not x.is_meta:
+            raise ValueError(
+                f"adapter {name!r} has parameters on the device 'meta', that is, no numbers, for an input on "
+                f"{x.device.type!r}; load the adapter, or leave it out of what is offloaded."
+            )
+        return factors
 
     def _dropout(self, name: str) -> float:
         dropout = self.lora_dropout[name]

@@ -53,7 +53,7 @@ class Embedding(AdaptedLayer):
         base = self.get_base_layer()
         update = embedding(
             x,
-            *self._factors_in_use(name),
+            *self._factors_in_use(name, x),
             scale=self._scale(name),
             padding_idx=base.padding_idx,
             scale_grad_by_freq=base.scale_grad_by_freq,

@@ -28,17 +28,17 @@ class Linear(AdaptedLayer):
         base = self.base_layer
         if not fits_linear(x, base.weight, base.bias):
             return None
-        return linear(x, base.weight, base.bias, **self._arguments(name))
+        return linear(x, base.weight, base.bias, **self._arguments(name, x))
 
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
-        arguments = self._arguments(name)
+        arguments = self._arguments(name, x)
         if not readable(y, x, arguments["a"]):
             return torch_ops.linear(y, x, **arguments)
         return adapter(y, x, inplace=inplace, **arguments)
 
-    def _arguments(self, name: str) -> dict[str, Any]:
-        """What the operations take of an adapter."""
-        a, b, e = self._factors_in_use(name)
+    def _arguments(self, name: str, x: Tensor) -> dict[str, Any]:
+        """What the operations take of an adapter, for x."""
+        a, b, e = self._factors_in_use(name, x)
         return {
             "a": a,
             "b": b,
@@ -59,7 +59,7 @@ class TransposedLinear(Linear):
         base = self.base_layer
         if not fits_linear(x, base.weight, base.bias, transposed=True):
             return None
-        return linear(x, base.weight.t(), base.bias, **self._arguments(name))
+        return linear(x, base.weight.t(), base.bias, **self._arguments(name, x))
 
     def _as_weight(self, delta: Tensor) -> Tensor:
         return delta.t()
