@@ -9,9 +9,15 @@ import torch
 from torch import Tensor
 
 
+def autocasts(device_type: str) -> bool:
+    """Does autocast change the dtype of operations on such a device? Not on one that it does not know, as
+    ``meta``, where torch raises."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Context in which Rust's matrix products keep the dtype that they are given."""
-    if torch.is_autocast_enabled(device_type):
+    if autocasts(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
@@ -21,7 +27,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     device_type = x.device.type
     # As autocast itself does, which leaves float64 and whole numbers as they are.
     cast = x.is_floating_point() and x.dtype != torch.float64
-    if cast and torch.is_autocast_enabled(device_type):
+    if cast and autocasts(device_type):
         return torch.get_autocast_dtype(device_type)
     return x.dtype
 

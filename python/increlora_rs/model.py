@@ -7,6 +7,7 @@ import functools
 import re
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import IncreLoraConfig
 from .kinds import Kind, module_kinds
 from .layers import AdaptedLayer, TransposedLinear, layer_class, quantization_of
+from .layers.offload import onloaded
 from .ops import Probe
 from .weighted import WeightedSum, combined_config
 
@@ -114,6 +116,11 @@ class IncreLoraModel(LoraModel):
         if adapter_name not in self.active_adapters:
             module.requires_grad_(False)
         self._replace_module(parent, target_name, module, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
+        # It moves the adapter to where the weight is, which an offloaded one is not.
+        with onloaded(child) if isinstance(new_module, AdaptedLayer) else nullcontext():
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _check_merge_allowed(self) -> None:
         """Gives base layers that share their weight with another module, as tied embeddings do, one of
@@ -233,10 +240,13 @@ class IncreLoraModel(LoraModel):
             keys = factor_keys(name, adapter_name)
             # A state_dict that was handed over may hold a part of the modules.
             if all(key in selected for key in keys):
-                _check_gathered(short(name), *(selected[key] for key in keys[:2]))
-                active = _without_reserve(short(name), *(selected[key] for key in keys))
-                selected.update(zip(keys, active, strict=True))
-                ranks[short(name)] = int(active[-1].shape[0])
+                factors = [selected[key] for key in keys]
+                if factors[0].is_meta:
+                    factors = [factor.detach() for factor in layer.active_factors(adapter_name)]
+                _check_gathered(short(name), *factors[:2])
+                factors = _without_reserve(short(name), *factors)
+                selected.update(zip(keys, factors, strict=True))
+                ranks[short(name)] = int(factors[-1].shape[0])
         config.rank_pattern = rank_pattern(ranks)
         return selected
 
@@ -388,7 +398,7 @@ def check_shapes(name: str, a: Tensor, b: Tensor, e: Tensor, in_features: int, o
             )
 
 
-def _without_reserve(name: str, a: Tensor, b: Tensor, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _without_reserve(name: str, a: Tensor, b: Tensor, e: Tensor) -> list[Tensor]:
     """The active components of a module that is to be saved.
 
     Raises:
@@ -401,7 +411,7 @@ def _without_reserve(name: str, a: Tensor, b: Tensor, e: Tensor) -> tuple[Tensor
             f"{tuple(b.shape)} and lora_E of {tuple(e.shape)}, which are of different ranks, so nothing was "
             "saved. What gave them new values must give them to all three, as load_state_dict() does."
         )
-    return a[:rank].contiguous(), b[:, :rank].contiguous(), e
+    return [a[:rank].contiguous(), b[:, :rank].contiguous(), e]
 
 
 def _check_gathered(name: str, a: Tensor, b: Tensor) -> None:

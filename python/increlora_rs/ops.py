@@ -7,21 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _core, compiled
 from .autocast import as_autocast, compute_dtype, without_autocast
 from .cuda import stream
+from .modes import readable
 from .sketch import Sketch
 
 # Backward passes after which a missing scheduler is noticed, and an optimizer that takes no step.
 _UNATTENDED_PASSES = 50
 _IDLE_PASSES = 1000
-
-# FakeTensor: what torch.export traces with.
-_PLAIN = (nn.Parameter, Tensor, FakeTensor)
 
 
 @dataclass
@@ -213,16 +210,17 @@ def fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: b
     """
     return (
         # Subclasses (quantised, sharded) keep their numbers where Rust does not look.
-        type(weight) in _PLAIN
-        and type(x) in _PLAIN
-        and (bias is None or type(bias) in _PLAIN)
+        (readable(x, weight) if bias is None else readable(x, weight, bias))
         and x.dim() > 0
         and x.shape[-1] == weight.shape[0 if transposed else 1]
-        and compute_dtype(x) == compute_dtype(weight)
-        and not weight.requires_grad
-        and (bias is None or (compute_dtype(bias) == compute_dtype(x) and not bias.requires_grad))
         and x.device == weight.device
+        and _fits(x, weight)
+        and (bias is None or _fits(x, bias))
     )
+
+
+def _fits(x: Tensor, frozen: Tensor) -> bool:
+    return not frozen.requires_grad and (frozen.dtype == x.dtype or compute_dtype(frozen) == compute_dtype(x))
 
 
 def asked_of(probe: Probe | None, slot: int) -> dict[str, Tensor | None]:

@@ -60,6 +60,7 @@ def watch(parameter: nn.Parameter) -> None:
     _resized_parameters[parameter] = True
 
 
+@torch.compiler.disable
 def _drop_misshapen(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     # Without a new size, and without another state (loading makes a new dictionary), nothing can have
     # come to differ, and a look at every parameter in every step would cost more than the step.

@@ -115,6 +115,7 @@ class Scores:
         if update is None:
             raise TypeError(f"scaler={scaler!r} must be a GradScaler or None.")
 
+        @torch.compiler.disable
         def watched(*args: Any, **kwargs: Any) -> None:
             update(*args, **kwargs)
             if not self._stepped:

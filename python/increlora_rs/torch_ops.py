@@ -1,5 +1,5 @@
-"""Updates of embeddings and convolutions as differentiable operations of torch's, whose backward pass adds
-up their importance."""
+"""Updates as differentiable operations of torch's, whose backward pass adds up their importance: those of
+embeddings and convolutions, and that of a linear layer where Rust may not read its tensors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,47 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from . import compiled_torch_ops, updates
-from .autocast import without_autocast
+from . import _core, compiled_torch_ops, updates
+from .autocast import compute_dtype, without_autocast
+from .cuda import stream
+from .modes import in_memory, transformed
 from .ops import Probe, asked_of
 from .sketch import Sketch
 
 _Observers = tuple[Callable[..., Tensor], Callable[..., None]]
+
+
+def linear(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    e: Tensor,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    probe: Probe | None = None,
+    slot: int = 0,
+) -> Tensor:
+    """:func:`increlora_rs.ops.adapter` for tensors of any kind, which torch's own operations know: fake,
+    nested, sharded, of the meta device, or seen by a mode or a transform."""
+    dtype, seen = compute_dtype(x), x
+    x = functional.dropout(x, dropout) if dropout > 0.0 else x
+    t = functional.linear(x.to(dtype), a.to(dtype))
+    update = functional.linear(t, updates.scaled_b(a, b, e, scale).to(dtype))
+
+    def importance(gy: Tensor, scale: float, x: Tensor, a: Tensor, b: Tensor, e: Tensor) -> Tensor:
+        return _core.importance(_flat(gy), _flat(x).to(dtype), a, b, e, scale, stream(x.device))
+
+    def sketched(sketch: Sketch, gy: Tensor, _: Tensor) -> None:
+        sketch.add(_flat(gy), _flat(seen).to(dtype))
+
+    update = _observed(update, (importance, sketched), scale, probe, slot, x, a, b, e)
+    return (y + update).to(y.dtype)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def embedding(
@@ -119,7 +154,8 @@ def _observed(
     """``update`` itself, whose backward pass shows its gradient to one of the observers where the probe asks
     for it: ``importance(gradient, scale, *tensors)`` is added to the probe's slot, ``sketched(sketch,
     gradient, tensors[0])`` adds to the module's sketch."""
-    if probe is None:
+    # Nobody trains by a scheduler what is no number yet, or what a transform makes of it.
+    if probe is None or transformed() or not in_memory(update):
         return update
     observed: Tensor = _Observed.apply(update, observers, scale, probe, slot, *tensors)
     return observed

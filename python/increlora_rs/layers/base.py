@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from .._core import RESERVE_E
 from ..compiled import may_differ
 from ..config import IncreLoraConfig
+from ..modes import watched
 from ..ops import Probe
 from ..optimizer_state import watch
 from ..scales import Scales
+from .call import is_plain_call
 from .factor import Factor
+from .offload import hook_of, onloaded
 from .requantised import Former
 from .weight import changed_weight
 
@@ -39,8 +42,6 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
 
     # What the layer adapts: "linear", "transposed" (transformers' Conv1D), "embedding", "convolution".
     kind: ClassVar[str]
-    # The modules whose output is fresh memory that the update may be added to in place.
-    plain_types: ClassVar[tuple[type[nn.Module], ...]] = ()
 
     in_features: int
     out_features: int
@@ -120,6 +121,15 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         self.scaling.configure(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        hook = None if device is not None else hook_of(self.get_base_layer())
+        if hook is not None:
+            # The base's weight is on meta between calls, where an adapter would lose its numbers.
+            device = hook.execution_device
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     @property
     def largest_rank(self) -> int:
@@ -277,6 +287,9 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
     def active_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
         """A (rank, in), B (out, rank), E (rank, 1) without the reserve: views of the parameters."""
         a, b, e = self.factors(adapter_name)
+        if a.is_meta:
+            with onloaded(self.lora_A, self.lora_B, self.lora_E):
+                a, b, e = self.factors(adapter_name)
         rank = e.shape[0]
         if may_differ(a.shape[0], rank):
             a, b = a[:rank], b[:, :rank]
@@ -336,7 +349,9 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         if adapter_names is not None:
             return self._mixed_batch(base(x, *args, **kwargs), x, adapter_names)
         names = [name for name in self.active_adapters if name in self.lora_A]
-        fresh = type(base) in self.plain_types and not _hooked(base)
+        unwatched = not watched()
+        # Nobody else sees what comes out, which is fresh memory then.
+        fresh = unwatched and is_plain_call(base)
         result = self._fused(x, names[0]) if names and fresh and not args and not kwargs else None
         if result is None:
             result = base(x, *args, **kwargs)
@@ -346,7 +361,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
             names = names[1:]
         for name in names:
             result = self._added(result, x, name, inplace=fresh)
-            fresh = True
+            fresh = unwatched
         return result
 
     def _no_gradient(self) -> str:
@@ -365,11 +380,19 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
         """``y``, which may be overwritten where ``inplace``, plus the update of adapter ``name`` for x."""
 
-    def _factors_in_use(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """A, B, E as the forward pass takes them: in training with the reserve, which learns."""
+    def _factors_in_use(self, name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A, B, E as the forward pass takes them for x: in training with the reserve, which learns."""
         if self.training:
-            return self.factors(name)
-        return self.active_factors(name)
+            factors: tuple[Tensor, Tensor, Tensor] = self.factors(name)
+            if not factors[0].is_meta:
+                return factors
+        factors = self.active_factors(name)
+        if factors[0].is_meta and not x.is_meta:
+            raise ValueError(
+                f"adapter {name!r} has parameters on the device 'meta', that is, no numbers, for an input on "
+                f"{x.device.type!r}; load the adapter, or leave it out of what is offloaded."
+            )
+        return factors
 
     def _dropout(self, name: str) -> float:
         dropout = self.lora_dropout[name]
@@ -411,16 +434,6 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
 
     def __repr__(self) -> str:
         return "increlora." + super().__repr__()
-
-
-def _hooked(layer: nn.Module) -> bool:
-    """Does anybody else see what the layer puts out?"""
-    return bool(
-        layer._forward_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or nn.modules.module._global_forward_hooks
-    )
 
 
 def _point(drawn: Tensor, directions: Tensor, dim: int) -> None:

@@ -19,7 +19,6 @@ class Convolution(AdaptedLayer):
     """
 
     kind: ClassVar[str] = "convolution"
-    plain_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, *args, **kwargs)
@@ -39,7 +38,7 @@ class Convolution(AdaptedLayer):
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
         update = convolution(
             x,
-            *self._factors_in_use(name),
+            *self._factors_in_use(name, x),
             base=self.get_base_layer(),
             scale=self._scale(name),
             dropout=self._dropout(name),

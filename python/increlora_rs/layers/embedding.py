@@ -20,7 +20,6 @@ class Embedding(AdaptedLayer):
     """
 
     kind: ClassVar[str] = "embedding"
-    plain_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         if base_layer.max_norm is not None:
@@ -54,7 +53,7 @@ class Embedding(AdaptedLayer):
         base = self.get_base_layer()
         update = embedding(
             x,
-            *self._factors_in_use(name),
+            *self._factors_in_use(name, x),
             scale=self._scale(name),
             padding_idx=base.padding_idx,
             scale_grad_by_freq=base.scale_grad_by_freq,

@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.tuners_utils import onload_layer
 from peft.utils.quantization_utils import (
     ForwardOnlyQuantizationBackend,
     QuantizationBackend,
@@ -13,6 +14,7 @@ from peft.utils.quantization_utils import (
 )
 from torch import Tensor, nn
 
+from .offload import hook_of
 from .requantised import Former, set_weight, weight_of
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ def restore_layout(base: nn.Module) -> None:
 def changed_weight(
     layer: AdaptedLayer, delta: Tensor, adapter_name: str, *, check_finite: bool = False
 ) -> Former | None:
-    """Adds ``delta``, of the shape of the base weight, to it.
+    """Adds ``delta``, of the shape of the base weight, to it; to an offloaded one where it is kept.
 
     Returns:
         What a quantised base layer held before; None for every other one.
@@ -63,6 +65,16 @@ def changed_weight(
         ValueError: the weight cannot be changed, or, with ``check_finite``, the result is not finite.
     """
     base: nn.Module = layer.get_base_layer()
+    weight = getattr(base, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_meta and not delta.is_meta and hook_of(base) is not None:
+        with onload_layer(layer):
+            return _change(layer, base, delta, adapter_name, check_finite=check_finite)
+    return _change(layer, base, delta, adapter_name, check_finite=check_finite)
+
+
+def _change(
+    layer: AdaptedLayer, base: nn.Module, delta: Tensor, adapter_name: str, *, check_finite: bool
+) -> Former | None:
     weight: Any = getattr(base, "weight", None)
     # bitsandbytes' layer of 8 bits may keep its numbers and quantise them at each call.
     in_full = getattr(weight, "has_fp16_weights", False)
@@ -71,6 +83,17 @@ def changed_weight(
         _refuse(adapter_name, type(weight).__name__, getattr(weight, "dtype", None))
     if backend is not None and not backend.supports_merge:
         _refuse(adapter_name, backend.backend_name, getattr(weight, "dtype", None))
+    if backend is None and base._parameters.get("weight") is not weight:
+        raise ValueError(
+            f"adapter {adapter_name!r} cannot be merged into the weight of a {type(base).__name__} that is "
+            "computed from other parameters (pruned, or parametrised); make it permanent before, by "
+            "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations."
+        )
+    if weight.is_meta and not delta.is_meta:
+        raise ValueError(
+            f"adapter {adapter_name!r} cannot be merged into a base weight on the device 'meta', which holds "
+            "no numbers; load the base model whole to merge."
+        )
     restore_layout(base)
     old = weight.data if backend is None else weight_of(backend, base)
     if check_finite and not torch.isfinite(old + delta.to(old.device)).all():
