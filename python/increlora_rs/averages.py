@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .bystanders import followers
+from .bystanders import note
 from .events import GrowthEvent
 from .held import Held, held_by
 from .scheduler import RankScheduler
@@ -58,7 +58,6 @@ def keep_average(
     given = None if parameters is None else list(parameters)
     follower = _Follower(scheduler, average, given)
     follower.start()
-    followers.add(follower)
     return scheduler.on_growth(follower)
 
 
@@ -66,11 +65,13 @@ class _Follower:
     """Brings one average in step with one scheduler's adapter."""
 
     def __init__(self, scheduler: RankScheduler, average: Any, parameters: list[nn.Parameter] | None) -> None:
-        self._scheduler, self.average, self._parameters = scheduler, average, parameters
+        self._scheduler, self._average, self._parameters = scheduler, average, parameters
 
     def start(self) -> None:
         """Takes the sizes of now."""
-        for held in self._held():
+        found = self._held()
+        note(self._average, found)
+        for held in found:
             held.follow(self._scheduler.step)
 
     def __call__(self, event: GrowthEvent) -> None:
@@ -97,4 +98,4 @@ class _Follower:
             )
 
     def _held(self) -> list[Held]:
-        return held_by(self.average, self._scheduler._model, self._scheduler._modules, self._parameters)
+        return held_by(self._average, self._scheduler._model, self._scheduler._modules, self._parameters)

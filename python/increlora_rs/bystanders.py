@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import sys
 import warnings
@@ -13,7 +12,7 @@ from weakref import ReferenceType, WeakSet
 from torch import nn
 
 from .adapted import AdaptedModule
-from .held import HeldLayer, HeldTensor, held_by
+from .held import Held, HeldLayer, HeldTensor, held_by
 from .ops import Probe
 
 # Classes that average weights, by the module that they are in. One that is not loaded has no instances.
@@ -29,8 +28,17 @@ _AVERAGES = {
 # Those of them that hold tensors, of which it cannot be seen what they are copies of.
 _OF_TENSORS = ("diffusers.training_utils", "torch_ema")
 
-#: What brings averages in step, of all schedulers; each has the object that it was given as ``average``.
-followers: WeakSet[Any] = WeakSet()
+# What some scheduler's averages are kept by, or were: layers of copies, and objects that hold tensors.
+_known: WeakSet[Any] = WeakSet()
+
+
+def note(average: Any, held: Sequence[Held]) -> None:
+    """Notes that somebody looks after ``average``, of which ``held`` are the parts."""
+    layers = [part.copy.layer for part in held if isinstance(part, HeldLayer)]
+    _known.update(layers)
+    # Lists and dictionaries cannot be noted, and are not looked for.
+    if not layers and type(average).__weakrefoffset__ and type(average).__hash__ is not None:
+        _known.add(average)
 
 
 class Bystanders:
@@ -46,9 +54,6 @@ class Bystanders:
         self._seen: list[ReferenceType[Probe]] = []
         self._looked = False
         self._told: set[int] = set()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Bystanders:
-        return Bystanders(copy.deepcopy(self._model, memo), copy.deepcopy(self._modules, memo))
 
     def warn(self, step: int, before: Sequence[tuple[int, int]]) -> None:
         """After a growth and all who were told of it. ``before``: rows and rank of the modules before it."""
@@ -80,18 +85,19 @@ class Bystanders:
 
     def _lags(self, average: Any, before: Sequence[tuple[int, int]]) -> bool:
         """Is ``average`` one of this adapter, and of other sizes than it has now?"""
-        if any(follower.average is average for follower in followers):
-            return False
         try:
             held = held_by(average, self._model, self._modules)
         except (ValueError, TypeError):
             return False
         if not any(part.out_of_step() for part in held):
             return False
-        layers = [part for part in held if isinstance(part, HeldLayer)]
-        if layers:
+        copies = [part.copy for part in held if isinstance(part, HeldLayer)]
+        if copies:
             ours = {id(copied()) for copied in self._seen}
-            return any(id(part.copy.layer.probes[part.copy.adapter]) in ours for part in layers)
+            made_of_it = any(id(copied.layer.probes[copied.adapter]) in ours for copied in copies)
+            return made_of_it and not any(copied.layer in _known for copied in copies)
+        if average in _known:
+            return False
         # Another training's average of a like model has its sizes at most by chance.
         sizes = {id(module): size for module, size in zip(self._modules, before, strict=True)}
         return all(
@@ -110,5 +116,8 @@ def _living() -> list[Any]:
         for name in names
         if isinstance(found := getattr(sys.modules[module], name, None), type)
     )
-    # By type: asking some of torch's own objects for their class warns.
-    return [candidate for candidate in gc.get_objects() if issubclass(type(candidate), classes)]
+    objects = gc.get_objects()
+    # By type: asking some of torch's own objects for their class warns. And each type once: there are
+    # many objects, and few types.
+    wanted = {kind for kind in set(map(type, objects)) if issubclass(kind, classes)}
+    return [candidate for candidate in objects if type(candidate) in wanted] if wanted else []

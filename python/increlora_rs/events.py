@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -76,10 +75,6 @@ class SizeListeners:
         self._model, self._modules = model, modules
         self._callbacks: OrderedDict[int, Callable[[GrowthEvent], Any]] = OrderedDict()
         self.known = self._sizes()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SizeListeners:
-        # Who listens holds averages, or a model, of which a copy has none to tell of.
-        return SizeListeners(copy.deepcopy(self._model, memo), copy.deepcopy(self._modules, memo))
 
     def add(self, callback: Callable[[GrowthEvent], Any]) -> RemovableHandle:
         """Has ``callback`` called from now on.

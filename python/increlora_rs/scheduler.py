@@ -178,6 +178,10 @@ class RankScheduler:
         self._bystanders = Bystanders(self._model, self._modules)
         self._arm()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RankScheduler:
+        # A model that keeps it is copied for an average: a copy would grow nothing.
+        return self
+
     # What a user reads.
 
     @property
