@@ -551,7 +551,8 @@ def test_copies_that_are_no_stale_averages_are_not_told_of(training, kept):
 # Loads.
 
 
-def test_an_average_resumed_with_its_training_is_the_uninterrupted_one(training):
+@pytest.mark.parametrize("attached", ["before the load", "after the load"])
+def test_an_average_resumed_with_its_training_is_the_uninterrupted_one(training, attached):
     def begin():
         model, optimizer = training()
         return model, optimizer, swa_utils.AveragedModel(model), Shadow(model)
@@ -572,10 +573,14 @@ def test_an_average_resumed_with_its_training_is_the_uninterrupted_one(training)
     go_on(1, 5, *half)
     saved = copy.deepcopy([part.state_dict() for part in (*half[:3], half[3].average)])
     model, optimizer, averaged, held = resumed = begin()
+    if attached == "before the load":
+        for average in (averaged, held.average):
+            keep_average(attach_once(model, optimizer), average)
     for part, state in zip((model, optimizer, averaged, held.average), saved, strict=True):
         part.load_state_dict(state)
-    for average in (averaged, held.average):
-        keep_average(attach_once(model, optimizer), average)
+    if attached == "after the load":
+        for average in (averaged, held.average):
+            keep_average(attach_once(model, optimizer), average)
     go_on(6, 8, *resumed)
     for mine, theirs in zip(averaged.parameters(), whole[2].parameters(), strict=True):
         assert torch.equal(mine, theirs)

@@ -63,7 +63,7 @@ class Probe:
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model has no scheduler.
         own = ("scheduler", "importance", "collector", "armed")
-        rest = {"sketches": None, "sketching": False, "copies": []}
+        rest: dict[str, Any] = {"sketches": None, "sketching": False, "copies": []}
         return self.__dict__ | dict.fromkeys(own) | rest
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Probe:
