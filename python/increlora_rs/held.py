@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -329,7 +330,9 @@ class HeldLayer:
         with torch.no_grad():
             for value, (parameter, _, _) in zip(kept, self.copy.parameters, strict=True):
                 parameter.copy_(value)
-        layer.scaling[adapter] = share * config.scale(alpha, module.rank)
+        scale = share * config.scale(alpha, module.rank)
+        if not math.isclose(layer.scaling[adapter], scale, rel_tol=1e-9):
+            layer.scaling[adapter] = scale
 
 
 Held = HeldTensor | HeldLayer
