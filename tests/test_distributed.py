@@ -63,6 +63,17 @@ def test_several_processes_equal_one_with_the_averaged_loss(processes, scenario)
         assert (together - parameter).norm() < 1e-9 * parameter.norm(), name
 
 
+@pytest.mark.parametrize("scenario", ddp.SCENARIOS)
+def test_all_processes_are_told_of_a_growth_alike_and_have_the_same_average(processes, scenario):
+    _, results = processes
+    first = results[0][scenario]
+    assert sorted({step for step, _ in first["events"]}) == sorted({row[0] for row in first["history"]})
+    for other in (result[scenario] for result in results[1:]):
+        assert other["events"] == first["events"]
+        for name, mean in first["average"].items():
+            assert torch.equal(mean, other["average"][name]), name
+
+
 @pytest.fixture(scope="module")
 def trainers(tmp_path_factory):
     """Results of two processes under Trainer."""

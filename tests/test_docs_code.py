@@ -9,6 +9,7 @@ from pathlib import Path
 import increlora_rs
 import peft
 import pytest
+import pytorch_lightning
 import torch
 import transformers
 
@@ -107,6 +108,27 @@ def quickstart_model(make_bert, names):
     return {"data": examples(48)}
 
 
+def average_names(make_bert, names):
+    config = increlora_rs.IncreLoraConfig(r=2, target_modules=["query", "value"], growth_end=0.6)
+    return {"base": make_bert(), "config": config, "batches": batches(12)}
+
+
+class Classifier(pytorch_lightning.LightningModule):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch, _):
+        return self.model(**batch).loss
+
+
+def lightning_names(make_bert, names):
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    loader = torch.utils.data.DataLoader(examples(), batch_size=4)
+    options = {"accelerator": "cpu", "devices": 1} | dict.fromkeys(quiet, False)
+    return {"base": make_bert(), "Classifier": Classifier, "loader": loader, "options": options}
+
+
 def saved_adapter(make_bert, names):
     save_adapter(make_bert)
     return {"increlora_rs": increlora_rs}
@@ -121,6 +143,12 @@ PRELUDES = {
     ("quickstart.md", 2): lambda make_bert, names: {"batches": batches(40)},
     ("from-lora.md", 0): trainer_names,
     ("from-adalora.md", 0): loop_names,
+    ("averages.md", 0): average_names,
+    ("averages.md", 1): lambda make_bert, names: (
+        trainer_names(make_bert, names) | {"model": peft.get_peft_model(make_bert(), names["config"])}
+    ),
+    ("averages.md", 2): average_names,
+    ("averages.md", 3): lightning_names,
     ("choosing.md", 0): lambda make_bert, names: {
         "model": peft.get_peft_model(
             make_bert(), increlora_rs.IncreLoraConfig(r=8, target_modules=["query", "value"])
@@ -175,6 +203,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, make_bert, folder):
 PRODUCED = {
     "README.md": ["adapter", "lora", "ranks.png"],
     "quickstart.md": ["adapter", "lora", "ranks.png"],
+    "averages.md": ["adapter", "averaged", "ema"],
     "export.md": ["growing", "lora", "lora16", "lora2", "merged"],
 }
 

@@ -12,9 +12,11 @@ from ._torch_check import require_matching_torch
 require_matching_torch()
 
 from ._core import RESERVE_E  # noqa: E402
+from .averages import keep_average  # noqa: E402
 from .callback import IncreLoraCallback  # noqa: E402
 from .config import IncreLoraConfig  # noqa: E402
 from .convert import convert_lora  # noqa: E402
+from .events import GrowthEvent, Resize  # noqa: E402
 from .export import Export, export_lora  # noqa: E402
 from .growth import GrowthHistory  # noqa: E402
 from .history import growth_history  # noqa: E402
@@ -30,15 +32,18 @@ __version__ = version("increlora_rs")
 __all__ = [
     "RESERVE_E",
     "Export",
+    "GrowthEvent",
     "GrowthHistory",
     "IncreLoraCallback",
     "IncreLoraConfig",
     "IncreLoraModel",
     "RankScheduler",
+    "Resize",
     "attach",
     "convert_lora",
     "export_lora",
     "growth_history",
+    "keep_average",
     "module_table",
     "plot_growth",
     "plot_ranks",

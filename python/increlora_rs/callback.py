@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import SchedulerType, TrainerCallback
 
 from .attachment import schedulers_of
+from .averages import keep_average
+from .events import GrowthEvent
 from .logging_order import speak_first
 from .scheduler import RankScheduler, attach
 
@@ -25,15 +28,37 @@ class IncreLoraCallback(TrainerCallback):
             ``increlora/score/NAME`` (to which Trainer puts its ``train/``). They are not printed, nor
             kept in ``trainer_state.json``. By the gradient a score is that of the last growth.
 
+        averages: Averages of the weights that are to grow with the ranks, each as for
+            :func:`increlora_rs.keep_average`.
+        on_growth: Called after each growth, as :meth:`increlora_rs.RankScheduler.on_growth` has it. In
+            ``on_train_begin`` of callbacks that stand behind this one, its ``scheduler`` is attached already.
+
     Raises:
-        ValueError: at the start of the training, as :func:`increlora_rs.attach` does.
+        TypeError: an argument is of another type.
+        ValueError: at the start of the training, as :func:`increlora_rs.attach` and
+            :func:`increlora_rs.keep_average` do.
     """
 
-    def __init__(self, log_ranks: bool = False) -> None:
+    def __init__(
+        self,
+        log_ranks: bool = False,
+        *,
+        averages: Sequence[Any] = (),
+        on_growth: Callable[[GrowthEvent], Any] | None = None,
+    ) -> None:
         if not isinstance(log_ranks, bool):
             raise TypeError(f"log_ranks={log_ranks!r} must be True or False.")
+        if not isinstance(averages, (list, tuple)):
+            raise TypeError(
+                f"averages: a {type(averages).__name__} is no list; give a list of averages, such as [ema]."
+            )
+        if on_growth is not None and not callable(on_growth):
+            raise TypeError(
+                f"on_growth={on_growth!r} cannot be called; give a function that takes a GrowthEvent."
+            )
         self.scheduler: RankScheduler | None = None
         self._log_ranks = log_ranks
+        self._averages, self._on_growth = tuple(averages), on_growth
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attaches the scheduler to the Trainer's optimizer."""
@@ -60,6 +85,10 @@ class IncreLoraCallback(TrainerCallback):
                 stacklevel=2,
             )
             self.scheduler.step = state.global_step
+        for average in self._averages:
+            keep_average(self.scheduler, average)
+        if self._on_growth is not None:
+            self.scheduler.on_growth(self._on_growth)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Adds ``total_rank`` and ``orth_reg``, and what ``log_ranks`` asks for, to the log of a training

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -36,6 +38,7 @@ class Probe:
         reloaded: Did a layer take another rank from a checkpoint since the scheduler looked?
         sketches: With ``importance="gradient"`` the sketch of each module's gradient, else None.
         sketching: Are the backward passes to add to them?
+        copies: The probes of the copies of the model that were made so far, of copies of copies too.
     """
 
     importance: Tensor | None = None
@@ -47,6 +50,7 @@ class Probe:
     reloaded: bool = False
     sketches: list[Sketch] | None = None
     sketching: bool = False
+    copies: list[ReferenceType[Probe]] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def attached(self) -> bool:
@@ -56,7 +60,15 @@ class Probe:
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model has no scheduler.
         own = ("scheduler", "importance", "collector", "armed")
-        return self.__dict__ | dict.fromkeys(own) | {"sketches": None, "sketching": False}
+        rest: dict[str, Any] = {"sketches": None, "sketching": False, "copies": []}
+        return self.__dict__ | dict.fromkeys(own) | rest
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Probe:
+        made = Probe(**copy.deepcopy(self.__getstate__(), memo))
+        self.copies[:] = [known for known in self.copies if known() is not None]
+        made.copies = self.copies
+        made.copies.append(ref(made))
+        return made
 
     def attach(self, scheduler: Any, importance: Tensor) -> None:
         """Takes a scheduler, and the vector that it will ask for."""

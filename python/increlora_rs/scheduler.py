@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from . import saved_state, unreached
 from .adapted import adapted_modules
 from .attachment import check_attachable, trainable_adapter, unwrapped_optimizer
+from .bystanders import Bystanders
 from .compiled import mark_growing
 from .cuda import stream
 from .distributed import average_, find_ddp, rebuild_buckets, shared_seed
+from .events import Cause, GrowthEvent, SizeListeners
 from .gradient_scores import GradientScores
 from .growth import GrowthHistory
 from .model import rank_pattern
@@ -172,7 +175,13 @@ class RankScheduler:
             self._optimizer.register_state_dict_pre_hook(self._save),
             self._optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
+        self._listeners = SizeListeners(self._model, self._modules)
+        self._bystanders = Bystanders(self._model, self._modules)
         self._arm()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RankScheduler:
+        # A model that keeps it is copied for an average: a copy would grow nothing.
+        return self
 
     # What a user reads.
 
@@ -217,6 +226,26 @@ class RankScheduler:
         ranks: dict[str, float] = {f"increlora/rank/{name}": rank for name, rank in self.ranks.items()}
         return ranks | {f"increlora/score/{name}": score for name, score in self.scores.items()}
 
+    def on_growth(self, callback: Callable[[GrowthEvent], Any]) -> RemovableHandle:
+        """Has ``callback(event)`` called whenever parameters of the adapter have changed their size.
+
+        That is at the end of an optimizer step that ranks grew in; before a step, where an adapter of other
+        ranks was loaded since the last; and in :meth:`detach`, where components in reserve are dropped.
+        Optimizer state and DDP's buckets have followed by then. Every process is told alike. What a callback
+        raises comes out of the step, and callbacks after it are not called. For averages there is
+        :func:`increlora_rs.keep_average`.
+
+        Args:
+            callback: Takes a :class:`increlora_rs.GrowthEvent`; what it returns is not looked at.
+
+        Returns:
+            A handle; its ``remove()`` ends the calls.
+
+        Raises:
+            TypeError: ``callback`` cannot be called.
+        """
+        return self._listeners.add(callback)
+
     @torch.compiler.disable
     def detach(self) -> None:
         """Takes the hooks off the optimizer and stops growing; the adapter stays as it is, without
@@ -234,6 +263,7 @@ class RankScheduler:
         self._rebuild_buckets()
         self._probe.detach()
         self._group.pop(saved_state.KEY, None)
+        self._tell("detach")
 
     # Set-up.
 
@@ -308,10 +338,14 @@ class RankScheduler:
         overflowed = getattr(optimizer, "found_inf", None)
         if overflowed is None or not bool(overflowed):
             self._restart.correct(self.step)
-        if self._may_grow and self.schedule.is_event(self.step):
+        grows = self._may_grow and self.schedule.is_event(self.step)
+        if grows:
             self._grow()
         self._growth.step = self.step
         self._arm()
+        if grows:
+            # Last, so that the scheduler is as it should be where a callback raises.
+            self._tell("growth")
 
     def _update_may_grow(self) -> None:
         room = self._room()
@@ -399,6 +433,12 @@ class RankScheduler:
                 module.set_reserve(0)
                 module.follow(self._optimizer, self.step)
 
+    def _tell(self, cause: Cause) -> None:
+        """Tells those who hold copies of the parameters that sizes changed, if they did."""
+        before = self._listeners.known
+        if self._listeners.tell(self.step, cause) and cause == "growth":
+            self._bystanders.warn(self.step, before)
+
     def _rebuild_buckets(self) -> None:
         ddp = find_ddp(self._model)
         if ddp is not None:
@@ -484,6 +524,7 @@ class RankScheduler:
         if self._expected is None:
             if self._probe.reloaded:
                 self._take_loaded()
+                self._tell("load")
             return
         for module, expected in zip(self._modules, self._expected, strict=True):
             if (module.rank, module.rows) != expected:
@@ -496,6 +537,7 @@ class RankScheduler:
         self._probe.reloaded = False
         self._update_may_grow()
         self._restart.find_young(self._modules)
+        self._tell("load")
 
     def _take_loaded(self) -> None:
         """An adapter of other ranks was loaded without its optimizer: its rows are as if from the start."""

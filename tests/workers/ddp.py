@@ -10,10 +10,11 @@ from pathlib import Path
 import peft
 import torch
 import torch.distributed as dist
-from increlora_rs import IncreLoraConfig, attach
+from increlora_rs import IncreLoraConfig, attach, keep_average
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 STEPS = 60
 TARGETS = ["0", "2", "4"]
@@ -79,6 +80,9 @@ def train_here(scenario, rank):
         ddp.register_comm_hook(None, allreduce_hook)
     if scenario != "attach before wrapping":
         scheduler = attach(ddp, optimizer, total_steps=STEPS)
+    averaged, events = AveragedModel(ddp), []
+    keep_average(scheduler, averaged)
+    scheduler.on_growth(lambda event: events.append((event.step, [resize.name for resize in event.resizes])))
     micro = micro_batches(scenario)
     for t in range(1, STEPS + 1):
         for m in range(micro - 1):
@@ -87,7 +91,9 @@ def train_here(scenario, rank):
         (loss_of(ddp, t, rank, micro - 1) / micro).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return result(model, scheduler)
+        averaged.update_parameters(ddp)
+    average = {name: p.detach().clone() for name, p in averaged.named_parameters()}
+    return result(model, scheduler) | {"events": events, "average": average}
 
 
 def train_alone(scenario, processes):

@@ -1,0 +1,101 @@
+"""Averages of the weights (EMA, SWA) that others hold follow when ranks grow."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .bystanders import note
+from .events import GrowthEvent
+from .held import Held, held_by
+from .scheduler import RankScheduler
+
+
+def keep_average(
+    scheduler: RankScheduler,
+    average: Any,
+    *,
+    parameters: Iterable[nn.Parameter] | None = None,
+) -> RemovableHandle:
+    """Has an average of the weights (EMA, SWA) grow with the ranks.
+
+    Call it once, after ``attach``; the average may have been made before. It takes the size of the adapter
+    at once, and again after each growth, in place: its tensors stay the objects that they are. A new row
+    starts as the adapter's own, as a fresh average does, so that a growth does to the average's output what
+    it does to the adapter's: nothing, unless the configuration has it otherwise. A row that is older than
+    what the average has seen enters with B = 0. Under ``scaling="rank"`` the old rows of E are rescaled as
+    the adapter's are.
+
+    If an adapter of other ranks is loaded during the training and the average of the same checkpoint is not,
+    the averages of modules of other ranks start anew, with a warning. ``scheduler.detach()`` drops what the
+    average has in reserve, too.
+
+    Args:
+        scheduler: What ``attach`` returned.
+        average: What holds the average: ``torch.optim.swa_utils.AveragedModel`` or another copy of the
+            model; a dictionary from name to tensor; a list of tensors in the order of
+            ``model.parameters()``, of the trainable ones, or of ``parameters``; an object with one of these,
+            as ``EMAModel`` of diffusers and ``WeightAveraging`` of Lightning are; or a function that returns
+            one, for an average that is replaced by another object in the course of training.
+        parameters: The parameters that a list was made of, where they are others.
+
+    Returns:
+        A handle; its ``remove()`` lets the average go.
+
+    Raises:
+        ValueError: nothing in ``average`` belongs to the scheduler's adapter, or it has more rows or
+            other sizes; after a growth also, if it was loaded from elsewhere meanwhile.
+        TypeError: ``scheduler`` is no RankScheduler, or ``average`` none of the above.
+    """
+    if not isinstance(scheduler, RankScheduler):
+        raise TypeError(
+            f"scheduler={scheduler!r} is no RankScheduler; give what increlora_rs.attach returned."
+        )
+    given = None if parameters is None else list(parameters)
+    follower = _Follower(scheduler, average, given)
+    follower.start()
+    return scheduler.on_growth(follower)
+
+
+class _Follower:
+    """Brings one average in step with one scheduler's adapter."""
+
+    def __init__(self, scheduler: RankScheduler, average: Any, parameters: list[nn.Parameter] | None) -> None:
+        self._scheduler, self._average, self._parameters = scheduler, average, parameters
+
+    def start(self) -> None:
+        """Takes the sizes of now."""
+        found = self._held()
+        note(self._average, found)
+        for held in found:
+            held.follow(self._scheduler.step)
+
+    def __call__(self, event: GrowthEvent) -> None:
+        """Takes the sizes after a growth, a load, or the end."""
+        resizes = {id(resize.parameter): resize for resize in event.resizes}
+        restarted: dict[str, None] = {}
+        for held in self._held():
+            new_rank = id(held.module.e) in resizes
+            if event.cause == "detach" and new_rank:
+                # An adapter of other ranks was loaded at the end: the average is of the training.
+                continue
+            if event.cause == "load" and new_rank:
+                if held.restart():
+                    restarted[held.module.name] = None
+                continue
+            held.follow(event.step, [resizes.get(id(p)) for p, _, _ in held.module.parameters])
+        if restarted:
+            warnings.warn(
+                f"an adapter of other ranks was loaded without its average: the averages of {len(restarted)} "
+                f"modules, {next(iter(restarted))!r} the first, start anew from what was loaded. To go on "
+                "with an average, load that of the same checkpoint, too",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _held(self) -> list[Held]:
+        return held_by(self._average, self._scheduler._model, self._scheduler._modules, self._parameters)
