@@ -124,7 +124,7 @@ class IncreLoraConfig(LoraConfig):
         module_kinds: Kept by the library, for the export of a saved adapter: "embedding", or the size of
             a convolution's kernel, by full module name.
         expert_names: Kept by the library, for the export: the last parts of module names, such as "up_proj",
-            that PEFT takes for layers of fused experts in this base model, whatever they are; None: not known.
+            that PEFT takes for layers of fused experts in this base, whatever they are; None: not known.
 
     The other arguments are LoraConfig's: ``target_modules``, ``lora_alpha``, ``lora_dropout``,
     ``bias``, ``use_rslora``, ``modules_to_save``, ``trainable_token_indices``, ``exclude_modules``,

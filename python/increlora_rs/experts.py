@@ -19,7 +19,7 @@ try:
     from peft.utils import transformers_weight_conversion as _peft
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 except ImportError:  # Both are internals of their libraries; without them no reader renames either.
-    _peft = None  # type: ignore[assignment]
+    _peft = None
 
 _ADAPTABLE = (
     nn.Linear,
@@ -116,9 +116,9 @@ def expert_layers(model: nn.Module) -> dict[str, str]:
     """
     types = set()
     for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(getattr(config, "model_type", None), str):
-            types |= {config.model_type, type(module).__name__}
+        kind = getattr(getattr(module, "config", None), "model_type", None)
+        if isinstance(kind, str):
+            types |= {kind, type(module).__name__}
     return _layers_of(types)
 
 
@@ -174,8 +174,8 @@ def expert_names_of(config: Any, modules: list[str]) -> list[str]:
     if doubtful and not any(_BESIDE_EXPERTS.search(name) for name in modules):
         warnings.warn(
             "model_or_adapter_dir: the adapter does not say what its base model is, and modules called "
-            f"{doubtful} are read as fused experts where that is a mixture of experts; if so, export the model in "
-            "memory instead.",
+            f"{doubtful} are read as fused experts where that is a mixture of experts; if so, export the model "
+            "in memory instead.",
             UserWarning,
             stacklevel=4,
         )
@@ -231,8 +231,8 @@ def warn_of_left_out(parameters: list[Parameter], stacklevel: int) -> None:
     # Two parts of a name: PEFT takes "experts" in modules_to_save for "shared_experts" too.
     modules = sorted({".".join(parameter.module.split(".")[-2:]) for parameter in parameters})
     warnings.warn(
-        "target_modules: experts and routers that are parameters, not linear layers, are not adapted and stay "
-        f"as they are: {', '.join(_collapsed(parameters))}. modules_to_save={modules} trains them as a whole, "
+        "target_modules: experts and routers that are parameters, not linear layers, are not adapted and "
+        f"stay as they are: {', '.join(_collapsed(parameters))}. modules_to_save={modules} trains them whole, "
         f"LoraConfig(target_parameters=...) adapts them, exclude_modules={modules} ends this warning.",
         UserWarning,
         stacklevel=stacklevel + 1,

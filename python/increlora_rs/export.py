@@ -206,8 +206,8 @@ def _taken_for_experts(adapter: Adapter) -> list[str] | None:
         kind = "Conv1D" if adapter.config.fan_in_fan_out else adapter.modules[name].kind
         if kind != "linear":
             raise ValueError(
-                f"model_or_adapter_dir: PEFT takes {name!r} for a fused expert of the base model by its name, "
-                f"and its kind, {kind!r}, cannot be named otherwise; merge the adapter with merge_and_unload()."
+                f"model_or_adapter_dir: PEFT takes {name!r} for a fused expert of the base by its name, and "
+                f"its kind, {kind!r}, cannot be named otherwise; merge the adapter with merge_and_unload()."
             )
     return taken
 

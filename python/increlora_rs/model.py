@@ -101,8 +101,8 @@ class IncreLoraModel(LoraModel):
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
             if is_router(base):
                 raise ValueError(
-                    f"a {type(base).__name__} gives out a choice of experts, to which no update can be added; "
-                    "name it in exclude_modules, or in modules_to_save."
+                    f"a {type(base).__name__} gives out a choice of experts, to which no update can be "
+                    "added; name it in exclude_modules, or in modules_to_save."
                 )
             quantization = quantization_of(base, **get_quantization_kwargs(self.model))
             module = layer_class(base, quantization)(
@@ -379,9 +379,9 @@ def _check_not_trained_as_a_whole(config: IncreLoraConfig, name: str) -> None:
         for module in around:
             if module.endswith(saved):
                 raise ValueError(
-                    f"modules_to_save: {saved!r} is the end of {module!r} too, in which {name!r} is adapted, and "
-                    "what is trained as a whole cannot be; give more of the name, or name the adapted one in "
-                    "exclude_modules."
+                    f"modules_to_save: {saved!r} is the end of {module!r} too, in which {name!r} is adapted, "
+                    "and what is trained as a whole cannot be; give more of the name, or name the adapted one "
+                    "in exclude_modules."
                 )
 
 
