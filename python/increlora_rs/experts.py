@@ -174,8 +174,8 @@ def expert_names_of(config: Any, modules: list[str]) -> list[str]:
     if doubtful and not any(_BESIDE_EXPERTS.search(name) for name in modules):
         warnings.warn(
             "model_or_adapter_dir: the adapter does not say what its base model is, and modules called "
-            f"{doubtful} are read as fused experts where that is a mixture of experts; if so, export the model "
-            "in memory instead.",
+            f"{doubtful} are read as fused experts where that is a mixture of experts; if so, export the "
+            "model in memory instead.",
             UserWarning,
             stacklevel=4,
         )
@@ -232,7 +232,7 @@ def warn_of_left_out(parameters: list[Parameter], stacklevel: int) -> None:
     modules = sorted({".".join(parameter.module.split(".")[-2:]) for parameter in parameters})
     warnings.warn(
         "target_modules: experts and routers that are parameters, not linear layers, are not adapted and "
-        f"stay as they are: {', '.join(_collapsed(parameters))}. modules_to_save={modules} trains them whole, "
+        f"stay as they are: {', '.join(_collapsed(parameters))}. modules_to_save={modules} trains them, "
         f"LoraConfig(target_parameters=...) adapts them, exclude_modules={modules} ends this warning.",
         UserWarning,
         stacklevel=stacklevel + 1,

@@ -380,8 +380,8 @@ def _check_not_trained_as_a_whole(config: IncreLoraConfig, name: str) -> None:
             if module.endswith(saved):
                 raise ValueError(
                     f"modules_to_save: {saved!r} is the end of {module!r} too, in which {name!r} is adapted, "
-                    "and what is trained as a whole cannot be; give more of the name, or name the adapted one "
-                    "in exclude_modules."
+                    "and what is trained as a whole cannot be; give more of the name, or name the adapted "
+                    "one in exclude_modules."
                 )
 
 

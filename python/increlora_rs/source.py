@@ -159,8 +159,8 @@ def read_lora(
 def _no_layer(name: str) -> ValueError:
     return ValueError(
         f"model_or_adapter_dir: the LoRA was trained with target_parameters, of which {name + '.weight'!r} "
-        "is not the weight of one linear layer, and an IncreLoRA adapter has no part for others. Merge it into "
-        "its base model with merge_and_unload(), and start from that."
+        "is not the weight of one linear layer, and an IncreLoRA adapter has no part for others. Merge it "
+        "into its base model with merge_and_unload(), and start from that."
     )
 
 
