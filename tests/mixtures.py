@@ -27,7 +27,7 @@ LATENT = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 8,
 }
-# By name: what transformers calls the architecture, and its configuration. Layer 0 is dense where that can be.
+# By name: the architecture in transformers, and its configuration. Layer 0 is dense where that can be.
 MODELS = {
     "DeepseekV3": ("DeepseekV3", ROUTED | DEEPSEEK | LATENT),
     "Glm4Moe": ("Glm4Moe", ROUTED | DEEPSEEK),

@@ -9,7 +9,14 @@ from increlora_rs.experts import expert_layers, fused_parameters
 from increlora_rs.model import adapted_layers, short
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, ViTConfig, ViTModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
 
 # The last parameters of experts and routers in each architecture.
 FUSED = {
@@ -204,7 +211,7 @@ def test_experts_that_are_trained_as_a_whole_are_saved_and_loaded(tmp_path):
 def test_an_end_of_a_name_that_wraps_adapted_modules_is_refused():
     # PEFT would wrap shared_experts too, with what is adapted in them, and load nothing of it.
     config = IncreLoraConfig(target_modules="all-linear", modules_to_save=["experts"])
-    with pytest.raises(ValueError, match="modules_to_save: 'experts' is the end of .*shared_experts'"):
+    with pytest.raises(ValueError, match=r"modules_to_save: 'experts' is the end of .*shared_experts'"):
         get_peft_model(mixtures.build("DeepseekV3"), config)
 
 
