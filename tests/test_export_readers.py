@@ -1,8 +1,8 @@
 """Exports under readers that are installed here: PEFT's hot swap, diffusers."""
 
-import diffusers
 import pytest
 import torch
+import unets
 from increlora_rs import IncreLoraConfig, export_lora
 from peft import PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
@@ -55,31 +55,10 @@ def test_a_hot_swap_between_exports_of_one_rank_keeps_every_shape(two_exports, m
     assert {name: (p.shape, id(p)) for name, p in model.named_parameters()} == before
 
 
-def unet():
-    torch.manual_seed(7)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()
-
-
-def sample(model):
-    generator = torch.Generator().manual_seed(1)
-    x, h = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 5, 8, generator=generator)
-    with torch.no_grad():
-        return model(x, torch.tensor([3]), h).sample
-
-
 @pytest.fixture
 def adapted_unet(grow):
     """A UNet with an adapter of ranks from 1 to 3 on linear layers and convolutions, as diffusers adds it."""
-    model = unet()
+    model = unets.unet()
     model.add_adapter(IncreLoraConfig(r=3, target_modules=["to_q", "to_k", "to_out.0", "conv1", "proj_in"]))
     grow(model)
     return model
@@ -88,13 +67,13 @@ def adapted_unet(grow):
 @layouts
 def test_diffusers_loads_an_export_of_its_model(adapted_unet, tmp_path, layout):
     export_lora(adapted_unet, tmp_path, layout)
-    model = unet()
+    model = unets.unet()
     model.load_lora_adapter(tmp_path, prefix="base_model.model", weight_name="adapter_model.safetensors")
-    torch.testing.assert_close(sample(model), sample(adapted_unet), rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(unets.sample(model), unets.sample(adapted_unet), rtol=0.0, atol=1e-5)
 
 
 def test_what_diffusers_saves_itself_is_refused_when_it_is_loaded(adapted_unet, tmp_path):
     # The reason for the way above; docs/troubleshooting.md says so.
     adapted_unet.save_lora_adapter(tmp_path)
     with pytest.raises(Exception, match=r"."):
-        unet().load_lora_adapter(tmp_path, prefix=None)
+        unets.unet().load_lora_adapter(tmp_path, prefix=None)
