@@ -12,6 +12,7 @@ import pytest
 import pytorch_lightning
 import torch
 import transformers
+import unets
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(?P<language>\w+)(?P<options>[^\n]*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
@@ -134,6 +135,12 @@ def saved_adapter(make_bert, names):
     return {"increlora_rs": increlora_rs}
 
 
+def unet_names(make_bert, names):
+    unet = unets.unet()
+    unet.add_adapter(increlora_rs.IncreLoraConfig(r=2, target_modules=["to_q", "to_v"]))
+    return {"unet": unet, "fresh_unet": unets.unet()}
+
+
 # What the block (page, number) takes for granted, given the names of the blocks before it.
 PRELUDES = {
     ("README.md", 0): trainer_names,
@@ -156,8 +163,9 @@ PRELUDES = {
     },
     ("export.md", 0): saved_adapter,
     ("export.md", 1): lambda make_bert, names: {"base": make_bert()},
-    ("export.md", 5): lambda make_bert, names: {"fresh_base": make_bert()},
-    ("export.md", 6): lambda make_bert, names: {"another_base": make_bert()},
+    ("export.md", 5): unet_names,
+    ("export.md", 6): lambda make_bert, names: {"fresh_base": make_bert()},
+    ("export.md", 7): lambda make_bert, names: {"another_base": make_bert()},
     ("troubleshooting.md", 0): lambda make_bert, names: {
         "base": make_bert(),
         "config": increlora_rs.IncreLoraConfig(r=2, target_modules=["query", "value"]),
@@ -204,7 +212,7 @@ PRODUCED = {
     "README.md": ["adapter", "lora", "ranks.png"],
     "quickstart.md": ["adapter", "lora", "ranks.png"],
     "averages.md": ["adapter", "averaged", "ema"],
-    "export.md": ["growing", "lora", "lora16", "lora2", "merged"],
+    "export.md": ["growing", "lora", "lora16", "lora2", "merged", "unet_lora"],
 }
 
 

@@ -63,7 +63,9 @@ def changed_options(config: LoraConfig, known: Collection[str]) -> Iterator[tupl
         else:
             continue
         value = getattr(config, option.name)
-        if value is not None and value != default:
+        # PEFT leaves empty sets in the configurations of mixtures of experts.
+        unset = value is None or (not default and value in ([], {}, set(), ()))
+        if not unset and value != default:
             yield option.name, value, default
 
 
@@ -121,6 +123,8 @@ class IncreLoraConfig(LoraConfig):
             each parameter, and growth ends when no component fits any more.
         module_kinds: Kept by the library, for the export of a saved adapter: "embedding", or the size of
             a convolution's kernel, by full module name.
+        expert_names: Kept by the library, for the export: the last parts of module names, such as "up_proj",
+            that PEFT takes for layers of fused experts in this base, whatever they are; None: not known.
 
     The other arguments are LoraConfig's: ``target_modules``, ``lora_alpha``, ``lora_dropout``,
     ``bias``, ``use_rslora``, ``modules_to_save``, ``trainable_token_indices``, ``exclude_modules``,
@@ -186,6 +190,10 @@ class IncreLoraConfig(LoraConfig):
     module_kinds: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "Kept by the library: modules that are embeddings, or convolutions of a kernel."},
+    )
+    expert_names: list[str] | None = field(
+        default=None,
+        metadata={"help": "Kept by the library: names that LoRA's readers take for those of fused experts."},
     )
 
     def __post_init__(self) -> None:
@@ -376,6 +384,7 @@ class IncreLoraConfig(LoraConfig):
                     f"module_kinds[{name!r}]={kind!r} must be 'embedding' or the size of a kernel, by module "
                     "name; leave it out: the library keeps it."
                 )
+        arguments.collection("expert_names", self.expert_names, str, "a list of strings")
         tokens = self.trainable_token_indices
         for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
             arguments.collection(

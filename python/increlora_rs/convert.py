@@ -16,11 +16,12 @@ from torch import nn
 from . import arguments
 from .budget import Budget
 from .config import IncreLoraConfig, changed_options
+from .experts import expert_layers, expert_layers_of_base
 from .files import refuse_own_directory, staged
 from .kinds import module_kinds
 from .lowrank import Svd, svd_of_product
 from .model import rank_pattern
-from .source import Factors, LoraAdapter, read_lora
+from .source import Factors, LoraAdapter, layers_of_parameters, read_lora
 
 # What an adapter is on; how it learns is the caller's choice.
 _OF_THE_BASE = (
@@ -91,17 +92,12 @@ def convert_lora(
     arguments.integer("r", r, at_least=1, optional=True)
     target = Path(out_dir)
     refuse_own_directory(model_or_adapter_dir, target)
-    lora = read_lora(model_or_adapter_dir, adapter_name)
-    _refuse_unsupported(lora.config)
-    unknown = sorted(key for key in lora.others if ".lora_" in key)
-    if unknown:
-        raise ValueError(
-            f"model_or_adapter_dir: {unknown[0]!r} is neither lora_A nor lora_B of a module; only those can "
-            "be converted."
-        )
+    # The configuration before the tensors: an option that cannot be had gives them other shapes.
+    lora = read_lora(model_or_adapter_dir, adapter_name, _refuse_unsupported)
     updates = {name: _update(module) for name, module in lora.modules.items()}
     ranks = {name: svd.rank for name, svd in updates.items()}
-    config = _config(lora, r or _average_rank(lora, ranks, options), ranks, options)
+    experts = _expert_names(model_or_adapter_dir, lora.config)
+    config = _config(lora, r or _average_rank(lora, ranks, options), ranks, experts, options)
     config.module_kinds = module_kinds({name: module.kind for name, module in lora.modules.items()})
     tensors = {key: tensor.contiguous() for key, tensor in lora.others.items()}
     for name, svd in updates.items():
@@ -118,6 +114,8 @@ def convert_lora(
 
 def _refuse_unsupported(lora: LoraConfig) -> None:
     for name, value, _ in changed_options(lora, {*_OF_THE_BASE, *_DONE, "init_lora_weights"}):
+        if name == "target_parameters" and len(layers_of_parameters(lora)) == len(value):
+            continue
         raise ValueError(
             f"model_or_adapter_dir: the LoRA was trained with {name}={value!r}, which an IncreLoRA adapter "
             "has no part for. Merge it into its base model with merge_and_unload(), and start from that."
@@ -128,6 +126,14 @@ def _refuse_unsupported(lora: LoraConfig) -> None:
             "which may change the base weights. Save it with path_initial_model_for_weight_conversion, "
             "which makes it a LoRA on the unchanged base, and convert that."
         )
+
+
+def _expert_names(source: nn.Module | str | os.PathLike[str], lora: LoraConfig) -> list[str] | None:
+    """``IncreLoraConfig.expert_names`` of the base model, as far as it is known."""
+    if isinstance(source, nn.Module):
+        return sorted(expert_layers(source))
+    of_base = expert_layers_of_base(lora.base_model_name_or_path)
+    return None if of_base is None else sorted(of_base)
 
 
 def _average_rank(lora: LoraAdapter, ranks: dict[str, int], options: dict[str, Any]) -> int:
@@ -141,8 +147,10 @@ def _update(module: Factors) -> Svd:
     return svd_of_product(module.b.double() * module.scale, module.a)
 
 
-def _config(lora: LoraAdapter, r: int, ranks: dict[str, int], options: dict[str, Any]) -> IncreLoraConfig:
-    for name in (*_OF_THE_BASE, "rank_pattern"):
+def _config(
+    lora: LoraAdapter, r: int, ranks: dict[str, int], expert_names: list[str] | None, options: dict[str, Any]
+) -> IncreLoraConfig:
+    for name in (*_OF_THE_BASE, "rank_pattern", "expert_names"):
         if name in options:
             raise ValueError(
                 f"{name}={options[name]!r} cannot be given here, for the LoRA says it; leave it out."
@@ -151,4 +159,7 @@ def _config(lora: LoraAdapter, r: int, ranks: dict[str, int], options: dict[str,
     scale = theirs.lora_alpha / (theirs.r**0.5 if theirs.use_rslora else theirs.r)
     kept = {"lora_alpha": scale * r, "lora_dropout": theirs.lora_dropout}
     kept |= {name: getattr(theirs, name) for name in _OF_THE_BASE}
+    if theirs.target_parameters:
+        kept["target_modules"] = list(lora.modules)
+    kept["expert_names"] = expert_names
     return IncreLoraConfig(r=r, rank_pattern=rank_pattern(ranks), **(kept | options))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import arguments
+from .experts import expert_names_of
 from .files import refuse_own_directory, staged
 from .kinds import lora_tensors
 from .lowrank import svd_of_product
@@ -59,7 +61,8 @@ def export_lora(
     """Writes the adapter to ``out_dir`` as a plain PEFT LoRA that gives the same outputs.
 
     E and the scale are multiplied into B, in float32, and ``lora_alpha`` equals the rank, so the
-    scale that a consumer applies is 1.
+    scale that a consumer applies is 1. In a mixture of experts, dense and shared layers that are called
+    as the experts are stand in ``target_parameters``: in ``target_modules`` PEFT would take them for these.
 
     Args:
         model_or_adapter_dir: A model with an IncreLoRA adapter, or a directory that
@@ -98,7 +101,8 @@ def export_lora(
         module = adapter.modules[name]
         for key, tensor in lora_tensors(name, a, b, module.kind).items():
             tensors[key] = _cast(key, tensor, dtype or module.a.dtype)
-    config = _config(adapter, layout, {name: a.shape[0] for name, (a, _) in factors.items()}, rank)
+    ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
+    config = _config(adapter, layout, ranks, rank, _taken_for_experts(adapter))
     with staged(target) as stage:
         save_file(tensors, stage / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(stage))
@@ -188,8 +192,42 @@ def _cast(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.contiguous()
 
 
-def _config(adapter: Adapter, layout: str, ranks: dict[str, int], rank: int) -> LoraConfig:
+def _taken_for_experts(adapter: Adapter) -> list[str] | None:
+    """The modules whose names are those of fused experts to PEFT, in a base model that has such; else None.
+
+    Raises:
+        ValueError: one of them is no linear layer, which only ``target_modules`` could name.
+    """
+    names = expert_names_of(adapter.config, list(adapter.modules))
+    if not names:
+        return None
+    taken = [name for name in adapter.modules if name.rpartition(".")[2] in names]
+    for name in taken:
+        kind = "Conv1D" if adapter.config.fan_in_fan_out else adapter.modules[name].kind
+        if kind != "linear":
+            raise ValueError(
+                f"model_or_adapter_dir: PEFT takes {name!r} for a fused expert of the base by its name, and "
+                f"its kind, {kind!r}, cannot be named otherwise; merge the adapter with merge_and_unload()."
+            )
+    return taken
+
+
+def _config(
+    adapter: Adapter, layout: str, ranks: dict[str, int], rank: int, taken: list[str] | None
+) -> LoraConfig:
     ours = adapter.config
+    targets, parameters = _target_modules(ours.target_modules), None
+    if taken is not None:
+        # A regular expression would be resolved to the last parts of names, and match more than it did.
+        known, taken_ends = set(taken), {name.rpartition(".")[2] for name in taken}
+        if isinstance(targets, list):
+            targets = [
+                name for name in targets if _adapts(name, ranks) and name.rpartition(".")[2] not in taken_ends
+            ]
+        else:
+            targets = [name for name in ranks if name not in known]
+        parameters = [f"{name}.weight" for name in taken] or None
+        ranks = {f"{name}.weight" if name in known else name: rank for name, rank in ranks.items()}
     pattern = rank_pattern(ranks) if layout == "compact" else {}
     return LoraConfig(
         task_type=ours.task_type,
@@ -200,7 +238,8 @@ def _config(adapter: Adapter, layout: str, ranks: dict[str, int], rank: int) -> 
         lora_alpha=rank,
         lora_dropout=0.0,
         fan_in_fan_out=ours.fan_in_fan_out,
-        target_modules=_target_modules(ours.target_modules),
+        target_modules=targets,
+        target_parameters=parameters,
         exclude_modules=_target_modules(ours.exclude_modules),
         layers_to_transform=ours.layers_to_transform,
         layers_pattern=ours.layers_pattern,
@@ -210,6 +249,10 @@ def _config(adapter: Adapter, layout: str, ranks: dict[str, int], rank: int) -> 
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
     )
+
+
+def _adapts(target: str, modules: Iterable[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for name in modules)
 
 
 def _target_modules(modules: Any) -> Any:

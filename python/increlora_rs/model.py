@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import IncreLoraConfig
+from .experts import Parameter, expert_layers, is_router, left_out, names_one_of, warn_of_left_out
 from .kinds import Kind, module_kinds
 from .layers import AdaptedLayer, TransposedLinear, layer_class, quantization_of
 from .layers.offload import onloaded
@@ -75,12 +76,19 @@ class IncreLoraModel(LoraModel):
         layers = adapted_layers(model, adapter_name)
         config.fan_in_fan_out = any(isinstance(layer, TransposedLinear) for layer in layers.values())
         config.module_kinds = module_kinds({short(name): _kind(layer) for name, layer in layers.items()})
+        config.expert_names = sorted(expert_layers(model))
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         _check_no_lora(model)
         self._probe = Probe()
+        out = left_out(model, peft_config)
+        _leave_out_routers(model, peft_config, out)
         if isinstance(peft_config.target_modules, (list, set, tuple)):
-            _check_targets(model, peft_config.target_modules)
+            _check_targets(model, peft_config.target_modules, out)
+        told: set[Parameter] = self.__dict__.setdefault("_told_left_out", set())
+        if set(out) - told and not peft_config.inference_mode:
+            warn_of_left_out(out, stacklevel=2)
+            told.update(out)
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         # PEFT looks for LoRA by the name of the method, and what stops LoRA stops this.
@@ -100,6 +108,7 @@ class IncreLoraModel(LoraModel):
         parameter_name: str | None = None,
     ) -> None:
         config = lora_config
+        _check_not_trained_as_a_whole(config, current_key)
         r, alpha = config.initial_rank_of(current_key), config.alpha_of(current_key)
         try:
             if isinstance(target, AdaptedLayer):
@@ -107,6 +116,11 @@ class IncreLoraModel(LoraModel):
                 return
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
             _check_not_split(base, self.model, current_key)
+            if is_router(base):
+                raise ValueError(
+                    f"a {type(base).__name__} gives out a choice of experts, to which no update can be "
+                    "added; name it in exclude_modules, or in modules_to_save."
+                )
             quantization = quantization_of(base, **get_quantization_kwargs(self.model))
             module = layer_class(base, quantization)(
                 target, adapter_name, config, r, alpha, self._probe, quantization
@@ -443,13 +457,40 @@ def _check_no_lora(model: nn.Module) -> None:
             )
 
 
-def _check_targets(model: nn.Module, targets: Any) -> None:
+def _check_not_trained_as_a_whole(config: IncreLoraConfig, name: str) -> None:
+    """Raises where PEFT would wrap a module that holds the adapted one: it takes the end of any name."""
+    parts = name.split(".")
+    around = [".".join(parts[: k + 1]) for k in range(len(parts))]
+    for saved in config.modules_to_save or ():
+        for module in around:
+            if module.endswith(saved):
+                raise ValueError(
+                    f"modules_to_save: {saved!r} is the end of {module!r} too, in which {name!r} is adapted, "
+                    "and what is trained as a whole cannot be; give more of the name, or name the adapted "
+                    "one in exclude_modules."
+                )
+
+
+def _leave_out_routers(model: nn.Module, config: IncreLoraConfig, out: list[Parameter]) -> None:
+    """Excludes, so that a saved adapter excludes them too, the routers that "all-linear" would take."""
+    routers = [parameter.module for parameter in out if is_router(model.get_submodule(parameter.module))]
+    given = config.exclude_modules
+    if routers and isinstance(given, str):
+        config.exclude_modules = "|".join([f"(?:{given})", *map(re.escape, routers)])
+    elif routers:
+        config.exclude_modules = [*(given or ()), *routers]
+
+
+def _check_targets(model: nn.Module, targets: Any, experts: list[Parameter]) -> None:
     names = [name for name, _ in model.named_modules()]
     unknown = sorted(
         target
         for target in targets
         if not any(name == target or name.endswith(f".{target}") for name in names)
     )
+    if len(unknown) < len(targets):
+        # Of experts there is a warning of its own.
+        unknown = [target for target in unknown if not names_one_of(experts, target, model)]
     if unknown and len(unknown) < len(targets):
         warnings.warn(
             f"target_modules: {unknown} match no module of the base model; the other names do.",
@@ -462,7 +503,8 @@ def _check_targets(model: nn.Module, targets: Any) -> None:
             for name, module in model.named_modules()
             if isinstance(module, (nn.Linear, Conv1D))
         }
+        fused = "".join(f", only fused experts, {first.full_name!r} the first" for first in experts[:1])
         raise ValueError(
-            f"target_modules: {unknown} match no module of the base model; its linear layers are "
+            f"target_modules: {unknown} match no module of the base model{fused}; its linear layers are "
             f"called {sorted(linear)}."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from .peft_type import PEFT_TYPE
 
 # Adapters that can be read: what they are called, and their type.
 _KINDS = {IncreLoraConfig: ("IncreLoRA", PEFT_TYPE), LoraConfig: ("LoRA", PeftType.LORA)}
+# A weight by its full name: the number of a layer is in it, which an end of a name has not.
+_WEIGHT = re.compile(r"^\w+(\.\w+)*\.\d+\.(\w+\.)+weight$")
 _FACTOR = re.compile(r"^(?P<name>.+)\.lora_(?P<factor>[ABE])(\.weight)?$")
 
 
@@ -104,14 +107,23 @@ def read(source: nn.Module | str | os.PathLike[str], adapter_name: str = "defaul
     return _assemble(config, tensors)
 
 
-def read_lora(source: nn.Module | str | os.PathLike[str], adapter_name: str = "default") -> LoraAdapter:
+def read_lora(
+    source: nn.Module | str | os.PathLike[str],
+    adapter_name: str = "default",
+    check: Callable[[LoraConfig], None] = lambda config: None,
+) -> LoraAdapter:
     """The plain LoRA of a model, or of a directory that ``save_pretrained`` wrote.
+
+    Args:
+        source: The model or the directory.
+        adapter_name: Which adapter of a model.
+        check: Raises for a configuration whose tensors cannot be read here; called before they are.
 
     Raises:
         ValueError: there is no LoRA adapter, or it is damaged.
         FileNotFoundError, TypeError: as for :func:`read`.
     """
-    config, tensors = _stored(source, adapter_name, LoraConfig)
+    config, tensors = _stored(source, adapter_name, LoraConfig, check)
     lora = LoraAdapter(config)
     found: dict[str, dict[str, Tensor]] = {}
     embeddings = set()
@@ -124,6 +136,12 @@ def read_lora(source: nn.Module | str | os.PathLike[str], adapter_name: str = "d
         found.setdefault(name, {})[factor] = tensor
         if embedding:
             embeddings.add(name)
+    unknown = sorted(key for key in lora.others if ".lora_" in key)
+    if unknown:
+        raise ValueError(
+            f"model_or_adapter_dir: {unknown[0]!r} is neither lora_A nor lora_B of a module; only those can "
+            "be converted."
+        )
     for name in sorted(found, key=_natural):
         a, b = _factors(name, found[name], "AB")
         a, b, kind = matrices(a, b, name in embeddings)
@@ -132,12 +150,35 @@ def read_lora(source: nn.Module | str | os.PathLike[str], adapter_name: str = "d
         lora.modules[name] = Factors(a, b, e, _lora_scale(config, name, int(a.shape[0])), kind)
     if not lora.modules:
         raise ValueError("model_or_adapter_dir: the adapter holds no module with lora_A and lora_B.")
+    for name in layers_of_parameters(config):
+        if name not in lora.modules:
+            raise _no_layer(name)
     return lora
 
 
+def _no_layer(name: str) -> ValueError:
+    return ValueError(
+        f"model_or_adapter_dir: the LoRA was trained with target_parameters, of which {name + '.weight'!r} "
+        "is not the weight of one linear layer, and an IncreLoRA adapter has no part for others. Merge it "
+        "into its base model with merge_and_unload(), and start from that."
+    )
+
+
+def layers_of_parameters(config: LoraConfig) -> list[str]:
+    """The modules whose weight ``target_parameters`` gives by its full name, as :func:`export_lora` writes
+    those that PEFT would take for experts: their tensors are a linear layer's."""
+    return sorted(
+        name.removesuffix(".weight") for name in config.target_parameters or () if _WEIGHT.match(name)
+    )
+
+
 def _lora_scale(config: LoraConfig, name: str, rank: int) -> float:
+    layer = name if name in layers_of_parameters(config) else None
+    name = f"{name}.weight" if layer else name
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
     configured = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+    if rank != configured and layer:
+        raise _no_layer(layer)
     if rank != configured:
         raise ValueError(
             f"model_or_adapter_dir: lora_A of module {name!r} has {rank} rows, but the configuration makes "
@@ -147,23 +188,28 @@ def _lora_scale(config: LoraConfig, name: str, rank: int) -> float:
 
 
 def _stored(
-    source: nn.Module | str | os.PathLike[str], adapter_name: str, kind: type[LoraConfig]
+    source: nn.Module | str | os.PathLike[str],
+    adapter_name: str,
+    kind: type[LoraConfig],
+    check: Callable[[Any], None] = lambda config: None,
 ) -> tuple[Any, dict[str, Tensor]]:
-    """Configuration, of type ``kind``, and tensors of the adapter of a model or a directory.
+    """Configuration, of type ``kind`` and after ``check``, and tensors of an adapter of a model or directory.
 
     Raises:
         ValueError, FileNotFoundError, TypeError: as for :func:`read`.
     """
     if isinstance(source, nn.Module):
-        return _of_model(source, adapter_name, kind)
+        return _of_model(source, adapter_name, kind, check)
     if isinstance(source, (str, os.PathLike)):
-        return _of_directory(Path(source), kind)
+        return _of_directory(Path(source), kind, check)
     raise TypeError(
         f"model_or_adapter_dir: a {type(source).__name__} is neither a model nor the path of a saved adapter."
     )
 
 
-def _of_model(model: nn.Module, adapter_name: str, kind: type[LoraConfig]) -> tuple[Any, dict[str, Tensor]]:
+def _of_model(
+    model: nn.Module, adapter_name: str, kind: type[LoraConfig], check: Callable[[Any], None]
+) -> tuple[Any, dict[str, Tensor]]:
     configs: Any = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)
     if getattr(config, "peft_type", None) != _KINDS[kind][1]:
@@ -171,11 +217,14 @@ def _of_model(model: nn.Module, adapter_name: str, kind: type[LoraConfig]) -> tu
             f"model_or_adapter_dir: the model has no {_KINDS[kind][0]} adapter {adapter_name!r}; its "
             f"adapters are {list(configs)}."
         )
+    check(config)
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     return config, {key: tensor.detach() for key, tensor in tensors.items()}
 
 
-def _of_directory(folder: Path, kind: type[LoraConfig]) -> tuple[Any, dict[str, Tensor]]:
+def _of_directory(
+    folder: Path, kind: type[LoraConfig], check: Callable[[Any], None]
+) -> tuple[Any, dict[str, Tensor]]:
     config_file, weights_file = folder / CONFIG_NAME, folder / SAFETENSORS_WEIGHTS_NAME
     if not weights_file.exists() and (folder / WEIGHTS_NAME).exists():
         weights_file = folder / WEIGHTS_NAME
@@ -197,7 +246,9 @@ def _of_directory(folder: Path, kind: type[LoraConfig]) -> tuple[Any, dict[str, 
             f"model_or_adapter_dir: {folder} holds an adapter of type {peft_type!r}; only "
             f"{wanted.value!r} can be read here."
         )
-    return kind.from_pretrained(str(folder)), load_weights(weights_file)
+    config = kind.from_pretrained(str(folder))
+    check(config)
+    return config, load_weights(weights_file)
 
 
 def _assemble(config: IncreLoraConfig, tensors: dict[str, Tensor]) -> Adapter:
