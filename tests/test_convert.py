@@ -148,7 +148,7 @@ def test_factors_are_orthonormal_and_e_falls(train, tmp_path, source):
     names = [key.removesuffix(".lora_E.weight") for key in tensors if key.endswith(".lora_E.weight")]
     assert len(names) == 4
     for name in names:
-        a, b, e = (tensors[f"{name}.lora_{factor}"].double() for factor in "ABE")
+        a, b, e = (tensors[f"{name}.lora_{factor}.weight"].double() for factor in "ABE")
         torch.testing.assert_close(a @ a.T, torch.eye(4, dtype=torch.float64), rtol=0.0, atol=1e-6)
         torch.testing.assert_close(b.T @ b, torch.eye(4, dtype=torch.float64), rtol=0.0, atol=1e-6)
         assert (e.view(-1).diff() <= 0).all()
@@ -239,7 +239,7 @@ def test_converted_lora_lies_frozen_beside_a_growing_adapter(train, make_bert, t
     torch.testing.assert_close(logits(model.eval(), tokens), logits(lora, tokens), rtol=0.0, atol=1e-5)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     scheduler = attach(model.train(), optimizer, total_steps=20)
-    before = {n: p.clone() for n, p in model.named_parameters() if n.endswith(".style")}
+    before = {n: p.clone() for n, p in model.named_parameters() if n.endswith(".style.weight")}
     for _ in range(20):
         model(tokens, labels=torch.tensor([0, 2])).loss.backward()
         optimizer.step()
