@@ -29,7 +29,7 @@ def two(make_bert, grow):
 
 
 def values(model, adapter):
-    return {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith(f".{adapter}")}
+    return {n: p.detach().clone() for n, p in model.named_parameters() if f".{adapter}." in n}
 
 
 def same(first, second):
