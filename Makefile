@@ -7,8 +7,9 @@ INSTALLED := $(VENV)/.installed
 # What pyproject.toml needs for a build, installed once instead of in an isolated environment.
 BUILD_REQUIRES := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | sed 's/", "/" "/g')
 
-# Switches by which torch, oneDNN and MKL take the kernels of other processors, a run of the tests each; what a
-# processor lacks or a library does not know is left as it is.
+# Switches by which torch, our loops, oneDNN and MKL take the kernels of other processors, a run of the tests each;
+# what a processor lacks or a library does not know is left as it is. Inductor's cache does not know that the first
+# switch changes the code it keeps: each has a cache of its own.
 INSTRUCTION_SETS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 \
 	ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 	MKL_CBWR=COMPATIBLE MKL_CBWR=AVX2 OMP_NUM_THREADS=1
@@ -71,7 +72,8 @@ test-python: build
 
 test-isa: build ## the tests of numbers as on other processors, and on one core
 	@set -e; for switch in $(INSTRUCTION_SETS); do \
-		echo "== $$switch"; env $$switch pytest $(NUMERIC_TESTS); \
+		echo "== $$switch"; \
+		env $$switch TORCHINDUCTOR_CACHE_DIR="$(CURDIR)/target/inductor/$$switch" pytest $(NUMERIC_TESTS); \
 	done
 	@echo "== one core"; taskset -c 0 pytest $(NUMERIC_TESTS)
 

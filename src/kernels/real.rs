@@ -150,7 +150,7 @@ mod avx2 {
 }
 
 /// A function over `T: Real` whose `$body` is compiled for AVX2 with FMA and for the baseline, with
-/// `V` the vector to use; it runs the best that the processor has.
+/// `V` the vector to use; it runs the better one that `Isa::best` allows.
 macro_rules! dispatch {
     ($(#[$doc:meta])* fn $name:ident<T, V>($($arg:ident: $type:ty),*) => $body:expr) => {
         $(#[$doc])*
@@ -162,8 +162,9 @@ macro_rules! dispatch {
                     type V<T> = <T as Real>::Avx2;
                     $body
                 }
-                if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                    // SAFETY: the processor has the features that the function is compiled for.
+                let best = $crate::kernels::simd::Isa::best();
+                if best != $crate::kernels::simd::Isa::Portable {
+                    // SAFETY: every other choice has AVX2 and FMA, for which the function is compiled.
                     return unsafe { avx2($($arg),*) };
                 }
             }

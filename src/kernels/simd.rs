@@ -4,6 +4,8 @@
 // The safety contract is one for all methods, and stands at the traits.
 #![allow(clippy::missing_safety_doc)]
 
+use std::sync::OnceLock;
+
 use tch::Kind;
 
 use super::philox::philox;
@@ -276,11 +278,29 @@ impl Isa {
         [Self::Avx512, Self::Avx2, Self::Portable].into_iter().filter(|isa| isa.present())
     }
 
+    /// The best of this processor, and of what torch's own switch allows: `ATEN_CPU_CAPABILITY`, read once.
+    pub fn best() -> Self {
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(|| Self::allowed(std::env::var("ATEN_CPU_CAPABILITY").ok().as_deref()))
+    }
+
+    /// The best of this processor under a value of the switch; torch ignores those that it does not know.
+    fn allowed(switch: Option<&str>) -> Self {
+        let mut found = Self::available().filter(|isa| match switch {
+            Some("default") => *isa == Self::Portable,
+            Some("avx2") => *isa != Self::Avx512,
+            _ => true,
+        });
+        found.next().unwrap_or(Self::Portable)
+    }
+
     #[cfg(target_arch = "x86_64")]
     fn present(self) -> bool {
         match self {
+            // Code for AVX-512 is compiled for AVX2 and FMA too.
             Self::Avx512 => {
-                is_x86_feature_detected!("avx512f")
+                Self::Avx2.present()
+                    && is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
@@ -320,9 +340,9 @@ impl Isa {
     }
 }
 
-/// Runs `kernel` with the best instructions of this processor.
+/// Runs `kernel` with [`Isa::best`].
 pub fn on_best<K: Kernel>(kernel: &K) -> K::Output {
-    Isa::available().next().unwrap_or(Isa::Portable).run(kernel)
+    Isa::best().run(kernel)
 }
 
 #[cfg(test)]
@@ -351,6 +371,14 @@ mod tests {
             }
             out
         }
+    }
+
+    #[test]
+    fn torchs_switch_leaves_out_what_it_does_not_allow() {
+        let best = Isa::available().next().unwrap();
+        assert_eq!(Isa::allowed(Some("default")), Isa::Portable);
+        assert_ne!(Isa::allowed(Some("avx2")), Isa::Avx512);
+        assert_eq!([None, Some("avx512"), Some("?")].map(Isa::allowed), [best; 3]);
     }
 
     #[test]
