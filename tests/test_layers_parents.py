@@ -166,7 +166,7 @@ def test_attention_that_reads_its_projections_is_refused_by_name(name):
         num_conv_pos_embeddings=4,
         num_conv_pos_embedding_groups=2,
     )
-    with pytest.raises(ValueError, match=f"a WavLMAttention reads the weight of its {name} without"):
+    with pytest.raises(ValueError, match=f"a WavLMAttention reads the weight of its {name} .Linear. without"):
         get_peft_model(WavLMModel(config), IncreLoraConfig(r=2, target_modules=[name]))
 
 

@@ -93,7 +93,7 @@ class IncreLoraModel(LoraModel):
             if isinstance(target, AdaptedLayer):
                 target.update_layer(adapter_name, r, alpha, config=config, probe=self._probe)
                 return
-            check_parent(parent, target_name)
+            check_parent(parent, target_name, target)
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
             quantization = quantization_of(base, **get_quantization_kwargs(self.model))
             module = layer_class(base, quantization)(

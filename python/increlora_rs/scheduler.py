@@ -25,13 +25,14 @@ from .planning import budget_of, caps_of, new_schedule, ranks_of, schedule_of, t
 from .restart import LrSchedule, RestartWarmup
 from .scores import Scores
 from .seeded import generator
+from .untraced import untraced
 
 logger = logging.getLogger(__name__)
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
-@torch.compiler.disable
+@untraced
 def attach(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -217,7 +218,7 @@ class RankScheduler:
         ranks: dict[str, float] = {f"increlora/rank/{name}": rank for name, rank in self.ranks.items()}
         return ranks | {f"increlora/score/{name}": score for name, score in self.scores.items()}
 
-    @torch.compiler.disable
+    @untraced
     def detach(self) -> None:
         """Takes the hooks off the optimizer and stops growing; the adapter stays as it is, without
         components in reserve. Calling it again does nothing."""
@@ -261,7 +262,7 @@ class RankScheduler:
 
     # One step.
 
-    @torch.compiler.disable
+    @untraced
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -283,7 +284,7 @@ class RankScheduler:
 
         return (args[0], then_take_gradients, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
 
-    @torch.compiler.disable
+    @untraced
     def _take_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Between the backward pass and the optimizer's update."""
         smooth, weight = self._probe.importance is not None, self._config.orthogonality_weight
@@ -302,7 +303,7 @@ class RankScheduler:
         self._scores.take_step(grad_scale, found_inf)
         self._restart.keep_old()
 
-    @torch.compiler.disable
+    @untraced
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         # A fused optimizer under a scaler is called, and does nothing, where gradients overflowed.
         overflowed = getattr(optimizer, "found_inf", None)
@@ -398,7 +399,7 @@ class RankScheduler:
 
     # State.
 
-    @torch.compiler.disable
+    @untraced
     def _save(self, *_: Any) -> None:
         schedule = self.schedule
         self._group[saved_state.KEY] = {
@@ -422,7 +423,7 @@ class RankScheduler:
             "growth": self._growth.state(),
         }
 
-    @torch.compiler.disable
+    @untraced
     def _after_load(self, *_: Any) -> None:
         saved = self._group.get(saved_state.KEY)
         if saved is not None:

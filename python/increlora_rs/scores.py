@@ -14,6 +14,7 @@ from . import _core
 from .adapted import AdaptedModule
 from .config import IncreLoraConfig
 from .ops import Probe
+from .untraced import untraced
 
 
 class Scores:
@@ -102,7 +103,7 @@ class Scores:
         if update is None:
             raise TypeError(f"scaler={scaler!r} must be a GradScaler or None.")
 
-        @torch.compiler.disable
+        @untraced
         def watched(*args: Any, **kwargs: Any) -> None:
             update(*args, **kwargs)
             if not self._stepped:

@@ -37,8 +37,8 @@ _READ_BY_KERNELS = {
 }
 
 
-def check_parent(parent: nn.Module, name: str) -> None:
-    """Warns where ``parent`` may read the weight of its module ``name`` instead of calling it.
+def check_parent(parent: nn.Module, name: str, child: nn.Module) -> None:
+    """Warns where ``parent`` may read the weight of ``child``, its module ``name``, instead of calling it.
 
     Raises:
         ValueError: it always does.
@@ -51,8 +51,8 @@ def check_parent(parent: nn.Module, name: str) -> None:
     kind = type(parent).__name__
     if refused:
         raise ValueError(
-            f"a {kind} reads the weight of its {name} without calling it, and would pass an update by; leave "
-            "it out of target_modules, by exclude_modules if need be."
+            f"a {kind} reads the weight of its {name} ({type(child).__name__}) without calling it, and would "
+            "pass an update by; leave it out of target_modules, by exclude_modules if need be."
         )
     if name in _of_transformers(parent, _READ_BY_KERNELS):
         warnings.warn(
