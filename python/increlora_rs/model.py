@@ -25,6 +25,7 @@ from .experts import Parameter, expert_layers, is_router, left_out, names_one_of
 from .kinds import Kind, module_kinds
 from .layers import AdaptedLayer, TransposedLinear, layer_class, quantization_of
 from .layers.offload import onloaded
+from .layers.parents import bar_fast_paths, check_parent, open_fast_paths
 from .ops import Probe
 from .weighted import WeightedSum, combined_config
 
@@ -73,6 +74,7 @@ class IncreLoraModel(LoraModel):
         if given.task_type in _HEAD_NAMED_LATE:
             given.modules_to_save = given.modules_to_save or []
             config.modules_to_save = given.modules_to_save
+        bar_fast_paths(model, AdaptedLayer)
         layers = adapted_layers(model, adapter_name)
         config.fan_in_fan_out = any(isinstance(layer, TransposedLinear) for layer in layers.values())
         config.module_kinds = module_kinds({short(name): _kind(layer) for name, layer in layers.items()})
@@ -114,6 +116,7 @@ class IncreLoraModel(LoraModel):
             if isinstance(target, AdaptedLayer):
                 target.update_layer(adapter_name, r, alpha, config=config, probe=self._probe)
                 return
+            check_parent(parent, target_name, target)
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
             _check_not_split(base, self.model, current_key)
             if is_router(base):
@@ -135,6 +138,11 @@ class IncreLoraModel(LoraModel):
         # It moves the adapter to where the weight is, which an offloaded one is not.
         with onloaded(child) if isinstance(new_module, AdaptedLayer) else nullcontext():
             super()._replace_module(parent, child_name, new_module, child)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        open_fast_paths(self.model, AdaptedLayer)
+        return unloaded
 
     def _check_merge_allowed(self) -> None:
         """Gives base layers that share their weight with another module, as tied embeddings do, one of

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .untraced import untraced
+
 # Parameters that ever changed their size in place and how often any did, for the net below; and for
 # each optimizer that number at its last look, with the state that it looked at.
 _resized_parameters = WeakIdKeyDictionary()
@@ -60,7 +62,7 @@ def watch(parameter: nn.Parameter) -> None:
     _resized_parameters[parameter] = True
 
 
-@torch.compiler.disable
+@untraced
 def _drop_misshapen(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     # Without a new size, and without another state (loading makes a new dictionary), nothing can have
     # come to differ, and a look at every parameter in every step would cost more than the step.

@@ -28,13 +28,14 @@ from .planning import budget_of, caps_of, new_schedule, ranks_of, schedule_of, t
 from .restart import LrSchedule, RestartWarmup
 from .scores import Scores
 from .seeded import generator
+from .untraced import untraced
 
 logger = logging.getLogger(__name__)
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
-@torch.compiler.disable
+@untraced
 def attach(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -246,7 +247,7 @@ class RankScheduler:
         """
         return self._listeners.add(callback)
 
-    @torch.compiler.disable
+    @untraced
     def detach(self) -> None:
         """Takes the hooks off the optimizer and stops growing; the adapter stays as it is, without
         components in reserve. Calling it again does nothing."""
@@ -291,7 +292,7 @@ class RankScheduler:
 
     # One step.
 
-    @torch.compiler.disable
+    @untraced
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -313,7 +314,7 @@ class RankScheduler:
 
         return (args[0], then_take_gradients, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
 
-    @torch.compiler.disable
+    @untraced
     def _take_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Between the backward pass and the optimizer's update."""
         smooth, weight = self._probe.importance is not None, self._config.orthogonality_weight
@@ -332,7 +333,7 @@ class RankScheduler:
         self._scores.take_step(grad_scale, found_inf)
         self._restart.keep_old()
 
-    @torch.compiler.disable
+    @untraced
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         # A fused optimizer under a scaler is called, and does nothing, where gradients overflowed.
         overflowed = getattr(optimizer, "found_inf", None)
@@ -446,7 +447,7 @@ class RankScheduler:
 
     # State.
 
-    @torch.compiler.disable
+    @untraced
     def _save(self, *_: Any) -> None:
         schedule = self.schedule
         self._group[saved_state.KEY] = {
@@ -470,7 +471,7 @@ class RankScheduler:
             "growth": self._growth.state(),
         }
 
-    @torch.compiler.disable
+    @untraced
     def _after_load(self, *_: Any) -> None:
         saved = self._group.get(saved_state.KEY)
         if saved is not None:

@@ -16,6 +16,7 @@ from .config import IncreLoraConfig
 from .distributed import from_first_, in_any_process
 from .ops import Probe
 from .unreached import has_learned
+from .untraced import untraced
 
 
 class Scores:
@@ -115,7 +116,7 @@ class Scores:
         if update is None:
             raise TypeError(f"scaler={scaler!r} must be a GradScaler or None.")
 
-        @torch.compiler.disable
+        @untraced
         def watched(*args: Any, **kwargs: Any) -> None:
             update(*args, **kwargs)
             if not self._stepped:
