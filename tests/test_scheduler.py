@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from increlora_rs import IncreLoraConfig, attach
+from increlora_rs import IncreLoraConfig, attach, saved_state
 from increlora_rs.adapted import adapted_modules
 from increlora_rs.saved_state import KEY as STATE_KEY
 from torch import nn
@@ -326,7 +326,7 @@ def test_a_step_whose_importance_is_not_finite_changes_no_score():
     before = scheduler.scores
     x, y = batch(6)
     (nn.functional.mse_loss(model(x), y) * float("inf")).backward()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=False)
     optimizer.step()
     assert scheduler.scores == before
     train(model, optimizer, 7, 7)
@@ -619,12 +619,18 @@ def test_a_scaler_that_is_none_is_refused():
         attach(model, adamw(model), total_steps=60, scaler=2.0)
 
 
+def rename_first_module(group, name):
+    state = saved_state.unpack(group[STATE_KEY])
+    state["modules"][0] = name
+    group[STATE_KEY] = saved_state.pack(state)
+
+
 def test_a_state_of_other_modules_raises():
     model = adapted()
     optimizer = adamw(model)
     attach(model, optimizer, total_steps=60)
     state = optimizer.state_dict()
-    state["param_groups"][0][STATE_KEY]["modules"][0] = "elsewhere"
+    rename_first_module(state["param_groups"][0], "elsewhere")
     fresh = adapted()
     optimizer = adamw(fresh)
     attach(fresh, optimizer, total_steps=60)
@@ -737,10 +743,10 @@ def test_a_state_that_was_refused_is_still_there_for_the_right_model():
     checkpoint = optimizer.state_dict()
     scheduler.detach()
     optimizer.load_state_dict(checkpoint)
-    optimizer.param_groups[0][STATE_KEY]["modules"][0] = "elsewhere"
+    rename_first_module(optimizer.param_groups[0], "elsewhere")
     with pytest.raises(ValueError, match="resume with the model and target_modules"):
         attach(model, optimizer, total_steps=60)
-    optimizer.param_groups[0][STATE_KEY]["modules"][0] = "maps.0"
+    rename_first_module(optimizer.param_groups[0], "maps.0")
     assert attach(model, optimizer, total_steps=60).step == 5
 
 
