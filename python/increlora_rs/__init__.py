@@ -13,6 +13,7 @@ require_matching_torch()
 
 from ._core import RESERVE_E  # noqa: E402
 from .callback import IncreLoraCallback  # noqa: E402
+from .checkpoint import load_checkpoint  # noqa: E402
 from .config import IncreLoraConfig  # noqa: E402
 from .convert import convert_lora  # noqa: E402
 from .export import Export, export_lora  # noqa: E402
@@ -39,6 +40,7 @@ __all__ = [
     "convert_lora",
     "export_lora",
     "growth_history",
+    "load_checkpoint",
     "module_table",
     "plot_growth",
     "plot_ranks",

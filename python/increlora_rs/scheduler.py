@@ -148,6 +148,7 @@ class RankScheduler:
         self.restored = False
         # Was the call of the optimizer at hand a step that counts?
         self._counts = False
+        self._watched: Any = None
         self._may_grow = False
         self._history: list[tuple[int, int, int, float]] = []
         self._growth = self._new_growth(list(self.ranks.values()))
@@ -176,6 +177,7 @@ class RankScheduler:
             self._optimizer.register_state_dict_post_hook(self._save),
             self._optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
+        self._watch_loading()
         self._arm()
 
     # What a user reads.
@@ -229,6 +231,8 @@ class RankScheduler:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if vars(self._optimizer).get("load_state_dict") is self._watched:
+            del self._optimizer.load_state_dict
         self._scores.detach()
         self._restart.find_young(())
         if self._probe.reloaded:
@@ -244,6 +248,20 @@ class RankScheduler:
     def _group(self) -> dict[str, Any]:
         group: dict[str, Any] = self._optimizer.param_groups[0]
         return group
+
+    def _watch_loading(self) -> None:
+        """Has a state taken in that the optimizer loads without calling hooks, as bitsandbytes' do."""
+        load = self._optimizer.load_state_dict
+        if type(self._optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict:
+            return
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = load(*args, **kwargs)
+            self._take_state()
+            return result
+
+        self._watched = watched
+        vars(self._optimizer)["load_state_dict"] = watched
 
     def _new_growth(self, first_ranks: list[int]) -> GrowthHistory:
         costs = None if self._budget.unit == "rank" else self._budget.costs
@@ -455,6 +473,11 @@ class RankScheduler:
             stacklevel=2,
         )
 
+    def _take_state(self) -> None:
+        """Takes in a state that came into the group without a hook's being called."""
+        if self._group.setdefault(saved_state.KEY, saved_state.HELD) != saved_state.HELD:
+            self._after_load()
+
     def _restore(self, value: Any) -> None:
         saved = saved_state.unpack(value)
         saved_state.check(saved, list(self.ranks), self._config, self._total_steps, self._budget)
@@ -495,9 +518,7 @@ class RankScheduler:
 
     def _check_loaded(self) -> None:
         """Before a step: do births and optimizer state fit parameters that were loaded meanwhile?"""
-        # bitsandbytes' optimizers load a state without calling hooks.
-        if self._group.setdefault(saved_state.KEY, saved_state.HELD) != saved_state.HELD:
-            self._after_load()
+        self._take_state()
         if self._expected is None:
             if self._probe.reloaded:
                 self._take_loaded()
