@@ -154,6 +154,14 @@ def train_bert(make_bert):
     return run
 
 
+@pytest.fixture
+def group_of_one(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 # Loads adapters on a saved BERT classifier; a line of JSON in, a line of JSON out.
 _WORKER = """
 import json, sys

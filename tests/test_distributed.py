@@ -104,14 +104,6 @@ def test_a_sharded_model_is_refused_before_the_first_step(trainers):
     assert "Use DDP" in trainers[0]["sharded"]
 
 
-@pytest.fixture
-def group_of_one(tmp_path):
-    """A process group of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_a_model_that_is_wrapped_after_the_first_look_is_found(group_of_one):
     model = torch.nn.Linear(2, 2)
     assert distributed.find_ddp(model) is None

@@ -9,7 +9,7 @@ import increlora_rs
 import peft
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig, growth_history
+from increlora_rs import IncreLoraConfig, growth_history, saved_state
 from increlora_rs.history import HISTORY_NAME
 from increlora_rs.saved_state import KEY as STATE_KEY
 
@@ -117,12 +117,18 @@ def test_history_after_a_resume_is_that_of_the_uninterrupted_training(
     assert growth_history(resumed) == growth_history(whole)
 
 
+def drop_growth(group):
+    state = saved_state.unpack(group[STATE_KEY])
+    del state["growth"]
+    group[STATE_KEY] = saved_state.pack(state)
+
+
 def test_state_of_an_earlier_release_gives_ranks_and_the_scores_of_those_that_grew(train_bert):
     model, optimizer, scheduler = train_bert(6)
     state = copy.deepcopy(optimizer.state_dict())
     kept = copy.deepcopy(growth_history(model))
     rows = scheduler.history.tolist()
-    del state["param_groups"][0][STATE_KEY]["growth"]
+    drop_growth(state["param_groups"][0])
     optimizer.load_state_dict(state)
     history = growth_history(model)
     assert (history.first_ranks, history.steps, history.ranks) == (kept.first_ranks, [4, 6], kept.ranks)
@@ -138,7 +144,7 @@ def test_state_of_an_earlier_release_gives_ranks_and_the_scores_of_those_that_gr
 def test_unknown_scores_are_saved_and_read(train_bert, tmp_path):
     model, optimizer, _ = train_bert(6)
     state = copy.deepcopy(optimizer.state_dict())
-    del state["param_groups"][0][STATE_KEY]["growth"]
+    drop_growth(state["param_groups"][0])
     optimizer.load_state_dict(state)
     model.save_pretrained(tmp_path)
     scores = growth_history(tmp_path).scores

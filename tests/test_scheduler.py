@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from increlora_rs import IncreLoraConfig, attach
+from increlora_rs import IncreLoraConfig, attach, saved_state
 from increlora_rs.adapted import adapted_modules
 from increlora_rs.saved_state import KEY as STATE_KEY
 from torch import nn
@@ -326,7 +326,7 @@ def test_a_step_whose_importance_is_not_finite_changes_no_score():
     before = scheduler.scores
     x, y = batch(6)
     (nn.functional.mse_loss(model(x), y) * float("inf")).backward()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=False)
     optimizer.step()
     assert scheduler.scores == before
     train(model, optimizer, 7, 7)
@@ -619,12 +619,18 @@ def test_a_scaler_that_is_none_is_refused():
         attach(model, adamw(model), total_steps=60, scaler=2.0)
 
 
+def rename_first_module(group, name):
+    state = saved_state.unpack(group[STATE_KEY])
+    state["modules"][0] = name
+    group[STATE_KEY] = saved_state.pack(state)
+
+
 def test_a_state_of_other_modules_raises():
     model = adapted()
     optimizer = adamw(model)
     attach(model, optimizer, total_steps=60)
     state = optimizer.state_dict()
-    state["param_groups"][0][STATE_KEY]["modules"][0] = "elsewhere"
+    rename_first_module(state["param_groups"][0], "elsewhere")
     fresh = adapted()
     optimizer = adamw(fresh)
     attach(fresh, optimizer, total_steps=60)
@@ -639,6 +645,208 @@ def test_a_state_without_a_schedulers_is_announced():
     attach(model, optimizer, total_steps=60)
     with pytest.warns(UserWarning, match="holds none of an IncreLoRA scheduler"):
         optimizer.load_state_dict(state)
+
+
+# What counts as a step.
+
+
+def no_gradients(model, optimizer):
+    optimizer.step()
+
+
+def no_gradients_by_a_closure(model, optimizer):
+    optimizer.step(lambda: torch.tensor(0.0))
+
+
+def a_dropped_batch(model, optimizer):
+    x, y = batch(99)
+    nn.functional.mse_loss(model(x), y).backward()
+    optimizer.zero_grad()
+    optimizer.step()
+
+
+def zeros_at_learning_rate_0(model, optimizer):
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    optimizer.zero_grad()
+
+
+IDLE = [no_gradients, no_gradients_by_a_closure, a_dropped_batch, zeros_at_learning_rate_0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("idle", IDLE)
+def test_a_step_that_moves_nothing_does_not_count_and_changes_nothing(idle, form):
+    def trained(between):
+        model = adapted(form)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        scheduler = attach(model, optimizer, total_steps=60)
+        for t in range(1, 41):
+            train(model, optimizer, t, t)
+            if between:
+                idle(model, optimizer)
+        return parameters(model), scheduler.step, scheduler.history.tolist()
+
+    with_idle, without = trained(True), trained(False)
+    assert with_idle[1:] == without[1:]
+    assert_same(with_idle[0], without[0])
+
+
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
+def test_the_first_step_of_a_warm_up_counts_though_its_learning_rate_is_0(lr):
+    model = adapted()
+    optimizer = adamw(model, foreach=False)
+    scheduler = attach(model, optimizer, total_steps=60)
+    optimizer.param_groups[0]["lr"] = lr
+    train(model, optimizer, 1, 1)
+    assert scheduler.step == 1
+
+
+def test_a_step_that_trains_other_parameters_of_the_optimizer_counts():
+    model = adapted()
+    head = nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW([*(p for p in model.parameters() if p.requires_grad), *head.parameters()])
+    scheduler = attach(model, optimizer, total_steps=60)
+    head(torch.ones(2)).sum().backward()
+    optimizer.step()
+    assert scheduler.step == 1
+
+
+def test_a_closure_that_is_called_twice_is_one_step():
+    class Twice(torch.optim.Optimizer):
+        def step(self, closure):
+            closure()
+            closure()
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data.sub_(parameter.grad, alpha=0.1)
+
+    model = adapted()
+    optimizer = Twice([p for p in model.parameters() if p.requires_grad], {"lr": 0.1})
+    scheduler = attach(model, optimizer, total_steps=60)
+
+    def closure():
+        optimizer.zero_grad()
+        x, y = batch(1)
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert scheduler.step == 1
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_overflowed_step_does_not_count(fused):
+    model = adapted()
+    optimizer = adamw(model, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1000)
+    scheduler = attach(model, optimizer, total_steps=1000, scaler=scaler)
+    for factor in (1.0, 1e38, 1.0):
+        x, y = batch(1)
+        scaler.scale(nn.functional.mse_loss(model(x), y) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert scheduler.step == 2
+
+
+def test_an_overflowed_step_at_a_growth_does_not_grow_again():
+    model = adapted(tinit=2, deltaT=3, top_h=1)
+    optimizer = adamw(model, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1000)
+    scheduler = attach(model, optimizer, total_steps=1000, scaler=scaler)
+    while not len(scheduler.history):
+        x, y = batch(scheduler.step)
+        scaler.scale(nn.functional.mse_loss(model(x), y)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    scaler.scale(nn.functional.mse_loss(model(x), y) * 1e38).backward()
+    scaler.step(optimizer)
+    assert len(scheduler.history) == 1
+
+
+def test_overflowed_steps_that_a_linear_schedule_counted_leave_it_linear():
+    model = adapted()
+    optimizer = adamw(model, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=1000)
+    steps = 60
+    linear = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0 - t / steps)
+    scheduler = attach(model, optimizer, total_steps=steps, scaler=scaler)
+    for t in range(40):
+        x, y = batch(t)
+        scaler.scale(nn.functional.mse_loss(model(x), y) * (1e38 if t < 8 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        linear.step()
+        optimizer.zero_grad()
+    assert scheduler.step == 32
+    assert scheduler._restart.was_linear
+
+
+# The state in the optimizer.
+
+
+def test_a_printed_optimizer_stays_short():
+    model = adapted()
+    optimizer = adamw(model)
+    attach(model, optimizer, total_steps=60)
+    train(model, optimizer, 1, 20)
+    optimizer.state_dict()
+    assert len(str(optimizer)) < 1000
+
+
+def test_detach_gives_an_optimizer_of_its_own_loading_that_back():
+    class Own(torch.optim.SGD):
+        def load_state_dict(self, state_dict):
+            super().load_state_dict(state_dict)
+
+    model = adapted()
+    optimizer = Own([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    attach(model, optimizer, total_steps=60).detach()
+    assert "load_state_dict" not in vars(optimizer)
+
+
+def test_the_state_is_one_value_from_the_beginning():
+    model = adapted()
+    optimizer = adamw(model)
+    attach(model, optimizer, total_steps=60)
+    assert isinstance(optimizer.param_groups[0][STATE_KEY], str)
+    assert isinstance(optimizer.state_dict()["param_groups"][0][STATE_KEY], str)
+
+
+def test_a_state_loaded_without_calling_hooks_resumes():
+    class Hookless(torch.optim.SGD):
+        """Loads as the optimizers of bitsandbytes do."""
+
+        def load_state_dict(self, state_dict):
+            groups = [
+                new | {"params": old["params"]}
+                for old, new in zip(self.param_groups, state_dict["param_groups"], strict=True)
+            ]
+            self.__setstate__({"state": self.state, "param_groups": groups})
+
+    def begin():
+        model = adapted()
+        optimizer = Hookless([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        return model, optimizer, attach(model, optimizer, total_steps=60)
+
+    whole, optimizer, uninterrupted = begin()
+    train(whole, optimizer, 1, 60)
+    model, optimizer, _ = begin()
+    train(model, optimizer, 1, 20)
+    state = model.state_dict(), optimizer.state_dict()
+    model, optimizer, scheduler = begin()
+    model.load_state_dict(state[0])
+    optimizer.load_state_dict(state[1])
+    train(model, optimizer, 21, 60)
+    assert scheduler.history.tolist() == uninterrupted.history.tolist()
+    assert_same(parameters(model), parameters(whole))
 
 
 # Loss scaling.
@@ -737,10 +945,10 @@ def test_a_state_that_was_refused_is_still_there_for_the_right_model():
     checkpoint = optimizer.state_dict()
     scheduler.detach()
     optimizer.load_state_dict(checkpoint)
-    optimizer.param_groups[0][STATE_KEY]["modules"][0] = "elsewhere"
+    rename_first_module(optimizer.param_groups[0], "elsewhere")
     with pytest.raises(ValueError, match="resume with the model and target_modules"):
         attach(model, optimizer, total_steps=60)
-    optimizer.param_groups[0][STATE_KEY]["modules"][0] = "maps.0"
+    rename_first_module(optimizer.param_groups[0], "maps.0")
     assert attach(model, optimizer, total_steps=60).step == 5
 
 

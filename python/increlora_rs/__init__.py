@@ -14,6 +14,7 @@ require_matching_torch()
 from ._core import RESERVE_E  # noqa: E402
 from .averages import keep_average  # noqa: E402
 from .callback import IncreLoraCallback  # noqa: E402
+from .checkpoint import load_checkpoint  # noqa: E402
 from .config import IncreLoraConfig  # noqa: E402
 from .convert import convert_lora  # noqa: E402
 from .events import GrowthEvent, Resize  # noqa: E402
@@ -44,6 +45,7 @@ __all__ = [
     "export_lora",
     "growth_history",
     "keep_average",
+    "load_checkpoint",
     "module_table",
     "plot_growth",
     "plot_ranks",

@@ -139,7 +139,8 @@ class GradientScores(Scores):
         self._sums, self._directions = [], []
         self._step = self._sum = self._step.new_zeros(0)
 
-    def _forget_step(self) -> None:
+    def forget_step(self) -> None:
+        """Drops what the backward passes since the last step added."""
         self._step.zero_()
 
     def state(self) -> dict[str, Any]:

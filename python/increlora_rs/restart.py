@@ -57,6 +57,8 @@ class RestartWarmup:
         self._sizes: list[int] = []
         self.was_linear = total_steps is not None
         self.adam_lead = 0
+        # Calls of a fused optimizer that did nothing; the learning rate's schedule may have counted them.
+        self.skipped = 0
 
     def find_young(self, modules: Sequence[AdaptedModule]) -> None:
         """Looks which parameters have rows that were born during training."""
@@ -107,9 +109,11 @@ class RestartWarmup:
         if self._lr_schedule != "auto" or not self.was_linear or total is None or step <= warmup:
             return
         expected = (total - step) / (total - warmup) if total > warmup else 1.0
-        # A schedule may count the step that it is at, or the one before, and miss overflowed ones.
-        tolerance = 1.5 / max(total - warmup, 1) + 0.01
-        self.was_linear = abs(_multiplier(self._optimizer.param_groups[0]) - expected) <= tolerance
+        # A schedule may count the step that it is at, or the one before, and overflowed ones or not.
+        behind = expected - _multiplier(self._optimizer.param_groups[0])
+        one = 1.0 / max(total - warmup, 1)
+        tolerance = 1.5 * one + 0.01
+        self.was_linear = -tolerance <= behind <= tolerance + self.skipped * one
 
 
 def _multiplier(group: dict[str, Any]) -> float:

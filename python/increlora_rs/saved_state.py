@@ -1,9 +1,15 @@
-"""The scheduler's part of an optimizer's checkpoint: where it lies, and does it fit the training at hand?"""
+"""The scheduler's part of an optimizer's checkpoint: where it lies, in what form, and does it fit the
+training at hand?"""
 
 from __future__ import annotations
 
+import base64
+import json
 import warnings
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from .budget import Budget, amount
 from .config import IncreLoraConfig
@@ -11,7 +17,58 @@ from .config import IncreLoraConfig
 # Key in the optimizer's first parameter group: there the state travels with every checkpoint of the
 # optimizer, and is found whether it is loaded before or after `attach`.
 KEY = "increlora"
-VERSION = 1
+# What stands there while a scheduler is attached, from the first moment on: tools that match a checkpoint
+# with a live optimizer do it key by key. The state itself is only in what `state_dict` gives, so that a
+# printed optimizer stays short and a compiled one sees a constant.
+HELD = "held by the scheduler"
+VERSION = 2
+# Version 1 was the dictionary itself.
+_READABLE = (1, 2)
+
+
+def pack(state: dict[str, Any]) -> str:
+    """``state`` as one value that every tool takes for a hyperparameter.
+
+    A string: it has no size that could differ from the live optimizer's, no device, no keys to flatten, and
+    is read by ``torch.load(weights_only=True)``.
+    """
+    return json.dumps(state, default=_tensor_to_json)
+
+
+def unpack(value: Any) -> dict[str, Any]:
+    """What :func:`pack` was given, or a state of version 1 as it is.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        state = json.loads(value, object_hook=_tensor_from_json) if isinstance(value, str) else value
+        if not isinstance(state, dict) or "version" not in state:
+            raise ValueError(f"it is a {type(state).__name__} without a version")
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"optimizer: its IncreLoRA state under {KEY!r} in the first parameter group cannot be read "
+            f"({error}); load a checkpoint that is whole, or take the key out to start the scores anew."
+        ) from error
+    return state
+
+
+def _tensor_to_json(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{type(value).__name__} has no place in a checkpoint")
+    # As bytes, for a number of its own in text takes twice the room.
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    data = base64.b64encode(flat.view(torch.uint8).numpy().tobytes()).decode()
+    return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "data": data}
+
+
+def _tensor_from_json(found: dict[str, Any]) -> Any:
+    if found.keys() != {"dtype", "shape", "data"}:
+        return found
+    dtype = getattr(torch, found["dtype"])
+    data = bytearray(base64.b64decode(found["data"], validate=True))
+    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    return flat.reshape(found["shape"])
 
 
 def check(
@@ -29,9 +86,9 @@ def check(
     Raises:
         ValueError: another release saved it, or it is of other modules.
     """
-    if saved["version"] != VERSION:
+    if saved["version"] not in _READABLE:
         raise ValueError(
-            f"optimizer: its IncreLoRA state has version {saved['version']}, this release reads "
+            f"optimizer: its IncreLoRA state has version {saved['version']}, this release reads up to "
             f"{VERSION}; resume with the release that saved it."
         )
     if saved["modules"] != modules:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from . import saved_state, unreached
+from . import saved_state, step_kinds, unreached
 from .adapted import adapted_modules
 from .attachment import check_attachable, trainable_adapter, unwrapped_optimizer
 from .bystanders import Bystanders
@@ -115,7 +115,9 @@ class RankScheduler:
         budget: Total rank at the end: ``config.r`` times the number of modules. With
             ``budget_unit="parameters"`` the numbers that the components train, and the end is where no
             further one fits.
-        step: Optimizer steps taken.
+        step: Optimizer steps taken. A call of ``optimizer.step`` that moves nothing is none: without a
+            gradient, skipped by a loss scaler, or the trial by which
+            ``torch.distributed.checkpoint.state_dict`` makes a fresh optimizer's state.
         restored: Was the state of an earlier run found in the optimizer?
     """
 
@@ -149,6 +151,9 @@ class RankScheduler:
         self.budget = self._budget.total
         self.step = 0
         self.restored = False
+        # Was the call of the optimizer at hand a step that counts?
+        self._counts = False
+        self._watched: Any = None
         self._may_grow = False
         self._history: list[tuple[int, int, int, float]] = []
         self._growth = self._new_growth(list(self.ranks.values()))
@@ -157,11 +162,12 @@ class RankScheduler:
         scores = GradientScores if self._config.importance == "gradient" else Scores
         self._scores = scores(self._modules, self._config, scaler)
         self._plan = self._scores.plan(self._modules)
-        saved = self._group.get(saved_state.KEY)
-        if saved is None:
+        saved = self._group.get(saved_state.KEY, saved_state.HELD)
+        if saved == saved_state.HELD:
             self._start()
         else:
             self._restore(saved)
+        self._group[saved_state.KEY] = saved_state.HELD
         self._probe = self._modules[0].layer.probes[self._adapter]
         self._scores.attach(self._probe, self)
         self._probe.reloaded = False
@@ -173,11 +179,12 @@ class RankScheduler:
         self._handles = [
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
-            self._optimizer.register_state_dict_pre_hook(self._save),
+            self._optimizer.register_state_dict_post_hook(self._save),
             self._optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
         self._listeners = SizeListeners(self._model, self._modules)
         self._bystanders = Bystanders(self._model, self._modules)
+        self._watch_loading()
         self._arm()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RankScheduler:
@@ -256,6 +263,8 @@ class RankScheduler:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if vars(self._optimizer).get("load_state_dict") is self._watched:
+            del self._optimizer.load_state_dict
         self._scores.detach()
         self._restart.find_young(())
         if self._probe.reloaded:
@@ -272,6 +281,20 @@ class RankScheduler:
     def _group(self) -> dict[str, Any]:
         group: dict[str, Any] = self._optimizer.param_groups[0]
         return group
+
+    def _watch_loading(self) -> None:
+        """Has a state taken in that the optimizer loads without calling hooks, as bitsandbytes' do."""
+        load = self._optimizer.load_state_dict
+        if type(self._optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict:
+            return
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = load(*args, **kwargs)
+            self._take_state()
+            return result
+
+        self._watched = watched
+        vars(self._optimizer)["load_state_dict"] = watched
 
     def _new_growth(self, first_ranks: list[int]) -> GrowthHistory:
         costs = None if self._budget.unit == "rank" else self._budget.costs
@@ -296,15 +319,14 @@ class RankScheduler:
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self._check_loaded()
-        self.step += 1
-        self._scores.note_step()
+        self._counts = False
         self._probe.unattended = 0
         # args[0] is the optimizer.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._take_gradients(optimizer)
             return None
+        self._check_loaded()
 
         def then_take_gradients() -> Any:
             loss = closure()
@@ -317,6 +339,16 @@ class RankScheduler:
     @untraced
     def _take_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Between the backward pass and the optimizer's update."""
+        if not step_kinds.has_gradients(optimizer):
+            # Whatever was collected is of a batch that was dropped.
+            self._scores.forget_step()
+            return
+        if step_kinds.is_trial(optimizer):
+            # Adam counts it, and newborn rows have to know.
+            self._restart.adam_lead += 1
+            return
+        self._check_loaded()
+        self._scores.note_step()
         smooth, weight = self._probe.importance is not None, self._config.orthogonality_weight
         grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         if smooth or weight > 0.0:
@@ -331,14 +363,22 @@ class RankScheduler:
                 stream=stream(self._scores.importance.device),
             )
         self._scores.take_step(grad_scale, found_inf)
+        # A fused optimizer under a scaler is called, and does nothing, where gradients overflowed; others
+        # are not called.
+        if found_inf is not None and bool(found_inf):
+            self._restart.skipped += 1
+            return
+        # Once, however often a closure is called.
+        if not self._counts:
+            self._counts = True
+            self.step += 1
         self._restart.keep_old()
 
     @untraced
-    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        # A fused optimizer under a scaler is called, and does nothing, where gradients overflowed.
-        overflowed = getattr(optimizer, "found_inf", None)
-        if overflowed is None or not bool(overflowed):
-            self._restart.correct(self.step)
+    def _after_step(self, *_: Any) -> None:
+        if not self._counts:
+            return
+        self._restart.correct(self.step)
         grows = self._may_grow and self.schedule.is_event(self.step)
         if grows:
             self._grow()
@@ -448,9 +488,9 @@ class RankScheduler:
     # State.
 
     @untraced
-    def _save(self, *_: Any) -> None:
+    def _save(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         schedule = self.schedule
-        self._group[saved_state.KEY] = {
+        state = {
             "version": saved_state.VERSION,
             "step": self.step,
             "total_steps": self._total_steps,
@@ -462,6 +502,7 @@ class RankScheduler:
             "schedule": [schedule.tinit, schedule.deltaT, schedule.top_h, schedule.add_r],
             "adam_lead": self._restart.adam_lead,
             "was_linear": self._restart.was_linear,
+            "skipped": self._restart.skipped,
             "importance": self._config.importance,
             "scores": self._scores.state(),
             "row_births": [list(module.row_births) for module in self._modules],
@@ -470,21 +511,31 @@ class RankScheduler:
             "history": [list(row) for row in self._history],
             "growth": self._growth.state(),
         }
+        state_dict["param_groups"][0][saved_state.KEY] = saved_state.pack(state)
 
     @untraced
     def _after_load(self, *_: Any) -> None:
-        saved = self._group.get(saved_state.KEY)
-        if saved is not None:
+        # Without hooks, an optimizer's own `state_dict` gives what stands in the group.
+        saved = self._group.get(saved_state.KEY, saved_state.HELD)
+        if saved != saved_state.HELD:
             self._restore(saved)
+            self._group[saved_state.KEY] = saved_state.HELD
             self._arm()
             return
+        self._group[saved_state.KEY] = saved_state.HELD
         warnings.warn(
             "optimizer: the loaded state holds none of an IncreLoRA scheduler; the scores start anew",
             UserWarning,
             stacklevel=2,
         )
 
-    def _restore(self, saved: dict[str, Any]) -> None:
+    def _take_state(self) -> None:
+        """Takes in a state that came into the group without a hook's being called."""
+        if self._group.setdefault(saved_state.KEY, saved_state.HELD) != saved_state.HELD:
+            self._after_load()
+
+    def _restore(self, value: Any) -> None:
+        saved = saved_state.unpack(value)
         saved_state.check(saved, list(self.ranks), self._config, self._total_steps, self._budget)
         self.step = saved["step"]
         self.restored = True
@@ -494,6 +545,7 @@ class RankScheduler:
         )
         self._restart.adam_lead = saved["adam_lead"]
         self._restart.was_linear = saved["was_linear"]
+        self._restart.skipped = saved.get("skipped", 0)
         self._scores.start(self._seed, self.schedule.add_r)
         self._scores.restore(saved["scores"])
         self._history = [(int(s), int(k), int(r), float(i)) for s, k, r, i in saved["history"]]
@@ -522,6 +574,7 @@ class RankScheduler:
 
     def _check_loaded(self) -> None:
         """Before a step: do births and optimizer state fit parameters that were loaded meanwhile?"""
+        self._take_state()
         if self._expected is None:
             if self._probe.reloaded:
                 self._take_loaded()

@@ -120,12 +120,13 @@ class Scores:
         def watched(*args: Any, **kwargs: Any) -> None:
             update(*args, **kwargs)
             if not self._stepped:
-                self._forget_step()
+                self.forget_step()
             self._stepped = False
 
         scaler.update = self._watched = watched
 
-    def _forget_step(self) -> None:
+    def forget_step(self) -> None:
+        """Drops what the backward passes since the last step added."""
         self.importance.zero_()
 
     def detach(self) -> None:
