@@ -21,6 +21,7 @@ from .distributed import average_, find_ddp, rebuild_buckets, shared_seed
 from .gradient_scores import GradientScores
 from .growth import GrowthHistory
 from .model import rank_pattern
+from .optimizer_starts import steps_taken
 from .planning import budget_of, caps_of, new_schedule, ranks_of, schedule_of, total_steps_of
 from .restart import LrSchedule, RestartWarmup
 from .scores import Scores
@@ -249,8 +250,7 @@ class RankScheduler:
         self._scores.start(self._seed, self.schedule.add_r)
         for module in self._modules:
             module.start()
-        steps = self._optimizer.state.get(self._modules[0].a, {}).get("step", 0)
-        self._restart.adam_lead = int(steps)
+        self._restart.adam_lead = steps_taken(self._optimizer, self._modules[0].a)
         self._update_may_grow()
         self._fill_reserves(range(len(self._modules)))
         for module in self._modules:
@@ -487,8 +487,8 @@ class RankScheduler:
         self._probe.reloaded = False
         for module in self._modules:
             if (len(module.row_births), len(module.e_births)) != (module.rows, module.rank):
-                module.start()
                 module.follow(self._optimizer, self.step)
+                module.start()
         self._update_may_grow()
         self._restart.find_young(self._modules)
         self._rebuild_buckets()
