@@ -29,6 +29,8 @@ class AdaptedModule:
     adapter: str
     row_births: list[int] = field(default_factory=list)
     e_births: list[int] = field(default_factory=list)
+    # What E was multiplied by since the optimizer's state followed.
+    _rescaled: float = field(default=1.0, init=False, repr=False)
 
     @property
     def a(self) -> nn.Parameter:
@@ -80,7 +82,10 @@ class AdaptedModule:
         directions: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Makes more components active; :meth:`follow` comes after."""
+        before = self.layer.scaling[self.adapter]
         self.layer.grow(self.adapter, components, generator, directions)
+        if self.layer.configs[self.adapter].preserve_output:
+            self._rescaled *= before / self.layer.scaling[self.adapter]
 
     def set_reserve(self, components: int, generator: torch.Generator | None = None) -> None:
         """Draws, or drops, components in reserve; :meth:`follow` comes after."""
@@ -92,10 +97,14 @@ class AdaptedModule:
 
     def follow(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Brings births and optimizer state in step with the parameters; new rows are born now."""
+        for parameter, dim, births in self.parameters:
+            rescaled = self._rescaled if parameter is self.e else 1.0
+            # State that did not have to follow stays, whatever it is.
+            if len(births) != parameter.shape[dim] or rescaled != 1.0:
+                resize_state(optimizer, parameter, dim, rescaled)
+        self._rescaled = 1.0
         for births, size in ((self.row_births, self.rows), (self.e_births, self.rank)):
             births[size:] = [step] * (size - len(births))
-        for parameter, dim, _ in self.parameters:
-            resize_state(optimizer, parameter, dim)
 
 
 def adapted_modules(model: nn.Module, adapter: str) -> list[AdaptedModule]:

@@ -3,50 +3,69 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .optimizer_rows import CannotFollow, Change, fits
+from .optimizer_starts import holder, known, outgrown
 from .untraced import untraced
 
-# Parameters that ever changed their size in place and how often any did, for the net below; and for
-# each optimizer that number at its last look, with the state that it looked at.
+
+@dataclass
+class _Look:
+    """What an optimizer's last look at its state found.
+
+    Args:
+        state: The state that was looked at; loading makes another.
+        resizes: How often any parameter had changed its size then.
+        shapes: The shapes of the parameters that their state is for.
+    """
+
+    state: Any
+    resizes: int = -1
+    shapes: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+
+
+# Parameters that ever changed their size in place and how often any did, for the net below; the last look of
+# each optimizer; and the optimizers around an optimizer.
 _resized_parameters = WeakIdKeyDictionary()
 _resizes = 0
-_seen: WeakKeyDictionary[torch.optim.Optimizer, tuple[int, Any]] = WeakKeyDictionary()
+_looks: WeakKeyDictionary[torch.optim.Optimizer, _Look] = WeakKeyDictionary()
+_wrappers: WeakKeyDictionary[torch.optim.Optimizer, list[ref[torch.optim.Optimizer]]] = WeakKeyDictionary()
 _net: Any = None
 
 
-def resize_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dim: int) -> None:
-    """Gives every state tensor of ``parameter`` its new size along ``dim``.
+def resize_state(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dim: int, rescaled: float = 1.0
+) -> None:
+    """Brings the state of ``parameter`` in step with its size along ``dim``.
 
-    Rows are cut off, or zeros appended, at the end, as the parameter's were. Scalars stay. State
-    that is neither a scalar nor of the parameter's shape (Adafactor's factors, quantised moments)
-    cannot be kept: it is dropped with a warning and the optimizer starts it anew.
+    Rows are cut off, or appended, at the end, as the parameter's were. New ones start as the optimizer starts
+    those of a new parameter. State of which that is not known, and state that is not a plain tensor with a
+    number for each of the parameter's (factors, blocks, quantised moments), cannot be kept: the
+    parameter's state is dropped with a warning, and the optimizer starts it anew.
+
+    Args:
+        optimizer: The optimizer.
+        parameter: The parameter.
+        dim: The dimension along which it changed.
+        rescaled: What its old rows were multiplied by.
     """
-    state = optimizer.state.get(parameter)
-    if not state:
-        return
-    resized: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            continue
-        if not _fits(key, value, parameter, dim, {old.shape[dim] for old in resized.values()}):
-            warnings.warn(
-                f"the state {key!r} of {type(optimizer).__name__}, of shape {tuple(value.shape)}, "
-                f"cannot follow a parameter that grew to {tuple(parameter.shape)}; the parameter's "
-                "optimizer state starts anew",
-                UserWarning,
-                stacklevel=2,
-            )
-            del optimizer.state[parameter]
-            return
-        resized[key] = value
-    state.update({key: _resized(value, parameter.shape[dim], dim) for key, value in resized.items()})
+    for one in _with_state(optimizer):
+        _resize_one(one, parameter, dim, rescaled)
+
+
+def note_wrapper(inner: torch.optim.Optimizer, wrapper: torch.optim.Optimizer) -> None:
+    """Notes that ``wrapper`` is around ``inner``, for it may have a state of its own (slow weights)."""
+    if getattr(wrapper, "state", inner.state) is not inner.state:
+        _wrappers.setdefault(inner, []).append(ref(wrapper))
 
 
 def watch(parameter: nn.Parameter) -> None:
@@ -62,21 +81,88 @@ def watch(parameter: nn.Parameter) -> None:
     _resized_parameters[parameter] = True
 
 
+def _with_state(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
+    yield holder(optimizer)
+    for wrapper in _wrappers.get(optimizer, ()):
+        alive = wrapper()
+        if alive is not None:
+            yield alive
+
+
+def _resize_one(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dim: int, rescaled: float) -> None:
+    look = _look(optimizer)
+    if look.shapes.get(parameter) != parameter.shape or rescaled != 1.0:
+        change = Change(parameter, dim, rescaled, _group(optimizer, parameter))
+        try:
+            resized = _followed(optimizer, change)
+        except CannotFollow as why:
+            warnings.warn(
+                f"{why}. The parameter's optimizer state starts anew; docs/optimizers.md names optimizers "
+                "that keep theirs, such as torch.optim.AdamW",
+                UserWarning,
+                stacklevel=4,
+            )
+            _forget(optimizer, parameter)
+        else:
+            optimizer.state.get(parameter, {}).update(resized)
+    look.shapes[parameter] = parameter.shape
+
+
+def _followed(optimizer: torch.optim.Optimizer, change: Change) -> dict[str, Tensor]:
+    """What changes in the state.
+
+    Raises:
+        CannotFollow: with the whole message.
+    """
+    name, now = type(optimizer).__name__, tuple(change.parameter.shape)
+    if _in_groups(optimizer, change.parameter):
+        raise CannotFollow(f"the state in the groups of {name} cannot follow a parameter to the shape {now}")
+    state, entries = optimizer.state.get(change.parameter, {}), known(optimizer)
+    sizes: dict[str, int] = {}
+    resized: dict[str, Tensor] = {}
+    key = ""
+    try:
+        for key, value in state.items():
+            size = change.old_size(entries.get(key), value)
+            if size is not None:
+                sizes[key] = size
+                if len(set(sizes.values())) > 1:
+                    raise CannotFollow("its size is not that of the other keys")
+        for key, value in state.items():
+            old = sizes.get(key)
+            if old is None and sizes and entries[key].is_weights and isinstance(value, Tensor):
+                old = next(iter(sizes.values()))
+            if old is not None:
+                resized[key] = change.follow(entries[key], value, old)
+    except CannotFollow as why:
+        value = state[key]
+        of_shape = f", of shape {tuple(value.shape)}," if isinstance(value, Tensor) else ""
+        raise CannotFollow(
+            f"the state {key!r} of {name}{of_shape} cannot follow a parameter to the shape {now}: {why}"
+        ) from None
+    reason = outgrown(optimizer, change.parameter) if sizes else None
+    if reason is not None:
+        raise CannotFollow(f"the state of {name} is not kept for a parameter of the shape {now}: {reason}")
+    return resized
+
+
 @untraced
 def _drop_misshapen(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     # Without a new size, and without another state (loading makes a new dictionary), nothing can have
     # come to differ, and a look at every parameter in every step would cost more than the step.
-    resizes, state = _seen.get(optimizer, (-1, None))
-    if resizes == _resizes and state is optimizer.state:
+    look = _looks.get(optimizer)
+    if look is not None and look.resizes == _resizes and look.state is optimizer.state:
         return
-    _seen[optimizer] = _resizes, optimizer.state
+    look = _look(optimizer)
+    look.resizes = _resizes
+    entries = known(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if parameter not in _resized_parameters:
+            if parameter not in _resized_parameters or look.shapes.get(parameter) == parameter.shape:
                 continue
+            look.shapes[parameter] = parameter.shape
             for key, value in optimizer.state.get(parameter, {}).items():
-                elementwise = isinstance(value, Tensor) and value.dim() == 2 and not _is_factor(key)
-                if elementwise and value.shape != parameter.shape:
+                if not fits(entries.get(key), value, parameter):
                     warnings.warn(
                         f"the state {key!r} of {type(optimizer).__name__} has shape {tuple(value.shape)} "
                         f"but its parameter {tuple(parameter.shape)}: it changed its rank without the "
@@ -85,31 +171,35 @@ def _drop_misshapen(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                         UserWarning,
                         stacklevel=2,
                     )
-                    del optimizer.state[parameter]
+                    _forget(optimizer, parameter)
                     break
 
 
-def _is_factor(key: str) -> bool:
-    """Is this a row or column factor, as Adafactor keeps them? One of a parameter with one row or
-    column has the parameter's shape by chance."""
-    return "row" in key or "col" in key
+def _look(optimizer: torch.optim.Optimizer) -> _Look:
+    look = _looks.get(optimizer)
+    if look is None or look.state is not optimizer.state:
+        look = _looks[optimizer] = _Look(optimizer.state)
+    return look
 
 
-def _fits(key: str, value: Tensor, parameter: nn.Parameter, dim: int, sizes: set[int]) -> bool:
-    """Was ``value`` elementwise? ``sizes`` are the sizes along ``dim`` of the state seen so far."""
-    return (
-        not _is_factor(key)
-        and value.dim() == parameter.dim()
-        and value.shape[:dim] == parameter.shape[:dim]
-        and value.shape[dim + 1 :] == parameter.shape[dim + 1 :]
-        and sizes <= {value.shape[dim]}
-    )
+def _group(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
+    for group in optimizer.param_groups:
+        if any(other is parameter for other in group["params"]):
+            found: dict[str, Any] = group
+            return found
+    return {}
 
 
-def _resized(value: Tensor, size: int, dim: int) -> Tensor:
-    missing = size - value.shape[dim]
-    if not missing:
-        return value
-    # A negative number cuts off; dimensions count from the last.
-    padding = [0, 0] * (value.dim() - 1 - dim) + [0, missing]
-    return torch.constant_pad_nd(value, padding)
+def _in_groups(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[dict[Any, Any]]:
+    """What the groups of an optimizer keep by parameter, as those of GrokAdamW do in the place of a state."""
+    values = [value for group in optimizer.param_groups for value in group.values()]
+    return [value for value in values if isinstance(value, dict) and parameter in value]
+
+
+def _forget(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+    for kept in _in_groups(optimizer, parameter):
+        del kept[parameter]
+    state, entries = optimizer.state.pop(parameter, {}), known(optimizer)
+    given = {key: value for key, value in state.items() if key in entries and entries[key].kind == "given"}
+    if given:
+        optimizer.state[parameter] = given

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from . import _core, arguments
 from .adapted import AdaptedModule
 from .cuda import stream
+from .optimizer_starts import adam_betas, holder, weights_of
 
 LrSchedule = Literal["auto", "linear", "follow"]
 
@@ -51,7 +52,8 @@ class RestartWarmup:
         self._total_steps = total_steps
         self._lr_warmup = lr_warmup
         self._lr_schedule = lr_schedule
-        self._young: dict[int, tuple[nn.Parameter, list[int], int]] = {}
+        # By parameter: it, and the weights that its optimizer moves along with it.
+        self._young: dict[int, list[tuple[Tensor, list[int], int]]] = {}
         # Those of each group of the optimizer that has any, and the sizes of all groups then.
         self._newborns: list[tuple[int, torch.device, _core.Newborns]] = []
         self._sizes: list[int] = []
@@ -63,7 +65,9 @@ class RestartWarmup:
     def find_young(self, modules: Sequence[AdaptedModule]) -> None:
         """Looks which parameters have rows that were born during training."""
         self._young = {
-            id(parameter): (parameter, births, dim)
+            id(parameter): [
+                (values, births, dim) for values in (parameter, *weights_of(self._optimizer, parameter))
+            ]
             for module in modules
             for parameter, dim, births in module.parameters
             if any(births)
@@ -75,7 +79,7 @@ class RestartWarmup:
         self._sizes = [len(parameters) for parameters in groups]
         self._newborns = []
         for index, parameters in enumerate(groups):
-            young = [self._young[id(parameter)] for parameter in parameters if id(parameter) in self._young]
+            young = [one for parameter in parameters for one in self._young.get(id(parameter), ())]
             if young:
                 self._newborns.append((index, young[0][0].device, _core.Newborns(young)))
 
@@ -97,7 +101,7 @@ class RestartWarmup:
                 multiplier=_multiplier(group) if self._enabled else None,
                 lr_warmup=self._lr_warmup,
                 linear_until=self._total_steps if linear else None,
-                betas=_adam_betas(self._optimizer, group),
+                betas=adam_betas(self._optimizer, group),
                 adam_lead=self.adam_lead,
                 decay=_decoupled_decay(self._optimizer, group),
                 stream=stream(device),
@@ -121,14 +125,6 @@ def _multiplier(group: dict[str, Any]) -> float:
     return lr / initial if initial > 0.0 else 0.0
 
 
-def _adam_betas(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> tuple[float, float] | None:
-    """Adam's betas, for the optimizers that correct the bias of their moments as Adam does."""
-    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
-        beta1, beta2 = group["betas"]
-        return float(beta1), float(beta2)
-    return None
-
-
 def _decoupled_decay(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
-    decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
+    decoupled = group.get("decoupled_weight_decay", isinstance(holder(optimizer), torch.optim.AdamW))
     return float(group["lr"]) * float(group.get("weight_decay", 0.0)) if decoupled else 0.0

@@ -24,6 +24,8 @@ from .events import Cause, GrowthEvent, SizeListeners
 from .gradient_scores import GradientScores
 from .growth import GrowthHistory
 from .model import rank_pattern
+from .nested_step import StepDepth
+from .optimizer_starts import steps_taken
 from .planning import budget_of, caps_of, new_schedule, ranks_of, schedule_of, total_steps_of
 from .restart import LrSchedule, RestartWarmup
 from .scores import Scores
@@ -154,6 +156,7 @@ class RankScheduler:
         # Was the call of the optimizer at hand a step that counts?
         self._counts = False
         self._watched: Any = None
+        self._depth = StepDepth()
         self._may_grow = False
         self._history: list[tuple[int, int, int, float]] = []
         self._growth = self._new_growth(list(self.ranks.values()))
@@ -305,8 +308,7 @@ class RankScheduler:
         self._scores.start(self._seed, self.schedule.add_r)
         for module in self._modules:
             module.start()
-        steps = self._optimizer.state.get(self._modules[0].a, {}).get("step", 0)
-        self._restart.adam_lead = int(steps)
+        self._restart.adam_lead = steps_taken(self._optimizer, self._modules[0].a)
         self._update_may_grow()
         self._fill_reserves(range(len(self._modules)))
         for module in self._modules:
@@ -319,6 +321,8 @@ class RankScheduler:
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self._depth.enters(optimizer):
+            return None
         self._counts = False
         self._probe.unattended = 0
         # args[0] is the optimizer.
@@ -376,7 +380,7 @@ class RankScheduler:
 
     @untraced
     def _after_step(self, *_: Any) -> None:
-        if not self._counts:
+        if not self._depth.leaves() or not self._counts:
             return
         self._restart.correct(self.step)
         grows = self._may_grow and self.schedule.is_event(self.step)
@@ -598,8 +602,8 @@ class RankScheduler:
         self._probe.reloaded = False
         for module in self._modules:
             if (len(module.row_births), len(module.e_births)) != (module.rows, module.rank):
-                module.start()
                 module.follow(self._optimizer, self.step)
+                module.start()
         self._update_may_grow()
         self._restart.find_young(self._modules)
         self._rebuild_buckets()
