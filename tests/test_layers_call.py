@@ -291,3 +291,11 @@ def test_a_compiled_model_runs_a_hook_of_the_base_layer(adapted, kind):
     base.register_forward_hook(lambda _, args, output: output * 3)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_runs_a_hook_of_the_base_layer(adapted, strict):
+    model, base, x = adapted("Linear")
+    base.register_forward_pre_hook(lambda _, args: (args[0] * 3,))
+    program = torch.export.export(model.eval(), (x,), strict=strict)
+    torch.testing.assert_close(program.module()(x), model(x))

@@ -77,10 +77,16 @@ def is_plain_call(module: nn.Module) -> bool:
     return (
         ("forward" not in own or _is_method(own["forward"], forward, module))
         and kind.forward is forward
-        and kind.__call__ is _CALL
+        and (kind.__call__ is _CALL or _is_exports(kind.__call__))
         and kind._call_impl is _CALL_IMPL
         and namespace[name] is function
     )
+
+
+def _is_exports(call: Any) -> bool:
+    # torch.export without strict=True notes each call by a function of its own, and changes nothing by it.
+    namespace = getattr(call, "__globals__", {})
+    return torch.compiler.is_exporting() and namespace.get("__name__") == "torch.fx._symbolic_trace"
 
 
 def _is_method(value: Any, function: _Function | None, module: nn.Module) -> bool:

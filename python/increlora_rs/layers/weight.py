@@ -89,7 +89,7 @@ def _change(
             "computed from other parameters (pruned, or parametrised); make it permanent before, by "
             "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations."
         )
-    if weight.is_meta and not delta.is_meta:
+    if backend is None and weight.is_meta and not delta.is_meta:
         raise ValueError(
             f"adapter {adapter_name!r} cannot be merged into a base weight on the device 'meta', which holds "
             "no numbers; load the base model whole to merge."
