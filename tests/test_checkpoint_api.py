@@ -371,6 +371,16 @@ def test_a_module_that_no_step_used_resumes(tmp_path):
     assert scheduler.total_rank == scheduler.budget
 
 
+def test_a_checkpoint_without_a_schedulers_state_is_announced(tmp_path):
+    model = adapted()
+    optimizer = adamw(model)
+    run(model, optimizer, 0, 2)
+    dcp.save(LAYOUTS["flat at the top"](model, optimizer), checkpoint_id=tmp_path)
+    model, optimizer, _ = begin()
+    with pytest.warns(UserWarning, match="holds none of an IncreLoRA scheduler"):
+        load_checkpoint(model, tmp_path, optimizer)
+
+
 # What is refused.
 
 

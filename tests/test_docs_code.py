@@ -17,7 +17,10 @@ import unets
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(?P<language>\w+)(?P<options>[^\n]*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 # Blocks that are files of their own, with the test that runs them.
-FILES = {'title="train.py"': "test_the_script_for_several_processes_runs_in_two"}
+FILES = {
+    'title="train.py"': "test_the_script_for_several_processes_runs_in_two",
+    'title="resume.py"': "test_the_script_that_resumes_a_distributed_checkpoint_runs",
+}
 
 
 class Block:
@@ -248,12 +251,30 @@ def batches(rank, steps):
 """
 
 
+def script_of(text, name):
+    (script,) = [m["code"] for m in BLOCK.finditer(text) if m["options"].strip() == f'title="{name}"']
+    return script
+
+
+def test_the_script_that_resumes_a_distributed_checkpoint_runs(bert_dir, tmp_path):
+    text = (ROOT / "docs" / "distributed.md").read_text()
+    (tmp_path / "resume.py").write_text(script_of(text, "resume.py"))
+    (tmp_path / "my_project.py").write_text(MY_PROJECT.format(model=str(bert_dir)))
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:increlora_rs", "resume.py"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.slow
 def test_the_script_for_several_processes_runs_in_two(bert_dir, tmp_path):
     text = (ROOT / "docs" / "distributed.md").read_text()
-    scripts = [match["code"] for match in BLOCK.finditer(text) if match["options"].strip() in FILES]
-    assert len(scripts) == 1
-    (tmp_path / "train.py").write_text(scripts[0])
+    (tmp_path / "train.py").write_text(script_of(text, "train.py"))
     (tmp_path / "my_project.py").write_text(MY_PROJECT.format(model=str(bert_dir)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(

@@ -1,6 +1,6 @@
 """Loading a checkpoint of ``torch.distributed.checkpoint`` whose ranks are not the model's.
 
-``dcp.load`` fills tensors in that have the checkpoint's sizes already; those of a grown adapter are larger
+Its ``load`` fills tensors in that have the checkpoint's sizes already; those of a grown adapter are larger
 than a fresh model's, and so is its optimizer's state.
 """
 
@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.tensor import DTensor
 
 from .attachment import unwrapped_optimizer
@@ -35,7 +38,7 @@ _Path = tuple[str | int, ...]
 
 def load_checkpoint(
     model: nn.Module,
-    checkpoint: str | os.PathLike[str] | dcp.StorageReader,
+    checkpoint: str | os.PathLike[str] | StorageReader,
     optimizer: torch.optim.Optimizer | None = None,
     *,
     process_group: dist.ProcessGroup | None = None,
@@ -93,14 +96,14 @@ class _Saved:
         self.prefix = ""
         self.name = checkpoint
         self.reader = checkpoint
-        if not isinstance(checkpoint, dcp.StorageReader):
+        if not isinstance(checkpoint, StorageReader):
             folder = Path(checkpoint)
             if not (folder / ".metadata").is_file():
                 raise FileNotFoundError(
                     f"checkpoint: {folder} holds no checkpoint of torch.distributed.checkpoint: its file "
                     ".metadata is missing. Give the directory that was saved to, once the save is complete."
                 )
-            self.reader = dcp.FileSystemReader(folder)
+            self.reader = FileSystemReader(folder)
         try:
             self._metadata = self.reader.read_metadata()
         except (pickle.UnpicklingError, EOFError, AttributeError) as error:
@@ -163,11 +166,11 @@ class _Saved:
     def read_into(self, values: dict[str, Any], process_group: dist.ProcessGroup | None) -> None:
         """Fills ``values`` in, in place but for what is no tensor."""
         # The keys are the checkpoint's: nothing is to be flattened.
-        planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or")
             try:
-                dcp.load(values, storage_reader=self.reader, planner=planner, process_group=process_group)
+                load(values, storage_reader=self.reader, planner=planner, process_group=process_group)
             except CheckpointException as error:
                 # Not an Exception: `except Exception` of a training script would miss it.
                 raise ValueError(

@@ -266,7 +266,7 @@ class RankScheduler:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if vars(self._optimizer).get("load_state_dict") is self._watched:
+        if self._watched is not None and vars(self._optimizer).get("load_state_dict") is self._watched:
             del self._optimizer.load_state_dict
         self._scores.detach()
         self._restart.find_young(())

@@ -74,7 +74,8 @@ def main(out):
         results[way] = parameters(model)
     torch.save(results, out / f"rank{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    # The end of a DDP may wait for ever for gloo's thread, which wants the GIL (torch 2.13).
+    os._exit(0)
 
 
 def state_of_first(options, rank):
