@@ -27,6 +27,8 @@ _SWAPS = (
 _REFUSED = {
     "torch.LBFGS": "it keeps one flat vector over all parameters, which cannot grow; use AdamW or another "
     "optimizer that keeps its state by parameter.",
+    "torch.PostLocalSGDOptimizer": "between its averagings the processes have different parameters, and growth "
+    "needs the same in all; use DistributedDataParallel with the optimizer inside of it.",
     "torchao.CPUOffloadOptimizer": "it keeps copies of the parameters, which cannot grow; the state of an "
     "adapter is small: use AdamW.",
     "lomo_optim.Lomo": _IN_BACKWARD,
@@ -39,7 +41,7 @@ _REFUSED = {
 
 def unwrapped_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer in ``optimizer`` whose step() changes the parameters: in an AcceleratedOptimizer, a
-    PostLocalSGDOptimizer, a Lookahead, the one inside.
+    Lookahead, the one inside.
 
     Raises:
         TypeError: there is none.
@@ -67,7 +69,7 @@ def _inner(optimizer: Any) -> torch.optim.Optimizer | None:
     # Its inner optimizer has the parameters of one process alone.
     if isinstance(optimizer, torch.optim.Optimizer) and is_a(optimizer, "torch.ZeroRedundancyOptimizer"):
         return None
-    for name in ("optimizer", "optim", "_optimizer"):
+    for name in ("optimizer", "_optimizer"):
         inner = getattr(optimizer, name, None)
         if isinstance(inner, torch.optim.Optimizer):
             return inner
@@ -142,8 +144,8 @@ def _refuse_frozen(modules: Sequence[AdaptedModule], optimizer: torch.optim.Opti
         more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
         raise ValueError(
             f"model: {', '.join(frozen[:3])}{more}: frozen (requires_grad=False), while other factors of the "
-            "same modules are trained. Such an adapter cannot grow, for A, B and E of a new component are trained "
-            "together. Call requires_grad_(True) on them and make the optimizer then; one of "
+            "same modules are trained. Such an adapter cannot grow, for A, B and E of a new component are "
+            "trained together. Call requires_grad_(True) on them and make the optimizer then; one of "
             "peft.optimizers.create_lorafa_optimizer freezes A: use AdamW or create_loraplus_optimizer."
         )
     if is_a(optimizer, "peft.LoraFAOptimizer"):

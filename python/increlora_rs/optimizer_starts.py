@@ -122,7 +122,7 @@ _KNOWN: dict[str, dict[str, Entry]] = {
     "galore_torch.AdamW": {"step": WHOLE, "exp_avg": ZERO, "exp_avg_sq": ZERO},
     "apollo_torch.AdamW": {"step": WHOLE, "seed": GIVEN, "exp_avg": ZERO, "exp_avg_sq": ZERO},
     # Slow weights around another optimizer.
-    "pytorch_optimizer.Lookahead": {"slow_params": COPY, "slow_momentum": ZERO},
+    "pytorch_optimizer.Lookahead": {"slow_params": COPY, "backup_params": COPY, "slow_momentum": ZERO},
     "torch_optimizer.Lookahead": {"slow_param": COPY},
 }
 
