@@ -27,8 +27,8 @@ _SWAPS = (
 _REFUSED = {
     "torch.LBFGS": "it keeps one flat vector over all parameters, which cannot grow; use AdamW or another "
     "optimizer that keeps its state by parameter.",
-    "torch.PostLocalSGDOptimizer": "between its averagings the processes have different parameters, and growth "
-    "needs the same in all; use DistributedDataParallel with the optimizer inside of it.",
+    "torch.PostLocalSGDOptimizer": "between its averagings the processes have different parameters, and "
+    "growth needs the same in all; use DistributedDataParallel with the optimizer inside of it.",
     "torchao.CPUOffloadOptimizer": "it keeps copies of the parameters, which cannot grow; the state of an "
     "adapter is small: use AdamW.",
     "lomo_optim.Lomo": _IN_BACKWARD,

@@ -21,6 +21,7 @@ from .distributed import average_, find_ddp, rebuild_buckets, shared_seed
 from .gradient_scores import GradientScores
 from .growth import GrowthHistory
 from .model import rank_pattern
+from .nested_step import StepDepth
 from .optimizer_starts import steps_taken
 from .planning import budget_of, caps_of, new_schedule, ranks_of, schedule_of, total_steps_of
 from .restart import LrSchedule, RestartWarmup
@@ -145,6 +146,7 @@ class RankScheduler:
         self.budget = self._budget.total
         self.step = 0
         self.restored = False
+        self._depth = StepDepth()
         self._may_grow = False
         self._history: list[tuple[int, int, int, float]] = []
         self._growth = self._new_growth(list(self.ranks.values()))
@@ -262,6 +264,8 @@ class RankScheduler:
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self._depth.enters(optimizer):
+            return None
         self._check_loaded()
         self.step += 1
         self._scores.note_step()
@@ -299,6 +303,8 @@ class RankScheduler:
         self._restart.keep_old()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if not self._depth.leaves():
+            return
         # A fused optimizer under a scaler is called, and does nothing, where gradients overflowed.
         overflowed = getattr(optimizer, "found_inf", None)
         if overflowed is None or not bool(overflowed):
