@@ -221,7 +221,207 @@ def test_optimizer_of_unknown_state_goes_on():
     assert parameter.ne(before).all()
 
 
+# New rows start as the optimizer starts them.
+
+STARTS = {
+    "Rprop": lambda p: torch.optim.Rprop([p], lr=0.1),
+    "Adagrad": lambda p: torch.optim.Adagrad([p], lr=0.1, initial_accumulator_value=0.3),
+    "ASGD": lambda p: torch.optim.ASGD([p], lr=0.1),
+    "AdamW": lambda p: torch.optim.AdamW([p], lr=0.1, amsgrad=True),
+    "Muon": lambda p: torch.optim.Muon([p], lr=0.1),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in STARTS if name != "Muon"])
+def test_a_new_rows_state_is_that_of_a_new_parameter(name):
+    """By what its first step does to the rows: as to a parameter that holds them alone. The step counts,
+    which are the whole parameter's, are set to those of a new one."""
+    parameter, optimizer = stepped(STARTS[name], (RANK, WIDE))
+    set_size(parameter, (5, WIDE), 0)
+    with torch.no_grad():
+        parameter[RANK:] = numbers((3, WIDE), 30)
+    resize_state(optimizer, parameter, 0)
+    fresh = nn.Parameter(parameter.detach()[RANK:].clone())
+    other = STARTS[name](fresh)
+    state = optimizer.state[parameter]
+    state["step"].zero_()
+    parameter.grad = numbers((5, WIDE), 31)
+    fresh.grad = parameter.grad[RANK:].clone()
+    optimizer.step()
+    other.step()
+    torch.testing.assert_close(parameter.detach()[RANK:], fresh.detach())
+
+
+@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize(("factor", "shape"), [(name, shape) for name, (shape, _) in SHAPES.items()])
+def test_old_rows_keep_their_state_bit_for_bit(name, factor, shape):
+    dim = SHAPES[factor][1]
+    parameter, optimizer = stepped(STARTS[name], shape(RANK))
+    before = {key: value.clone() for key, value in optimizer.state[parameter].items()}
+    set_size(parameter, shape(5), dim)
+    resize_state(optimizer, parameter, dim)
+    for key, value in optimizer.state[parameter].items():
+        old = value if value.dim() == 0 else value.narrow(dim, 0, RANK)
+        assert torch.equal(old, before[key]), key
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_state_in_bfloat16_stays_in_it(name):
+    parameter, optimizer = stepped(STARTS[name], (RANK, WIDE))
+    state = optimizer.state[parameter]
+    state.update({key: value.bfloat16() for key, value in state.items() if value.dim() == 2})
+    set_size(parameter, (5, WIDE), 0)
+    resize_state(optimizer, parameter, 0)
+    assert {value.dtype for value in optimizer.state[parameter].values() if value.dim()} == {torch.bfloat16}
+
+
+def test_copies_of_weights_follow_the_scale_of_their_parameter():
+    parameter, optimizer = stepped(STARTS["ASGD"], (RANK, 1))
+    before = optimizer.state[parameter]["ax"].clone()
+    set_size(parameter, (5, 1), 0)
+    resize_state(optimizer, parameter, 0, rescaled=0.5)
+    assert torch.equal(optimizer.state[parameter]["ax"][:RANK], before * 0.5)
+
+
+def test_numbers_that_are_no_weights_do_not_follow_it():
+    parameter, optimizer = stepped(STARTS["AdamW"], (RANK, 1))
+    before = optimizer.state[parameter]["exp_avg"].clone()
+    set_size(parameter, (5, 1), 0)
+    resize_state(optimizer, parameter, 0, rescaled=0.5)
+    assert torch.equal(optimizer.state[parameter]["exp_avg"][:RANK], before)
+
+
+# What is not known is not kept.
+
+
+class Further(torch.optim.AdamW):
+    """Keeps one thing more than AdamW does, in the parameter's shape."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter].setdefault("fisher", torch.ones_like(parameter))
+        return loss
+
+
+class Inheriting(torch.optim.AdamW):
+    pass
+
+
+def test_a_key_that_is_not_known_drops_the_state():
+    parameter, optimizer = stepped(lambda p: Further([p], lr=0.1), (RANK, WIDE))
+    set_size(parameter, (5, WIDE), 0)
+    with pytest.warns(UserWarning, match="'fisher' of Further.*how it starts is not known.*starts anew"):
+        resize_state(optimizer, parameter, 0)
+    assert parameter not in optimizer.state
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_class_that_keeps_what_its_base_keeps_is_known():
+    parameter, optimizer = stepped(lambda p: Inheriting([p], lr=0.1), (RANK, WIDE))
+    set_size(parameter, (5, WIDE), 0)
+    resize_state(optimizer, parameter, 0)
+    assert optimizer.state[parameter]["exp_avg"].shape == (5, WIDE)
+
+
+def test_another_class_of_a_known_name_is_not_known():
+    other = type("AdamW", (torch.optim.Optimizer,), {"__module__": "elsewhere", "step": lambda *_: None})
+    parameter = nn.Parameter(numbers((RANK, WIDE), 0))
+    optimizer = other([parameter], {})
+    optimizer.state[parameter]["exp_avg"] = torch.zeros(RANK, WIDE)
+    set_size(parameter, (5, WIDE), 0)
+    with pytest.warns(UserWarning, match="'exp_avg' of AdamW"):
+        resize_state(optimizer, parameter, 0)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (torch.zeros(RANK, WIDE).as_subclass(Subclass), "it is a Subclass"),
+        (torch.zeros(RANK, WIDE, dtype=torch.uint8), "it is quantised"),
+        (torch.zeros(RANK, WIDE).to_sparse(), "its layout is torch.sparse_coo"),
+        (torch.zeros(RANK), "it has no number for each of the parameter's"),
+        (torch.zeros(RANK + 1, WIDE), "its size is not that of the other keys"),
+    ],
+    ids=["subclass", "quantised", "sparse", "another shape", "another size"],
+)
+def test_a_tensor_that_is_not_plain_drops_the_state(value, told):
+    parameter, optimizer = stepped(ELEMENTWISE["AdamW"], (RANK, WIDE))
+    optimizer.state[parameter]["exp_avg_sq"] = value
+    set_size(parameter, (5, WIDE), 0)
+    with pytest.warns(UserWarning, match=f"'exp_avg_sq' of AdamW.*{told}"):
+        resize_state(optimizer, parameter, 0)
+    assert parameter not in optimizer.state
+
+
+def test_dampened_momentum_is_not_known_to_start_at_0():
+    parameter, optimizer = stepped(
+        lambda p: torch.optim.SGD([p], lr=0.1, momentum=0.9, dampening=0.5), (RANK, WIDE)
+    )
+    set_size(parameter, (5, WIDE), 0)
+    with pytest.warns(UserWarning, match="not known under these settings"):
+        resize_state(optimizer, parameter, 0)
+
+
+def test_state_that_an_optimizer_keeps_in_its_groups_starts_anew_with_a_warning():
+    parameter, optimizer = stepped(ELEMENTWISE["SGD momentum"], (RANK, WIDE))
+    kept = optimizer.param_groups[0]["state"] = {parameter: {"ema": torch.zeros(RANK, WIDE)}}
+    set_size(parameter, (5, WIDE), 0)
+    with pytest.warns(UserWarning, match="the state in the groups of SGD cannot follow"):
+        resize_state(optimizer, parameter, 0)
+    assert parameter not in kept
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("make", [lambda p: Further([p], lr=0.1), *FACTORED.values()])
+def test_state_that_is_in_step_is_not_dropped_again(make):
+    parameter, optimizer = stepped(make, (RANK, WIDE))
+    set_size(parameter, (5, WIDE), 0)
+    quietly_resize(optimizer, parameter, 0)
+    parameter.grad = numbers((5, WIDE), 20)
+    optimizer.step()
+    resize_state(optimizer, parameter, 0)
+    assert optimizer.state[parameter]
+
+
 # The net under optimizers that no scheduler looks after.
+
+
+class Means(torch.optim.SGD):
+    """Keeps a mean of each row, in two dimensions, as Adam-mini does."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter].setdefault("means", parameter.grad.mean(1, keepdim=True))
+        return super().step(closure)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("make", [lambda p: Means([p], lr=0.1), *FACTORED.values()])
+def test_a_loaded_state_of_the_parameters_size_is_kept_whatever_its_form(make):
+    parameter, optimizer = stepped(make, (RANK, WIDE))
+    watch(parameter)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    parameter.grad = numbers((RANK, WIDE), 20)
+    optimizer.step()
+    assert optimizer.state[parameter]["step" if "step" in optimizer.state[parameter] else "means"] is not None
+
+
+@pytest.mark.parametrize("make", [lambda p: Means([p], lr=0.1), *FACTORED.values()])
+def test_a_loaded_state_of_another_size_is_dropped_whatever_its_form(make):
+    _, smaller = stepped(make, (RANK, WIDE))
+    parameter, optimizer = stepped(make, (5, WIDE))
+    watch(parameter)
+    optimizer.load_state_dict(copy.deepcopy(smaller.state_dict()))
+    parameter.grad = numbers((5, WIDE), 20)
+    with pytest.warns(UserWarning, match="changed its rank without the optimizer"):
+        optimizer.step()
 
 
 def test_loaded_state_of_another_size_is_noticed_after_a_look_that_found_nothing():

@@ -1,6 +1,7 @@
 """Every optimizer of docs/optimizers.md is run over several growths, and does what the page says of it."""
 
 import ast
+import copy
 import importlib
 import re
 import warnings
@@ -16,9 +17,11 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 PAGE = (Path(__file__).parents[1] / "docs" / "optimizers.md").read_text()
-STEPS = 36
+STEPS = 30
 # The adapter's A and B have fewer than 4,096 numbers at the narrow width, and pass that at the wide one.
 NARROW, WIDE = 32, 512
+# Those that look at it.
+QUANTISING = ("bitsandbytes.", "torchao.", "galore_torch.")
 
 
 def rows(title):
@@ -137,6 +140,8 @@ def outcome(make, growths, width=NARROW):
 
 def outcome_at_both_sizes(make, growths):
     narrow = outcome(make, growths)
+    if narrow == "refused" or not type(make(make_model(NARROW))).__module__.startswith(QUANTISING):
+        return narrow
     growths.clear()
     wide = outcome(make, growths, WIDE)
     return f"{wide} from 4,096 numbers" if (narrow, wide) == ("kept", "anew") else wide
@@ -208,7 +213,9 @@ def test_an_optimizer_of_trainer_does_at_a_growth_what_its_row_says(name, growth
             cls, arguments = Trainer.get_optimizer_cls_and_kwargs(settings, model)
             if cls.__name__ == "AdaLomo" and not torch.cuda.is_available():
                 pytest.skip("its constructor wants a GPU")
-        except ImportError as error:
+        except (ImportError, ValueError) as error:
+            if "install" not in str(error):
+                raise
             pytest.skip(str(error))
         if cls.__name__ == "StableAdamW":
             arguments["triton"] = False
@@ -236,3 +243,120 @@ def test_the_page_has_every_optim_of_trainingarguments():
 def test_every_row_has_an_outcome_that_is_explained():
     assert set(BY_CLASS.values()) | set(BY_NAME.values()) == OUTCOMES
     assert all(f"**{outcome}**" in PAGE for outcome in OUTCOMES)
+
+
+# Bytes of 8-bit optimizers.
+
+
+def bytes_of(value):
+    if type(value) is torch.Tensor:
+        return value.nbytes if value.dim() else 0
+    codes = [getattr(value, name) for name in getattr(value, "tensor_attrs", ()) if name != "qmap"]
+    return sum(code.nbytes for code in codes)
+
+
+BYTES = dict(re.findall(r"^\| `([\w.]+)` \| ([\d,]+) \|$", PAGE, re.MULTILINE))
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("call", BYTES)
+def test_the_bytes_of_state_are_those_of_the_page(call):
+    config = IncreLoraConfig(r=16, lora_alpha=16, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(1024, 1024)), config)
+    optimizer = maker(call)(model)
+    train(model, optimizer, 12)
+    states = [item for state in optimizer.state.values() for item in state.items()]
+    size = sum(bytes_of(value) for key, value in states if not key.startswith("qmap"))
+    assert f"{size:,}" == BYTES[call]
+
+
+def test_a_bound_of_its_own_is_followed():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = make_model(NARROW)
+    optimizer = bitsandbytes.optim.AdamW8bit(trainable(model), lr=1e-3, min_8bit_size=200)
+    train(model, optimizer)
+    dtypes = {p.numel() >= 200: optimizer.state[p]["state1"].dtype for p in trainable(model)}
+    assert dtypes == {True: torch.uint8, False: torch.float32}
+
+
+# Optimizers that keep copies of the weights.
+
+SCHEDULE_FREE = ["AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"]
+
+
+@pytest.mark.parametrize("name", SCHEDULE_FREE)
+@pytest.mark.parametrize("scaling", ["budget", "rank"])
+def test_a_growth_leaves_the_weights_for_evaluation_as_they_were(name, scaling):
+    config = IncreLoraConfig(r=9, init_r=2, lora_alpha=9, target_modules=["0"], scaling=scaling)
+    model = get_peft_model(nn.Sequential(nn.Linear(NARROW, NARROW)), config)
+    optimizer = maker(f"schedulefree.{name}")(model)
+    optimizer.param_groups[0]["lr"] = 0.05
+    optimizer.train()
+    x = torch.randn(8, NARROW)
+    for _ in range(9):
+        (model(x) - x.roll(1, 1)).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.eval()
+    before = model(x).detach()
+    optimizer.train()
+    (module,) = adapted.adapted_modules(model, "default")
+    module.start()
+    module.grow(3, torch.Generator().manual_seed(0))
+    module.follow(optimizer, 9)
+    optimizer.eval()
+    torch.testing.assert_close(model(x).detach(), before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULE_FREE)
+def test_copies_of_the_weights_warm_up_with_their_rows(name):
+    """Else a row that is held back would be evaluated on the other side of where it started."""
+    model = make_model(NARROW)
+    optimizer = maker(f"schedulefree.{name}")(model)
+    scheduler = attach(model, optimizer, total_steps=STEPS, lr_warmup_steps=20, lr_schedule="follow")
+    optimizer.train()
+    x = torch.randn(8, NARROW)
+    while scheduler.total_rank == 2:
+        (model(x) - x.roll(1, 1)).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    (module,) = adapted.adapted_modules(model, "default")
+    state = optimizer.state[module.e]
+    born = module.e.detach()[-1].clone()
+    (model(x) - x.roll(1, 1)).pow(2).mean().backward()
+    optimizer.step()
+    # The warm-up's first step of a row has the rate 0.
+    assert torch.equal(state["z"][-1], born)
+    assert torch.equal(module.e.detach()[-1], born)
+
+
+RESUMED = ["torch.optim.AdamW", "torch.optim.Rprop", "torch.optim.ASGD", "schedulefree.AdamWScheduleFree"]
+
+
+@pytest.mark.parametrize("call", RESUMED)
+def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(call):
+    def steps(model, optimizer, first, last):
+        for step in range(first, last):
+            x = torch.randn(8, NARROW, generator=torch.Generator().manual_seed(step))
+            (model(x) - x.roll(1, 1)).pow(2).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def begin():
+        model = make_model(NARROW)
+        optimizer = maker(call)(model)
+        attach(model, optimizer, total_steps=STEPS)
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+        return model, optimizer
+
+    whole, optimizer = begin()
+    steps(whole, optimizer, 0, STEPS)
+    half, optimizer = begin()
+    steps(half, optimizer, 0, 10)
+    weights, state = copy.deepcopy((half.state_dict(), optimizer.state_dict()))
+    resumed, optimizer = begin()
+    resumed.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    steps(resumed, optimizer, 10, STEPS)
+    assert all(torch.equal(a, b) for a, b in zip(trainable(whole), trainable(resumed), strict=True))
