@@ -57,8 +57,8 @@ class Scales(MutableMapping[str, float]):
 
     def in_graph(self, name: str) -> Tensor:
         """A scale that follows the rank, for a graph, which knows no rank: float64 (1) on the CPU."""
-        scale, rank = self._scales[name], self._layer.rank(name)
-        divisor = torch.ones(1, dtype=torch.float64, device="cpu") * rank
+        scale, e = self._scales[name], self._layer.factors(name)[2]
+        divisor = torch.ones(1, dtype=torch.float64, device="cpu") * e.shape[0]
         return scale.tensor * scale.alpha / (divisor.sqrt() if scale.root else divisor)
 
     def _unscaled(self, name: str) -> float:

@@ -149,19 +149,20 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
 
     def rank(self, adapter_name: str) -> int:
         """Number of active components."""
-        return int(self.lora_E[adapter_name].weight.shape[0])
+        return int(self.factors(adapter_name)[2].shape[0])
 
     def reserve(self, adapter_name: str) -> int:
         """Number of components in reserve."""
-        return int(self.lora_A[adapter_name].weight.shape[0]) - self.rank(adapter_name)
+        a, _, e = self.factors(adapter_name)
+        return int(a.shape[0] - e.shape[0])
 
     def factors(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
         """The parameters A (rows, in), B (out, rows), E (rank, 1), with the reserve."""
-        return (
-            self.lora_A[adapter_name].weight,
-            self.lora_B[adapter_name].weight,
-            self.lora_E[adapter_name].weight,
-        )
+        # mypy knows no module of a ModuleDict by its class.
+        a: Any = self.lora_A[adapter_name]
+        b: Any = self.lora_B[adapter_name]
+        e: Any = self.lora_E[adapter_name]
+        return a.weight, b.weight, e.weight
 
     def _draw(
         self, adapter_name: str, n: int, generator: torch.Generator | None
@@ -292,7 +293,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
                 a, b, e = self.factors(adapter_name)
         rank = e.shape[0]
         if may_differ(a.shape[0], rank):
-            a, b = a[:rank], b[:, :rank]
+            return a[:rank], b[:, :rank], e
         return a, b, e
 
     def get_delta_weight(self, adapter: str) -> Tensor:
