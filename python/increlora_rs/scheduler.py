@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import saved_state, step_kinds, unreached
 from .adapted import adapted_modules
+from .assigned import Assigned
 from .attachment import check_attachable, trainable_adapter, unwrapped_optimizer
 from .bystanders import Bystanders
 from .compiled import mark_growing
@@ -26,6 +27,7 @@ from .growth import GrowthHistory
 from .model import rank_pattern
 from .nested_step import StepDepth
 from .optimizer_starts import steps_taken
+from .optimizer_state import watch
 from .planning import budget_of, caps_of, new_schedule, ranks_of, schedule_of, total_steps_of
 from .restart import LrSchedule, RestartWarmup
 from .scores import Scores
@@ -179,6 +181,7 @@ class RankScheduler:
             module.layer.slots[self._adapter] = slot
             for parameter, dim, _ in module.parameters:
                 mark_growing(parameter, dim)
+                watch(parameter)
         self._handles = [
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
@@ -187,6 +190,7 @@ class RankScheduler:
         ]
         self._listeners = SizeListeners(self._model, self._modules)
         self._bystanders = Bystanders(self._model, self._modules)
+        self._assigned = Assigned(self._modules)
         self._watch_loading()
         self._arm()
 
@@ -266,7 +270,7 @@ class RankScheduler:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if vars(self._optimizer).get("load_state_dict") is self._watched:
+        if self._watched is not None and vars(self._optimizer).get("load_state_dict") is self._watched:
             del self._optimizer.load_state_dict
         self._scores.detach()
         self._restart.find_young(())
@@ -324,6 +328,7 @@ class RankScheduler:
         if not self._depth.enters(optimizer):
             return None
         self._counts = False
+        self._assigned.check_held(optimizer)
         self._probe.unattended = 0
         # args[0] is the optimizer.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -480,6 +485,7 @@ class RankScheduler:
 
     def _tell(self, cause: Cause) -> None:
         """Tells those who hold copies of the parameters that sizes changed, if they did."""
+        self._assigned.note()
         before = self._listeners.known
         if self._listeners.tell(self.step, cause) and cause == "growth":
             self._bystanders.warn(self.step, before)
@@ -580,7 +586,7 @@ class RankScheduler:
         """Before a step: do births and optimizer state fit parameters that were loaded meanwhile?"""
         self._take_state()
         if self._expected is None:
-            if self._probe.reloaded:
+            if self._assigned.changed() or self._probe.reloaded:
                 self._take_loaded()
                 self._tell("load")
             return

@@ -42,6 +42,7 @@ _KNOWN: dict[type[nn.Module], _Known] = {
     nn.Conv2d: _known(nn.Conv2d, functional, "conv2d"),
     nn.Conv3d: _known(nn.Conv3d, functional, "conv3d"),
 }
+_DROPOUTS = (nn.Dropout, nn.Identity)
 _CALL = _own(nn.Module, "__call__", torch_module)
 _CALL_IMPL = _own(nn.Module, "_call_impl", torch_module)
 
@@ -80,6 +81,17 @@ def is_plain_call(module: nn.Module) -> bool:
         and kind.__call__ is _CALL
         and kind._call_impl is _CALL_IMPL
         and namespace[name] is function
+    )
+
+
+def drops_plainly(dropout: nn.Module) -> bool:
+    """Is it the dropout that the configuration made, without hooks, so that an operation may do its work?"""
+    return type(dropout) in _DROPOUTS and not (
+        dropout._forward_pre_hooks
+        or dropout._forward_hooks
+        or dropout._backward_hooks
+        or dropout._backward_pre_hooks
+        or "forward" in dropout.__dict__
     )
 
 
