@@ -397,8 +397,9 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
 
     def _dropout(self, name: str) -> float:
         dropout = self.lora_dropout[name]
-        dropped = dropout.training and isinstance(dropout, nn.Dropout) and drops_plainly(dropout)
-        return dropout.p if dropped else 0.0
+        if isinstance(dropout, nn.Dropout) and dropout.training and drops_plainly(dropout):
+            return dropout.p
+        return 0.0
 
     def _dropped(self, x: Tensor, name: str) -> Tensor:
         """``x`` as a dropout gives it that is not the operations' own: another module, or one with hooks."""
