@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from . import saved_state, step_kinds, unreached
 from .adapted import adapted_modules
 from .assigned import Assigned
-from .attachment import check_attachable, trainable_adapter, unwrapped_optimizer
+from .attachment import check_attachable, schedulers_of, trainable_adapter, unwrapped_optimizer
 from .bystanders import Bystanders
 from .compiled import mark_growing
 from .cuda import stream
@@ -111,6 +111,16 @@ def _check_free(optimizer: torch.optim.Optimizer) -> None:
             )
 
 
+def _take_sizes(model: nn.Module, _: Any) -> None:
+    """After a load: buckets of the sizes of before would leave the next gradients to each process alone.
+
+    A function, so that copies and pickles of the model take no scheduler along.
+    """
+    for scheduler in schedulers_of(model):
+        if scheduler._probe.reloaded:
+            scheduler._rebuild_buckets()
+
+
 class RankScheduler:
     """Allocates ranks during training; made by :func:`attach`.
 
@@ -187,6 +197,7 @@ class RankScheduler:
             self._optimizer.register_step_post_hook(self._after_step),
             self._optimizer.register_state_dict_post_hook(self._save),
             self._optimizer.register_load_state_dict_post_hook(self._after_load),
+            self._model.register_load_state_dict_post_hook(_take_sizes),
         ]
         self._listeners = SizeListeners(self._model, self._modules)
         self._bystanders = Bystanders(self._model, self._modules)
