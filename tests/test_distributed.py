@@ -137,3 +137,10 @@ def test_a_module_that_one_process_calls_is_reached_in_all(tmp_path):
         assert ranks["none"] == 1
         assert ranks["some"] > 1
         assert sum(ranks.values()) == 9
+
+
+def test_an_earlier_adapter_loaded_in_the_middle_leaves_all_processes_equal(tmp_path):
+    torchrun(2, "reload.py", tmp_path)
+    (first, ranks), (second, others) = (torch.load(tmp_path / f"rank{k}.pt") for k in range(2))
+    assert ranks == others
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -44,6 +44,20 @@ def base(kept):
     return model
 
 
+def bert():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=99,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+        num_labels=3,
+    )
+    return BertForSequenceClassification(config).eval()
+
+
 def test_an_adapter_gives_its_output(base, kept):
     model = PeftModel.from_pretrained(base, FIXTURES / "adapter")
     torch.testing.assert_close(model(IDS), kept["output"])
@@ -53,6 +67,15 @@ def test_an_adapter_loads_over_one_that_is_there(base, kept):
     model = get_peft_model(base, IncreLoraConfig(r=2, lora_alpha=4, target_modules=["emb", "conv", "lin"]))
     model.load_adapter(FIXTURES / "adapter", "default")
     torch.testing.assert_close(model(IDS), kept["output"])
+
+
+@pytest.mark.parametrize("adapter_name", [None, "old"])
+def test_the_load_adapter_of_transformers_gives_pefts_output(adapter_name):
+    model = bert()
+    model.load_adapter(str(FIXTURES / "checkpoint"), adapter_name=adapter_name)
+    peft_model = PeftModel.from_pretrained(bert(), FIXTURES / "checkpoint").eval()
+    assert not torch.equal(peft_model(IDS).logits, bert()(IDS).logits)
+    torch.testing.assert_close(model(IDS).logits, peft_model(IDS).logits)
 
 
 def test_a_state_dict_of_the_whole_model_loads(kept):
@@ -75,17 +98,7 @@ def test_an_adapter_is_read_without_its_base_model(tmp_path):
     ("checkpoint", "form"), [("checkpoint", IncreLoraConfig), ("checkpoint_paper", IncreLoraConfig.paper)]
 )
 def test_a_checkpoint_of_trainer_resumes_and_meets_the_budget(checkpoint, form, tmp_path):
-    base = BertForSequenceClassification(
-        BertConfig(
-            vocab_size=99,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=16,
-            max_position_embeddings=32,
-            num_labels=3,
-        )
-    )
+    base = bert()
     config = form(
         task_type="SEQ_CLS",
         r=3,

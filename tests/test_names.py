@@ -106,3 +106,16 @@ def test_a_factor_reads_as_its_parameter():
 def test_copies_of_a_factor_have_its_values(way):
     factor = Factor(torch.arange(6.0).view(2, 3))
     assert torch.equal(way(factor).weight, factor.weight)
+
+
+@pytest.mark.parametrize("name", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+def test_a_hook_on_a_factor_is_told_that_nothing_calls_it(name):
+    factor = Factor(torch.ones(2, 3))
+    with pytest.warns(UserWarning, match="is not called, for the update is computed at once"):
+        handle = getattr(factor, f"register_{name}_hook")(lambda *_: None)
+    handle.remove()
+
+
+def test_a_factor_that_is_called_says_what_to_take():
+    with pytest.raises(NotImplementedError, match=r"get_delta_weight\(adapter_name\)"):
+        Factor(torch.ones(2, 3))(torch.ones(1, 3))

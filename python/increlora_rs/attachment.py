@@ -155,6 +155,30 @@ def _refuse_frozen(modules: Sequence[AdaptedModule], optimizer: torch.optim.Opti
         )
 
 
+def _refuse_computed_or_shared(modules: Sequence[AdaptedModule]) -> None:
+    """Raises ValueError where a factor is no parameter of its module alone."""
+    owners: dict[int, str] = {}
+    for module in modules:
+        for factor, (parameter, _, _) in zip("ABE", module.parameters, strict=True):
+            if not isinstance(parameter, nn.Parameter):
+                raise ValueError(
+                    f"model: lora_{factor} of {module.name!r} is computed, as by torch.nn.utils.parametrize, "
+                    "weight_norm or spectral_norm, and what is computed cannot grow; take that off before "
+                    "attach, or put it on the base layer."
+                )
+            owner = owners.setdefault(id(parameter), module.name)
+            if owner != module.name:
+                raise ValueError(
+                    f"model: {owner!r} and {module.name!r} share one parameter, lora_{factor}, and modules "
+                    "grow each by itself; give each a parameter of its own."
+                )
+
+
+def held_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    """The ids of the parameters that ``optimizer`` holds."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 def schedulers_of(model: nn.Module) -> list[Any]:
     """The schedulers that are attached to adapters of ``model``."""
     probes = [
@@ -171,8 +195,9 @@ def check_attachable(modules: Sequence[AdaptedModule], optimizer: torch.optim.Op
             "model: a scheduler is attached to this adapter already; call its detach() first, and use "
             "either attach() or IncreLoraCallback."
         )
+    _refuse_computed_or_shared(modules)
     _refuse_frozen(modules, optimizer)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = held_by(optimizer)
     for module in modules:
         config = module.layer.configs[module.adapter]
         configured = config.scale(module.layer.lora_alpha[module.adapter], module.rank)

@@ -26,11 +26,19 @@ class _Look:
         state: The state that was looked at; loading makes another.
         resizes: How often any parameter had changed its size then.
         shapes: The shapes of the parameters that their state is for.
+        parameters: Those of its parameters that had ever changed their size.
+        sizes: Their numbers of elements.
     """
 
     state: Any
     resizes: int = -1
     shapes: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    parameters: list[Tensor] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+
+    def sizes_now(self) -> list[int]:
+        """As ``sizes``: ``p.data = other`` changes them, and tells nobody."""
+        return [parameter.numel() for parameter in self.parameters]
 
 
 # Parameters that ever changed their size in place and how often any did, for the net below; the last look of
@@ -151,10 +159,18 @@ def _drop_misshapen(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     # Without a new size, and without another state (loading makes a new dictionary), nothing can have
     # come to differ, and a look at every parameter in every step would cost more than the step.
     look = _looks.get(optimizer)
-    if look is not None and look.resizes == _resizes and look.state is optimizer.state:
+    if (
+        look is not None
+        and look.resizes == _resizes
+        and look.state is optimizer.state
+        and look.sizes == look.sizes_now()
+    ):
         return
     look = _look(optimizer)
     look.resizes = _resizes
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    look.parameters = [parameter for parameter in held if parameter in _resized_parameters]
+    look.sizes = look.sizes_now()
     entries = known(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:

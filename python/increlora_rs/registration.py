@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,12 @@ from typing import Any
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, register_peft_method
+
+try:
+    from peft.utils import transformers_weight_conversion
+    from transformers.core_model_loading import WeightRenaming
+except ImportError:  # Internals of both; without them Transformers renames nothing.
+    transformers_weight_conversion = None
 
 from .card import write_section
 from .config import IncreLoraConfig
@@ -45,6 +52,10 @@ def register() -> None:
         peft.PeftModel.save_pretrained = _atomic(peft.PeftModel.save_pretrained)
         peft.PeftModel.load_adapter = _checked(peft.PeftModel.load_adapter)
         peft.PeftModel.create_or_update_model_card = _described(peft.PeftModel.create_or_update_model_card)
+        if transformers_weight_conversion is not None:
+            transformers_weight_conversion.build_peft_weight_mapping = _with_old_names(
+                transformers_weight_conversion.build_peft_weight_mapping
+            )
 
 
 def _atomic(save: Any) -> Any:
@@ -82,6 +93,24 @@ def _atomic(save: Any) -> Any:
 
     save_pretrained._increlora_atomic = True  # type: ignore[attr-defined]
     return save_pretrained
+
+
+def _with_old_names(build: Any) -> Any:
+    """``build_peft_weight_mapping``, by which Transformers' own ``load_adapter`` renames what it reads, that
+    also knows the names of 0.1.0's first adapters, whose factors were parameters themselves."""
+
+    @functools.wraps(build)
+    def build_peft_weight_mapping(
+        weight_conversions: Any, adapter_name: str, peft_config: Any = None, **kwargs: Any
+    ) -> Any:
+        mapping = build(weight_conversions, adapter_name, peft_config=peft_config, **kwargs)
+        # Without any, Transformers takes the names as they are.
+        if mapping and getattr(peft_config, "peft_type", None) == PEFT_TYPE:
+            old = rf"(\.lora_[ABE]\.{re.escape(adapter_name)})$"
+            mapping = [*mapping, WeightRenaming(old, r"\1.weight")]
+        return mapping
+
+    return build_peft_weight_mapping
 
 
 def _described(write_card: Any) -> Any:

@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from . import saved_state, step_kinds, unreached
 from .adapted import adapted_modules
-from .attachment import check_attachable, trainable_adapter, unwrapped_optimizer
+from .assigned import Assigned
+from .attachment import check_attachable, schedulers_of, trainable_adapter, unwrapped_optimizer
 from .bystanders import Bystanders
 from .compiled import mark_growing
 from .cuda import stream
@@ -26,6 +27,7 @@ from .growth import GrowthHistory
 from .model import rank_pattern
 from .nested_step import StepDepth
 from .optimizer_starts import steps_taken
+from .optimizer_state import watch
 from .planning import budget_of, caps_of, new_schedule, ranks_of, schedule_of, total_steps_of
 from .restart import LrSchedule, RestartWarmup
 from .scores import Scores
@@ -109,6 +111,16 @@ def _check_free(optimizer: torch.optim.Optimizer) -> None:
             )
 
 
+def _take_sizes(model: nn.Module, _: Any) -> None:
+    """After a load: buckets of the sizes of before would leave the next gradients to each process alone.
+
+    A function, so that copies and pickles of the model take no scheduler along.
+    """
+    for scheduler in schedulers_of(model):
+        if scheduler._probe.reloaded:
+            scheduler._rebuild_buckets()
+
+
 class RankScheduler:
     """Allocates ranks during training; made by :func:`attach`.
 
@@ -179,14 +191,17 @@ class RankScheduler:
             module.layer.slots[self._adapter] = slot
             for parameter, dim, _ in module.parameters:
                 mark_growing(parameter, dim)
+                watch(parameter)
         self._handles = [
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
             self._optimizer.register_state_dict_post_hook(self._save),
             self._optimizer.register_load_state_dict_post_hook(self._after_load),
+            self._model.register_load_state_dict_post_hook(_take_sizes),
         ]
         self._listeners = SizeListeners(self._model, self._modules)
         self._bystanders = Bystanders(self._model, self._modules)
+        self._assigned = Assigned(self._modules)
         self._watch_loading()
         self._arm()
 
@@ -324,6 +339,7 @@ class RankScheduler:
         if not self._depth.enters(optimizer):
             return None
         self._counts = False
+        self._assigned.check_held(optimizer)
         self._probe.unattended = 0
         # args[0] is the optimizer.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -480,6 +496,7 @@ class RankScheduler:
 
     def _tell(self, cause: Cause) -> None:
         """Tells those who hold copies of the parameters that sizes changed, if they did."""
+        self._assigned.note()
         before = self._listeners.known
         if self._listeners.tell(self.step, cause) and cause == "growth":
             self._bystanders.warn(self.step, before)
@@ -580,7 +597,7 @@ class RankScheduler:
         """Before a step: do births and optimizer state fit parameters that were loaded meanwhile?"""
         self._take_state()
         if self._expected is None:
-            if self._probe.reloaded:
+            if self._assigned.changed() or self._probe.reloaded:
                 self._take_loaded()
                 self._tell("load")
             return

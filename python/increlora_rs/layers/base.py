@@ -22,7 +22,7 @@ from ..modes import watched
 from ..ops import Probe
 from ..optimizer_state import watch
 from ..scales import Scales
-from .call import is_plain_call
+from .call import drops_plainly, is_plain_call
 from .factor import Factor
 from .offload import hook_of, onloaded
 from .requantised import Former
@@ -353,7 +353,8 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         unwatched = not watched()
         # Nobody else sees what comes out, which is fresh memory then.
         fresh = unwatched and is_plain_call(base)
-        result = self._fused(x, names[0]) if names and fresh and not args and not kwargs else None
+        fusable = names and fresh and not args and not kwargs and drops_plainly(self.lora_dropout[names[0]])
+        result = self._fused(x, names[0]) if fusable else None
         if result is None:
             result = base(x, *args, **kwargs)
             if self.training and x.requires_grad and not result.requires_grad and torch.is_grad_enabled():
@@ -397,7 +398,17 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
 
     def _dropout(self, name: str) -> float:
         dropout = self.lora_dropout[name]
-        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        if isinstance(dropout, nn.Dropout) and dropout.training and drops_plainly(dropout):
+            return dropout.p
+        return 0.0
+
+    def _dropped(self, x: Tensor, name: str) -> Tensor:
+        """``x`` as a dropout gives it that is not the operations' own: another module, or one with hooks."""
+        dropout = self.lora_dropout[name]
+        if drops_plainly(dropout):
+            return x
+        dropped: Tensor = dropout(x)
+        return dropped
 
     def _scale(self, name: str) -> float | Tensor:
         # A number would become part of a compiled graph, which has to outlive the growth of the rank.

@@ -42,6 +42,7 @@ _KNOWN: dict[type[nn.Module], _Known] = {
     nn.Conv2d: _known(nn.Conv2d, functional, "conv2d"),
     nn.Conv3d: _known(nn.Conv3d, functional, "conv3d"),
 }
+_DROPOUTS = (nn.Dropout, nn.Identity)
 _CALL = _own(nn.Module, "__call__", torch_module)
 _CALL_IMPL = _own(nn.Module, "_call_impl", torch_module)
 
@@ -87,6 +88,17 @@ def _is_exports(call: Any) -> bool:
     # torch.export without strict=True notes each call by a function of its own, and changes nothing by it.
     namespace = getattr(call, "__globals__", {})
     return torch.compiler.is_exporting() and namespace.get("__name__") == "torch.fx._symbolic_trace"
+
+
+def drops_plainly(dropout: nn.Module) -> bool:
+    """Is it the dropout that the configuration made, without hooks, so that an operation may do its work?"""
+    return type(dropout) in _DROPOUTS and not (
+        dropout._forward_pre_hooks
+        or dropout._forward_hooks
+        or dropout._backward_hooks
+        or dropout._backward_pre_hooks
+        or "forward" in dropout.__dict__
+    )
 
 
 def _is_method(value: Any, function: _Function | None, module: nn.Module) -> bool:

@@ -37,7 +37,7 @@ class Convolution(AdaptedLayer):
 
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
         update = convolution(
-            x,
+            self._dropped(x, name),
             *self._factors_in_use(name, x),
             base=self.get_base_layer(),
             scale=self._scale(name),

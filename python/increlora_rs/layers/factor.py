@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Factor(nn.Module):
@@ -41,6 +43,47 @@ class Factor(nn.Module):
         # A tensor's hash; without a parameter, as while a copy is being made, the module's own.
         return id(self.__dict__.get("_parameters", {}).get("weight", self))
 
+    def forward(self, *_: Any, **__: Any) -> NoReturn:
+        """A factor is not called.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "a factor of s B diag(E) A has no forward pass of its own; take its weight, or the update as a "
+            "whole from the layer's get_delta_weight(adapter_name)."
+        )
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As ``nn.Module``'s, with a warning: nothing calls the hook."""
+        _warn_of_hook()
+        return super().register_forward_pre_hook(*args, **kwargs)
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As ``nn.Module``'s, with a warning: nothing calls the hook."""
+        _warn_of_hook()
+        return super().register_forward_hook(*args, **kwargs)
+
+    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As ``nn.Module``'s, with a warning: nothing calls the hook."""
+        _warn_of_hook()
+        return super().register_full_backward_pre_hook(*args, **kwargs)
+
+    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As ``nn.Module``'s, with a warning: nothing calls the hook."""
+        _warn_of_hook()
+        return super().register_full_backward_hook(*args, **kwargs)
+
     def extra_repr(self) -> str:
         """The shape."""
         return f"{tuple(self.weight.shape)}"
+
+
+def _warn_of_hook() -> None:
+    # Not an error: what logs or counts hooks every module of a model.
+    warnings.warn(
+        "a hook on lora_A, lora_B or lora_E is not called, for the update is computed at once; put it on the "
+        "adapted layer, its base_layer or its lora_dropout, or on the weight by register_hook",
+        UserWarning,
+        stacklevel=3,
+    )

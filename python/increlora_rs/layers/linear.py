@@ -32,6 +32,7 @@ class Linear(AdaptedLayer):
 
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
         arguments = self._arguments(name, x)
+        x = self._dropped(x, name)
         if not readable(y, x, arguments["a"]):
             return torch_ops.linear(y, x, **arguments)
         return adapter(y, x, inplace=inplace, **arguments)
