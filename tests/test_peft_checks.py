@@ -30,6 +30,8 @@ def adapted(make_plain):
     return get_peft_model(make_plain(), IncreLoraConfig(r=2, target_modules=["lin0", "lin1"]))
 
 
+# Told beside it, of x_proj and dt_proj.
+@pytest.mark.filterwarnings("ignore:.*with kernels of its own:UserWarning")
 @pytest.mark.parametrize("targets", [["in_proj", "out_proj"], ["conv1d"], "all-linear"])
 @pytest.mark.parametrize("name", MAMBAS)
 def test_a_module_of_mamba_that_stops_lora_is_refused(name, targets):
@@ -42,7 +44,8 @@ def test_a_module_of_mamba_that_stops_lora_is_refused(name, targets):
 
 
 def test_a_module_of_mamba_that_lora_adapts_is_adapted():
-    model = get_peft_model(MAMBAS["mamba"](), IncreLoraConfig(r=2, target_modules=["in_proj", "x_proj"]))
+    with pytest.warns(UserWarning, match="reads the weight of its x_proj"):
+        model = get_peft_model(MAMBAS["mamba"](), IncreLoraConfig(r=2, target_modules=["in_proj", "x_proj"]))
     assert model.peft_config["default"].peft_type == "INCRELORA"
 
 
