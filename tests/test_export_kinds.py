@@ -269,3 +269,18 @@ def test_exported_embeddings_are_right_in_vllm_and_llama_cpp(llama, tmp_path):
 def test_wrong_module_kinds_are_refused_by_name(kinds):
     with pytest.raises((TypeError, ValueError), match="module_kinds"):
         IncreLoraConfig(module_kinds=kinds)
+
+
+@pytest.mark.parametrize("options", [{"dilation": 2}, {"padding": 1, "padding_mode": "reflect"}])
+@sources
+def test_convolutions_that_lora_computes_otherwise_are_refused_by_name(options, source, tmp_path):
+    base = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3, **options))
+    model = get_peft_model(base, IncreLoraConfig(r=2, target_modules=["0", "1"]))
+    if source == "directory":
+        model.save_pretrained(tmp_path / "adapter")
+        model = tmp_path / "adapter"
+    with pytest.raises(
+        ValueError, match=r"\['1'\] are convolutions with a dilation or a padding_mode.*Merge"
+    ):
+        export_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()

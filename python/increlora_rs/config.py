@@ -125,6 +125,8 @@ class IncreLoraConfig(LoraConfig):
             a convolution's kernel, by full module name.
         expert_names: Kept by the library, for the export: the last parts of module names, such as "up_proj",
             that PEFT takes for layers of fused experts in this base, whatever they are; None: not known.
+        unlike_lora: Kept by the library, for the export: full names of the adapted convolutions that PEFT's LoRA
+            would compute in another way, for it takes no ``dilation`` and no ``padding_mode``.
 
     The other arguments are LoraConfig's: ``target_modules``, ``lora_alpha``, ``lora_dropout``,
     ``bias``, ``use_rslora``, ``modules_to_save``, ``trainable_token_indices``, ``exclude_modules``,
@@ -194,6 +196,11 @@ class IncreLoraConfig(LoraConfig):
     expert_names: list[str] | None = field(
         default=None,
         metadata={"help": "Kept by the library: names that LoRA's readers take for those of fused experts."},
+    )
+
+    unlike_lora: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Kept by the library: modules that a LoRA would compute in another way."},
     )
 
     def __post_init__(self) -> None:
@@ -385,6 +392,7 @@ class IncreLoraConfig(LoraConfig):
                     "name; leave it out: the library keeps it."
                 )
         arguments.collection("expert_names", self.expert_names, str, "a list of strings")
+        arguments.collection("unlike_lora", self.unlike_lora, str, "a list of strings")
         tokens = self.trainable_token_indices
         for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
             arguments.collection(

@@ -84,13 +84,15 @@ def export_lora(
     Raises:
         ValueError: ``layout`` is unknown, ``rank`` is below 1 or, for "compact", above the adapter's
             largest, ``vllm_rank`` is given for "compact" or for a rank above 512, a value is too large for
-            ``dtype``, or the adapter is damaged.
+            ``dtype``, the adapter is damaged, or it is on a convolution that PEFT's LoRA would compute in
+            another way.
         TypeError: ``dtype`` is no floating-point dtype.
         FileNotFoundError: the directory is missing.
     """
     adapter = read(model_or_adapter_dir, adapter_name)
     target = Path(out_dir)
     refuse_own_directory(model_or_adapter_dir, target)
+    _refuse_unlike_lora(adapter)
     rank = _rank(adapter, layout, rank, vllm_rank)
     _check_dtype(dtype)
     tensors = {key: _cast(key, tensor, dtype) for key, tensor in _others(adapter).items()}
@@ -107,6 +109,16 @@ def export_lora(
         save_file(tensors, stage / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(stage))
     return Export(config, errors, error)
+
+
+def _refuse_unlike_lora(adapter: Adapter) -> None:
+    unlike = [name for name in adapter.modules if name in adapter.config.unlike_lora]
+    if unlike:
+        raise ValueError(
+            f"model_or_adapter_dir: {unlike} are convolutions with a dilation or a padding_mode, which PEFT's "
+            "LoRA leaves out, so a plain LoRA would give other outputs. Merge the adapter instead, by "
+            "merge_and_unload(), or leave these modules out of target_modules."
+        )
 
 
 def _others(adapter: Adapter) -> dict[str, Tensor]:

@@ -79,6 +79,7 @@ class IncreLoraModel(LoraModel):
         config.fan_in_fan_out = any(isinstance(layer, TransposedLinear) for layer in layers.values())
         config.module_kinds = module_kinds({short(name): _kind(layer) for name, layer in layers.items()})
         config.expert_names = sorted(expert_layers(model))
+        config.unlike_lora = sorted(short(name) for name, layer in layers.items() if not layer.is_lora)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         _check_no_lora(model)

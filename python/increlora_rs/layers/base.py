@@ -137,6 +137,11 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         return min(self.in_features, self.out_features)
 
     @property
+    def is_lora(self) -> bool:
+        """Would PEFT's LoRA layer give the same output with the same matrices?"""
+        return True
+
+    @property
     def r(self) -> Mapping[str, int]:
         """The rank by adapter name, read off E: to change it, :meth:`grow` or :meth:`resize`."""
         return MappingProxyType({name: self.rank(name) for name in self.lora_E})

@@ -32,6 +32,12 @@ class Convolution(AdaptedLayer):
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_channels * math.prod(module.kernel_size), module.out_channels
 
+    @property
+    def is_lora(self) -> bool:
+        """Not with a dilation or a padding mode, which PEFT's layer leaves out."""
+        base = self.get_base_layer()
+        return base.padding_mode == "zeros" and set(base.dilation) == {1}
+
     def _as_weight(self, delta: Tensor) -> Tensor:
         return delta.view(self.get_base_layer().weight.shape)
 
