@@ -125,8 +125,8 @@ class IncreLoraConfig(LoraConfig):
             a convolution's kernel, by full module name.
         expert_names: Kept by the library, for the export: the last parts of module names, such as "up_proj",
             that PEFT takes for layers of fused experts in this base, whatever they are; None: not known.
-        unlike_lora: Kept by the library, for the export: full names of the adapted convolutions that PEFT's LoRA
-            would compute in another way, for it takes no ``dilation`` and no ``padding_mode``.
+        unlike_lora: Kept by the library, for the export: full names of the adapted convolutions that PEFT's
+            LoRA would compute in another way, for it takes no ``dilation`` and no ``padding_mode``.
 
     The other arguments are LoraConfig's: ``target_modules``, ``lora_alpha``, ``lora_dropout``,
     ``bias``, ``use_rslora``, ``modules_to_save``, ``trainable_token_indices``, ``exclude_modules``,

@@ -115,8 +115,8 @@ def _refuse_unlike_lora(adapter: Adapter) -> None:
     unlike = [name for name in adapter.modules if name in adapter.config.unlike_lora]
     if unlike:
         raise ValueError(
-            f"model_or_adapter_dir: {unlike} are convolutions with a dilation or a padding_mode, which PEFT's "
-            "LoRA leaves out, so a plain LoRA would give other outputs. Merge the adapter instead, by "
+            f"model_or_adapter_dir: {unlike} are convolutions with a dilation or a padding_mode, which "
+            "PEFT's LoRA leaves out, so a plain LoRA would give other outputs. Merge the adapter instead, by "
             "merge_and_unload(), or leave these modules out of target_modules."
         )
 
