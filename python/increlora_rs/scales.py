@@ -1,8 +1,9 @@
-"""The scales of a layer's adapters: what the configuration makes of the rank, times what a user set."""
+"""The ranks of a layer's adapters, and the scales: what the configuration makes of the rank, times what a user
+set."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,29 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .layers.base import AdaptedLayer
+
+
+class Ranks(Mapping[str, int]):
+    """The rank by adapter name, read off the factors whenever it is asked for.
+
+    Args:
+        layer: The layer.
+    """
+
+    def __init__(self, layer: AdaptedLayer) -> None:
+        self._layer = layer
+
+    def __getitem__(self, name: str) -> int:
+        return self._layer.rank(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layer.lora_E)
+
+    def __len__(self) -> int:
+        return len(self._layer.lora_E)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
 
 @dataclass

@@ -6,7 +6,6 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,7 +20,7 @@ from ..config import IncreLoraConfig
 from ..modes import watched
 from ..ops import Probe
 from ..optimizer_state import watch
-from ..scales import Scales
+from ..scales import Ranks, Scales
 from .call import drops_plainly, is_plain_call
 from .factor import Factor
 from .offload import hook_of, onloaded
@@ -144,7 +143,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
     @property
     def r(self) -> Mapping[str, int]:
         """The rank by adapter name, read off E: to change it, :meth:`grow` or :meth:`resize`."""
-        return MappingProxyType({name: self.rank(name) for name in self.lora_E})
+        return Ranks(self)
 
     @r.setter
     def r(self, ranks: dict[str, int]) -> None:
