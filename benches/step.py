@@ -92,7 +92,8 @@ class Training:
         self.forward: Any = self.model.base_model if method == ADALORA else self.model
         self.optimizer = adamw(self.model)
         self.data = batch(size, PRECISIONS[precision])
-        self.small = batch(size, PRECISIONS[precision], count=1, tokens=1)
+        # Two tokens: to one alone, attention gives query and key no gradient.
+        self.small = batch(size, PRECISIONS[precision], count=1, tokens=2)
         self.steps = 0
         self.literal: literal.LiteralScheduler | None = None
         if method == OURS:

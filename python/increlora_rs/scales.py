@@ -1,5 +1,4 @@
-"""The ranks of a layer's adapters, and the scales: what the configuration makes of the rank, times what a user
-set."""
+"""The ranks of a layer's adapters, and the scales: what the rank makes of them, times what a user set."""
 
 from __future__ import annotations
 
