@@ -146,3 +146,24 @@ def test_state_of_a_wrapper_follows_too(model, plain_input):
             optimizer.step()
             optimizer.zero_grad()
     assert scheduler.total_rank == scheduler.budget
+
+
+class TwoSteps(torch.optim.Optimizer):
+    """Calls the step of the optimizer inside by a name of its own, as implementations of SAM do."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.base_optimizer = inner
+
+    def second_step(self):
+        self.base_optimizer.step()
+
+
+def test_a_step_under_a_name_of_its_own_counts(model, plain_input):
+    optimizer = TwoSteps(torch.optim.AdamW(trainable(model)))
+    scheduler = attach(model, optimizer, total_steps=20)
+    for _ in range(20):
+        model(plain_input).pow(2).mean().backward()
+        optimizer.second_step()
+        optimizer.zero_grad()
+    assert scheduler.total_rank == scheduler.budget

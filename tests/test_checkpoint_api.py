@@ -1,5 +1,6 @@
 """torch.distributed.checkpoint, its state dicts and files: a resumed training is the uninterrupted one."""
 
+import copy
 import io
 import re
 import warnings
@@ -127,6 +128,21 @@ def test_a_training_resumed_by_state_dicts_is_the_uninterrupted_one(kind, stop, 
             model, optimizer, model_state_dict=of_model, optim_state_dict=of_optimizer, options=options
         )
     run(model, optimizer, stop, STEPS)
+    assert_same(result(model, scheduler), whole(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+def test_a_training_that_goes_back_is_the_uninterrupted_one(kind, order, whole):
+    """From where nothing grows any more to where the next growth's window has begun."""
+    model, optimizer, scheduler = stopped(kind)
+    states = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    run(model, optimizer, 8, 15)
+    assert scheduler.total_rank == scheduler.budget
+    pairs = list(zip((model, optimizer), states, strict=True))
+    for one, state in pairs if order == "model first" else pairs[::-1]:
+        one.load_state_dict(state)
+    run(model, optimizer, 8, STEPS)
     assert_same(result(model, scheduler), whole(kind))
 
 

@@ -116,6 +116,41 @@ def test_a_compiled_training_is_the_plain_one(run):
     _same(compiled, plain)
 
 
+def _clipping_in_a_function(training, compiled):
+    @compiled
+    def step(t):
+        training.backward(t)
+        torch.nn.utils.clip_grad_norm_(training.trained, 0.1)
+        training.optimizer.step()
+
+    for t in range(STEPS):
+        step(t)
+
+
+def test_a_compiled_function_that_clips_trains_as_the_plain_one():
+    compiled, plain = Training(), Training()
+    _clipping_in_a_function(compiled, _compiled)
+    _clipping_in_a_function(plain, lambda function: function)
+    _same(compiled, plain)
+
+
+def _micro_batches_of_other_sizes(training, compiled):
+    model = compiled(training.model)
+    for t in range(STEPS):
+        training.optimizer.zero_grad(set_to_none=t % 2 == 0)
+        for size in (3, 5, 2):
+            x = torch.randn(size, 4, generator=torch.Generator().manual_seed(t + size))
+            (model(x) - x.flip(0)).square().mean().backward()
+        training.optimizer.step()
+
+
+def test_a_model_compiled_anew_where_there_are_gradients_trains_as_the_plain_one():
+    compiled, plain = Training(), Training()
+    _micro_batches_of_other_sizes(compiled, _compiled)
+    _micro_batches_of_other_sizes(plain, lambda function: function)
+    _same(compiled, plain)
+
+
 def test_a_compiled_step_under_a_scaler_trains_as_the_plain_one():
     compiled, plain = (Training(scaler=torch.amp.GradScaler("cpu", init_scale=8.0)) for _ in range(2))
     _step_of_a_scaler(compiled, _compiled)

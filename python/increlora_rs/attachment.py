@@ -69,7 +69,7 @@ def _inner(optimizer: Any) -> torch.optim.Optimizer | None:
     # Its inner optimizer has the parameters of one process alone.
     if isinstance(optimizer, torch.optim.Optimizer) and is_a(optimizer, "torch.ZeroRedundancyOptimizer"):
         return None
-    for name in ("optimizer", "_optimizer"):
+    for name in ("optimizer", "_optimizer", "base_optimizer"):
         inner = getattr(optimizer, name, None)
         if isinstance(inner, torch.optim.Optimizer):
             return inner

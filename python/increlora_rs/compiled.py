@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import meta_utils
 from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 from . import _core
@@ -25,6 +26,7 @@ _GROWING = tuple(
     rf".*\['lora_{factor}'\].*\['weight'\]:{dim}" for factor, dim in (("A", 0), ("B", 1), ("E", 0))
 )
 
+_safe_grad = meta_utils.safe_grad
 _MASKED_BY_KERNELS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -38,6 +40,21 @@ def mark_growing(parameter: nn.Parameter, dim: int) -> None:
         # It splits a graph by the sizes of parameters, and fails on those that it does not know.
         torch._dynamo.config.optimize_ddp = False
     torch._dynamo.decorators.mark_unbacked(parameter, dim)
+    _hide_gradients()
+
+
+def _hide_gradients() -> None:
+    """Has torch.compile not look at gradients of such parameters where it looks at the parameters.
+
+    It would take a gradient's size for another that it does not know, and fail: in the second of accumulated
+    micro-batches, wherever it compiles anew. Code that reads ``.grad`` finds it as before.
+    """
+    if meta_utils.safe_grad is not _visible_gradient:
+        meta_utils.safe_grad = _visible_gradient  # type: ignore[assignment]
+
+
+def _visible_gradient(tensor: Tensor) -> Tensor | None:
+    return None if hasattr(tensor, "_dynamo_unbacked_indices") else _safe_grad(tensor)
 
 
 def may_differ(size: int, other: int) -> bool:

@@ -408,15 +408,17 @@ class RankScheduler:
             # Last, so that the scheduler is as it should be where a callback raises.
             self._tell("growth")
 
-    def _update_may_grow(self) -> None:
-        room = self._room()
-        left = self.budget - self.spent
+    def _update_may_grow(self, ranks: list[int] | None = None) -> None:
+        """Can ranks still grow from these; None: from those of now?"""
+        ranks = list(self.ranks.values()) if ranks is None else ranks
+        room = self._room(ranks)
+        left = self.budget - self._budget.spent(ranks)
         self._may_grow = any(cost <= left for cost, has in zip(self._budget.costs, room, strict=True) if has)
 
-    def _room(self) -> list[bool]:
-        """Which modules are below the largest rank that they may have?"""
-        room: list[bool] = (ranks_of(self._modules) < caps_of(self._config, self._modules)).tolist()
-        return room
+    def _room(self, ranks: list[int]) -> list[bool]:
+        """Which modules would be below the largest rank that they may have?"""
+        caps = caps_of(self._config, self._modules).tolist()
+        return [rank < cap for rank, cap in zip(ranks, caps, strict=True)]
 
     def _arm(self) -> None:
         """Asks the backward passes of the next step for the importance, if a growth will need it."""
@@ -466,7 +468,7 @@ class RankScheduler:
         total = self._budget.told(ranks, "of")
         logger.info("step %d: %d modules grew, total rank %s", self.step, len(chosen), total)
         # What is left of a budget in parameters may pay for no component of those with room.
-        if self.spent < self.budget and not any(self._room()):
+        if self.spent < self.budget and not any(self._room(ranks)):
             warnings.warn(
                 f"no module can grow any more, but the total rank is {self._budget.told(ranks)}: "
                 f"every module is at max_r={self._config.max_r} or at min(in, out). Raise max_r, adapt more "
@@ -579,7 +581,8 @@ class RankScheduler:
                 module.layer.add_reserve(self._adapter, *saved["reserve"][k])
         births = [len(module.row_births) for module in self._modules]
         self._expected = list(zip(saved["ranks"], births, strict=True))
-        self._update_may_grow()
+        # Those of the model may come after the optimizer's state, and a backward pass before the next look.
+        self._update_may_grow(saved["ranks"])
         self._rebuild_buckets()
 
     def _restore_growth(self, saved: dict[str, Any]) -> None:
