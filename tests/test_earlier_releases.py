@@ -10,26 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from every_kind import IDS, TARGETS, EveryKind
 from increlora_rs import IncreLoraCallback, IncreLoraConfig, export_lora, rank_table
 from peft import PeftModel, get_peft_model
 from rows import Rows
 from safetensors.torch import load_file
-from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 FIXTURES = Path(__file__).parent / "fixtures" / "increlora_0_1_0"
-IDS = torch.arange(11).view(1, 11)
-
-
-class Kinds(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.emb = nn.Embedding(11, 6)
-        self.conv = nn.Conv1d(6, 8, 3, padding=1)
-        self.lin = nn.Linear(8, 5)
-
-    def forward(self, ids):
-        return self.lin(torch.relu(self.conv(self.emb(ids).transpose(1, 2))).transpose(1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +27,7 @@ def kept():
 
 @pytest.fixture
 def base(kept):
-    model = Kinds()
+    model = EveryKind()
     model.load_state_dict(kept["base"])
     return model
 
@@ -64,7 +52,7 @@ def test_an_adapter_gives_its_output(base, kept):
 
 
 def test_an_adapter_loads_over_one_that_is_there(base, kept):
-    model = get_peft_model(base, IncreLoraConfig(r=2, lora_alpha=4, target_modules=["emb", "conv", "lin"]))
+    model = get_peft_model(base, IncreLoraConfig(r=2, lora_alpha=4, target_modules=TARGETS))
     model.load_adapter(FIXTURES / "adapter", "default")
     torch.testing.assert_close(model(IDS), kept["output"])
 
@@ -79,7 +67,7 @@ def test_the_load_adapter_of_transformers_gives_pefts_output(adapter_name):
 
 
 def test_a_state_dict_of_the_whole_model_loads(kept):
-    model = get_peft_model(Kinds(), IncreLoraConfig(r=2, lora_alpha=4, target_modules=["emb", "conv", "lin"]))
+    model = get_peft_model(EveryKind(), IncreLoraConfig(r=2, lora_alpha=4, target_modules=TARGETS))
     model.load_state_dict(kept["state_dict"])
     torch.testing.assert_close(model(IDS), kept["output"])
 

@@ -7,32 +7,17 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from every_kind import IDS, TARGETS, EveryKind
 from increlora_rs import IncreLoraConfig
 from increlora_rs.layers.factor import Factor
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from torch import nn
 from trl import DPOConfig, DPOTrainer
-
-
-class Kinds(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.emb = nn.Embedding(11, 6)
-        self.conv = nn.Conv1d(6, 8, 3, padding=1)
-        self.lin = nn.Linear(8, 5)
-
-    def forward(self, ids):
-        return self.lin(torch.relu(self.conv(self.emb(ids).transpose(1, 2))).transpose(1, 2))
-
-
-IDS = torch.arange(11).view(1, 11)
-TARGETS = ["emb", "conv", "lin"]
 
 
 def adapted(form=IncreLoraConfig, targets=TARGETS):
     torch.manual_seed(0)
-    return get_peft_model(Kinds(), form(r=2, lora_alpha=4, target_modules=targets))
+    return get_peft_model(EveryKind(), form(r=2, lora_alpha=4, target_modules=targets))
 
 
 def trained_names(model):
