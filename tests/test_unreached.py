@@ -174,6 +174,8 @@ def test_an_encoder_that_the_loss_does_not_reach_is_named():
     assert scheduler.ranks["encoder"] == 1
 
 
+# Told when the adapter is made, of x_proj too.
+@pytest.mark.filterwarnings("ignore:.*with kernels of its own:UserWarning")
 @pytest.mark.parametrize(
     ("config", "build"), [(MambaConfig, MambaForCausalLM), (FalconMambaConfig, FalconMambaForCausalLM)]
 )
