@@ -82,10 +82,9 @@ class AdaptedModule:
         directions: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Makes more components active; :meth:`follow` comes after."""
-        before = self.layer.scaling[self.adapter]
+        before = self.rank
         self.layer.grow(self.adapter, components, generator, directions)
-        if self.layer.configs[self.adapter].preserve_output:
-            self._rescaled *= before / self.layer.scaling[self.adapter]
+        self._rescaled *= self.layer.rescaled_by_growth(self.adapter, before, self.rank)
 
     def set_reserve(self, components: int, generator: torch.Generator | None = None) -> None:
         """Draws, or drops, components in reserve; :meth:`follow` comes after."""

@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .adapted import AdaptedModule
-from .layers import AdaptedLayer
 
 Cause = Literal["growth", "load", "detach"]
 
@@ -113,18 +112,10 @@ class SizeListeners:
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
         found = []
         for module, (old_rows, old_rank), (rows, rank) in zip(self._modules, before, now, strict=True):
-            kept = kept_by_growth(module.layer, module.adapter, old_rank, rank) if cause == "growth" else 1.0
+            growth = cause == "growth"
+            kept = module.layer.rescaled_by_growth(module.adapter, old_rank, rank) if growth else 1.0
             sizes = ((old_rows, rows, 1.0), (old_rows, rows, 1.0), (old_rank, rank, kept))
             for (parameter, dim, _), (old, new, factor) in zip(module.parameters, sizes, strict=True):
                 if old != new:
                     found.append(Resize(names[id(parameter)], parameter, dim, old, new, factor))
         return found
-
-
-def kept_by_growth(layer: AdaptedLayer, adapter: str, old_rank: int, rank: int) -> float:
-    """What a growth from ``old_rank`` to ``rank`` multiplies the old rows of E by."""
-    config = layer.configs[adapter]
-    if not config.preserve_output:
-        return 1.0
-    alpha = layer.lora_alpha[adapter]
-    return config.scale(alpha, old_rank) / config.scale(alpha, rank)

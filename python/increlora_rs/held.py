@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import AdaptedModule
-from .events import kept_by_growth
 from .layers import AdaptedLayer
 from .model import short
 
@@ -239,7 +238,7 @@ class HeldTensor:
             older = [i for i in range(self.size - size) if births[size + i] != step]
             new[:, older] = 0.0
         if self.factor == 2:
-            old = old * kept_by_growth(self.module.layer, self.module.adapter, size, self.size)
+            old = old * self.module.layer.rescaled_by_growth(self.module.adapter, size, self.size)
         return torch.cat([old, new], dim)
 
     def current(self) -> Tensor | None:

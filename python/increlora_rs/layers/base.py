@@ -230,15 +230,20 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
             _point(drawn_a, directions[1], 1)
         reserve_e = torch.full((from_reserve, 1), RESERVE_E, device=generator.device)
         a, b, e = self.factors(adapter_name)
-        config = self.configs[adapter_name]
-        before = config.scale(self.lora_alpha[adapter_name], old_rank)
-        after = config.scale(self.lora_alpha[adapter_name], rank)
-        if config.preserve_output and before != after:
+        rescaled = self.rescaled_by_growth(adapter_name, old_rank, rank)
+        if rescaled != 1.0:
             with torch.no_grad():
-                e.mul_(before / after)
+                e.mul_(rescaled)
         _append(a, drawn_a, 0)
         _append(b, drawn_b, 1)
         _append(e, torch.cat([reserve_e, drawn_e]), 0)
+
+    def rescaled_by_growth(self, adapter_name: str, old_rank: int, rank: int) -> float:
+        """What a growth from ``old_rank`` to ``rank`` multiplies the old rows of E by."""
+        config, alpha = self.configs[adapter_name], self.lora_alpha[adapter_name]
+        if not config.preserve_output:
+            return 1.0
+        return config.scale(alpha, old_rank) / config.scale(alpha, rank)
 
     def set_reserve(
         self, adapter_name: str, components: int, generator: torch.Generator | None = None
