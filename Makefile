@@ -14,12 +14,9 @@ INSTRUCTION_SETS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_
 	ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 	MKL_CBWR=COMPATIBLE MKL_CBWR=AVX2 OMP_NUM_THREADS=1
 # What a machine's kernels could decide: numbers, not files, pictures and documents.
-NUMERIC_TESTS := tests/core tests/test_adapters.py tests/test_budget.py tests/test_callback.py \
-	tests/test_convert.py tests/test_distributed.py tests/test_export.py tests/test_export_kinds.py \
-	tests/test_gradient_importance.py tests/test_growth.py tests/test_layer.py tests/test_layers.py \
-	tests/test_layers_models.py tests/test_layers_quantised.py tests/test_loops.py tests/test_model.py \
-	tests/test_optimizer_state.py tests/test_reference.py tests/test_scheduler.py tests/test_state_machine.py \
-	tests/test_torch_compile.py tests/test_torch_compile_layers.py tests/test_weighted.py
+NUMERIC_TESTS := tests/core tests/layers tests/methods tests/ops tests/training tests/saved/test_export.py \
+	tests/saved/test_export_kinds.py tests/saved/test_history_file.py tests/resizing/test_optimizer_state.py \
+	tests/tuner/test_adapters.py tests/tuner/test_model.py tests/tuner/test_weighted.py
 
 # Binaries of cargo's find libtorch so.
 WITH_TORCH = LD_LIBRARY_PATH="$$(python -c 'import os, torch; print(os.path.join(torch.__path__[0], "lib"))')"

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from increlora_rs import IncreLoraModel
-from increlora_rs.model import adapted_layers, rank_pattern, short
+from increlora_rs.layers.found import adapted_layers
+from increlora_rs.support.names import rank_pattern, short
 from torch import nn
 
 _ADDED = 3

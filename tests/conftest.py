@@ -12,8 +12,9 @@ import peft
 import pytest
 import torch
 from increlora_rs import IncreLoraConfig, attach
-from increlora_rs.attachment import schedulers_of
-from increlora_rs.model import adapted_layers, short
+from increlora_rs.layers.found import adapted_layers
+from increlora_rs.support.names import short
+from increlora_rs.training.fit import schedulers_of
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 

@@ -12,20 +12,20 @@ from ._torch_check import require_matching_torch
 require_matching_torch()
 
 from ._core import RESERVE_E  # noqa: E402
-from .averages import keep_average  # noqa: E402
-from .callback import IncreLoraCallback  # noqa: E402
-from .checkpoint import load_checkpoint  # noqa: E402
-from .config import IncreLoraConfig  # noqa: E402
-from .convert import convert_lora  # noqa: E402
-from .events import GrowthEvent, Resize  # noqa: E402
-from .export import Export, export_lora  # noqa: E402
-from .growth import GrowthHistory  # noqa: E402
-from .history import growth_history  # noqa: E402
-from .model import IncreLoraModel  # noqa: E402
-from .plots import plot_growth, plot_ranks, plot_scores  # noqa: E402
-from .registration import register  # noqa: E402
-from .report import module_table, rank_table  # noqa: E402
-from .scheduler import RankScheduler, attach  # noqa: E402
+from .methods.increlora.config import IncreLoraConfig  # noqa: E402
+from .methods.increlora.convert import convert_lora  # noqa: E402
+from .reports.plots import plot_growth, plot_ranks, plot_scores  # noqa: E402
+from .reports.tables import module_table, rank_table  # noqa: E402
+from .saved.export import Export, export_lora  # noqa: E402
+from .saved.history_file import growth_history  # noqa: E402
+from .support.history import GrowthHistory  # noqa: E402
+from .training.averages import keep_average  # noqa: E402
+from .training.callback import IncreLoraCallback  # noqa: E402
+from .training.distributed_checkpoint import load_checkpoint  # noqa: E402
+from .training.events import GrowthEvent, Resize  # noqa: E402
+from .training.scheduler import RankScheduler, attach  # noqa: E402
+from .tuner.model import IncreLoraModel  # noqa: E402
+from .tuner.registration import register  # noqa: E402
 
 register()
 

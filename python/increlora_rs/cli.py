@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 
 from .compare.command import add_arguments as add_compare_arguments
-from .convert import convert_lora
-from .export import export_lora
-from .plots import plot_growth, plot_ranks, plot_scores
-from .report import module_table, rank_table
+from .methods.increlora.convert import convert_lora
+from .reports.plots import plot_growth, plot_ranks, plot_scores
+from .reports.tables import module_table, rank_table
+from .saved.export import export_lora
 
 _PICTURES = {"ranks": plot_ranks, "growth": plot_growth, "scores": plot_scores}
 

@@ -30,11 +30,11 @@ from transformers import (
     set_seed,
 )
 
-from .callback import IncreLoraCallback
-from .config import IncreLoraConfig
-from .export import export_lora
-from .plots import plot_ranks
-from .report import rank_table
+from .methods.increlora.config import IncreLoraConfig
+from .reports.plots import plot_ranks
+from .reports.tables import rank_table
+from .saved.export import export_lora
+from .training.callback import IncreLoraCallback
 
 _TARGETS = ["query", "key", "value", "dense"]
 _HELD_OUT = 0.3

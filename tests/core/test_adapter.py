@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from increlora_rs import _core, ops
+from increlora_rs import _core
+from increlora_rs.ops import linear as ops
 from table_ids import describe
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint

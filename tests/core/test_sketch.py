@@ -3,7 +3,7 @@
 import pytest
 import torch
 from increlora_rs import _core
-from increlora_rs.sketch import Sketch
+from increlora_rs.gauges.sketch import Sketch
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 K, ROWS = 8, 33

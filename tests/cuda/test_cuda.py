@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from increlora_rs import _core, cuda
+from increlora_rs import _core
+from increlora_rs.ops import device as cuda
 
 
 def test_the_compiler_is_found_without_torch_having_loaded_it():

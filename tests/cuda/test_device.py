@@ -5,7 +5,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from increlora_rs import _core, cuda
+from increlora_rs import _core
+from increlora_rs.ops import device as cuda
 from philox import kept
 
 pytestmark = [

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig, _core, attach, ops
+from increlora_rs import IncreLoraConfig, _core, attach
+from increlora_rs.ops import linear as ops
 from peft import get_peft_model
 from torch import nn
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from ..callback import IncreLoraCallback
+from ..training.callback import IncreLoraCallback
 
 
 class AdaLoraCallback(TrainerCallback):

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..places import in_order, places
+from ..support.sites import in_order, places
 from .overview import Overview
 from .summary import Comparison, Row
 

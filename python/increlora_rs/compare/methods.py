@@ -16,9 +16,9 @@ from typing import Any
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, TaskType
 from transformers import TrainerCallback
 
-from ..callback import IncreLoraCallback
-from ..config import IncreLoraConfig
-from ..model import rank_pattern
+from ..methods.increlora.config import IncreLoraConfig
+from ..support.names import rank_pattern
+from ..training.callback import IncreLoraCallback
 from .callbacks import AdaLoraCallback, RandomGrowthCallback
 
 # Whose final ranks the methods of given ranks start with.

@@ -23,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..model import short
+from ..support.names import short
 from .base_model import BaseModel
 from .callbacks import StepClock
 from .methods import Method, Setting

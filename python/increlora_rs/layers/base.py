@@ -15,12 +15,12 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from .._core import RESERVE_E
-from ..compiled import may_differ
-from ..config import IncreLoraConfig
-from ..modes import watched
-from ..ops import Probe
-from ..optimizer_state import watch
-from ..scales import Ranks, Scales
+from ..methods.increlora.config import IncreLoraConfig
+from ..ops.modes import watched
+from ..ops.probe import Probe
+from ..ops.scales import Ranks, Scales
+from ..resizing.graph import may_differ
+from ..resizing.parameter import append, resize
 from .call import drops_plainly, is_plain_call
 from .factor import Factor
 from .offload import hook_of, onloaded
@@ -234,9 +234,9 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         if rescaled != 1.0:
             with torch.no_grad():
                 e.mul_(rescaled)
-        _append(a, drawn_a, 0)
-        _append(b, drawn_b, 1)
-        _append(e, torch.cat([reserve_e, drawn_e]), 0)
+        append(a, drawn_a, 0)
+        append(b, drawn_b, 1)
+        append(e, torch.cat([reserve_e, drawn_e]), 0)
 
     def rescaled_by_growth(self, adapter_name: str, old_rank: int, rank: int) -> float:
         """What a growth from ``old_rank`` to ``rank`` multiplies the old rows of E by."""
@@ -256,14 +256,14 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
             drawn_a, drawn_b, _ = self._draw(adapter_name, missing, generator)
             self.add_reserve(adapter_name, drawn_a, drawn_b)
         elif missing < 0:
-            _resize(a, a.detach()[:rows].clone(memory_format=torch.contiguous_format))
-            _resize(b, b.detach()[:, :rows].clone(memory_format=torch.contiguous_format))
+            resize(a, a.detach()[:rows].clone(memory_format=torch.contiguous_format))
+            resize(b, b.detach()[:, :rows].clone(memory_format=torch.contiguous_format))
 
     def add_reserve(self, adapter_name: str, a: Tensor, b: Tensor) -> None:
         """Puts given components in reserve: A (n, in), B (out, n)."""
         own_a, own_b, _ = self.factors(adapter_name)
-        _append(own_a, a, 0)
-        _append(own_b, b, 1)
+        append(own_a, a, 0)
+        append(own_b, b, 1)
 
     def resize(self, adapter_name: str, rank: int, rows: int | None = None) -> None:
         """Gives the adapter ``rank`` active of ``rows`` components (None: no reserve), values
@@ -272,9 +272,9 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         a, b, e = self.factors(adapter_name)
         if rank == e.shape[0] and rows == a.shape[0] == b.shape[1]:
             return
-        _resize(a, a.new_zeros(rows, self.in_features))
-        _resize(b, b.new_zeros(self.out_features, rows))
-        _resize(e, e.new_zeros(rank, 1))
+        resize(a, a.new_zeros(rows, self.in_features))
+        resize(b, b.new_zeros(self.out_features, rows))
+        resize(e, e.new_zeros(rank, 1))
         self.probes[adapter_name].reloaded = True
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -463,19 +463,3 @@ def _point(drawn: Tensor, directions: Tensor, dim: int) -> None:
     first = drawn.narrow(1 - dim, 0, n)
     given = directions.narrow(1 - dim, 0, n).to(device=drawn.device, dtype=drawn.dtype)
     first.copy_(given * first.norm(dim=dim, keepdim=True))
-
-
-def _append(parameter: nn.Parameter, rows: Tensor, dim: int) -> None:
-    if rows.shape[dim]:
-        rows = rows.to(device=parameter.device, dtype=parameter.dtype)
-        _resize(parameter, torch.cat([parameter.detach(), rows], dim))
-
-
-def _resize(parameter: nn.Parameter, value: Tensor) -> None:
-    """Gives ``parameter`` the memory of ``value``, which nobody else may use."""
-    # `set_` also drops autograd's accumulator for the old shape; assigning `.data` would keep it.
-    with torch.no_grad():
-        # torch's stub has no overload for a tensor.
-        parameter.set_(value)  # type: ignore[call-overload]
-    parameter.grad = None
-    watch(parameter)

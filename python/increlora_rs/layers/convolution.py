@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..torch_ops import convolution
+from ..ops.torch_ops import convolution
 from .base import AdaptedLayer
 
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import IncreLoraConfig
-from ..torch_ops import embedding
+from ..methods.increlora.config import IncreLoraConfig
+from ..ops.torch_ops import embedding
 from .base import AdaptedLayer
 
 

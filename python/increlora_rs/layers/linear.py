@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .. import torch_ops
-from ..modes import readable
-from ..ops import adapter, fits_linear, linear
+from ..ops import torch_ops
+from ..ops.linear import adapter, fits_linear, linear
+from ..ops.modes import readable
 from .base import AdaptedLayer
 from .weight import restore_layout
 

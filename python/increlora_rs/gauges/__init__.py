@@ -1,0 +1,1 @@
+"""What the backward passes add up for each module."""

@@ -1,0 +1,1 @@
+"""IncreLoRA (arXiv 2308.12043): ranks that grow where an importance says it pays."""

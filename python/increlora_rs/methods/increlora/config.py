@@ -1,0 +1,450 @@
+"""``IncreLoraConfig``: LoraConfig with a budget of ranks, every argument checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+
+from ...support import arguments
+from ...support.files import check_weights_file
+from ...support.peft_type import PEFT_TYPE
+from ...support.sites import Kind
+
+if TYPE_CHECKING:
+    from ...support.history import GrowthHistory
+
+# Options of LoraConfig that mean here what they mean there. Every other one raises unless it is left
+# at its default, also one that a later PEFT may add.
+_SUPPORTED = frozenset(
+    {
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "target_modules",
+        "exclude_modules",
+        "lora_alpha",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "bias",
+        "use_rslora",
+        "modules_to_save",
+        "trainable_token_indices",
+        "init_lora_weights",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+    }
+)
+
+
+def changed_options(config: LoraConfig, known: Collection[str]) -> Iterator[tuple[str, Any, Any]]:
+    """LoraConfig's options outside ``known`` that are not at their default: name, value, default."""
+    for option in dataclasses.fields(LoraConfig):
+        if option.name in known or not option.init:
+            continue
+        if option.default is not dataclasses.MISSING:
+            default = option.default
+        elif option.default_factory is not dataclasses.MISSING:
+            default = option.default_factory()
+        else:
+            continue
+        value = getattr(config, option.name)
+        # PEFT leaves empty sets in the configurations of mixtures of experts.
+        unset = value is None or (not default and value in ([], {}, set(), ()))
+        if not unset and value != default:
+            yield option.name, value, default
+
+
+@dataclass
+class IncreLoraConfig(LoraConfig):
+    """Configuration of IncreLoRA (arXiv 2308.12043), in place of ``peft.LoraConfig``.
+
+    Args:
+        r: The budget: the average rank of the adapted modules at the end of training, 1 or more; see
+            ``budget_unit``.
+        init_r: Rank of every module at the start, from 1 to ``r``. ``rank_pattern`` sets it by module.
+        max_r: Rank past which no module grows, at least ``r``; None: only min(in, out) of the module.
+        total_step: Optimizer steps of the training; None: from the Trainer, or given to ``attach``.
+        tinit: Steps before the first growth; None: 10 % of the steps, at most half of ``growth_end``.
+        deltaT: Steps between growth events; None: spread evenly until ``growth_end``.
+        growth_end: Share of the steps by which the budget is reached, above 0 and at most 1. From a ``tinit``
+            at or after it on, growth takes as many steps as it would have taken. Where no multiple of a given
+            ``deltaT`` lies before it, or a given ``top_h`` is too low for it, growth goes on after it, and a
+            warning says until when; where both are given, they alone decide.
+        top_h: Modules that grow at one event; None: what the budget needs.
+        add_r: Components that each of them gains; more where ``top_h`` is left open and all modules together
+            would not reach the budget.
+        beta1: Decay of the smoothed importance, in [0, 1) (eq. 7 of the paper); see ``importance``.
+        beta2: Decay of its uncertainty, in [0, 1) (eq. 8), likewise.
+        orth_reg_weight: Weight of the orthogonality regulariser (eq. 4); None: 0.1 with
+            ``init_lora_weights="svd"``, else 0, for LoRA's init is not orthonormal.
+        init_lora_weights: True: LoRA's own (A Kaiming uniform, B 0, E 1; for embeddings A 0, B ~ N(0, 1)).
+            "gaussian": the same with A ~ N(0, 1 / r^2). "svd": the paper's (A, B ~ N(0, 0.02^2), E 0).
+            False: like True but both random, so that a fresh adapter is not the identity (for tests).
+        scaling: "budget": alpha / r for every module at all times, so alpha and learning rate carry
+            over from LoraConfig(r=r). "rank": alpha / r_k with the module's own rank (the paper).
+            ``use_rslora=True`` takes the square root of the rank in either.
+        advance_learning: Keep components in reserve that learn before they count (section 3.3);
+            None: where ``init_lora_weights="svd"``, the only init for which it is defined.
+        restart_warmup: New components go through the learning rate's warm-up anew (section 3.3).
+        preserve_output: With ``scaling="rank"``, rescale the old E at a growth so that the module's
+            update does not shrink by it; False is the paper's behaviour. With "budget" no growth changes it.
+        importance_window: Steps before each growth in which the importance is computed. "auto": as
+            many as weigh 1e-3 or more in the smoothing; None: every step, as the paper does.
+        importance: What a module's importance is. "gradient": what a new component would gain, the largest
+            singular value of G outside the span of what the module has, G the gradient of its weight, from
+            a small sketch of G that the backward passes since the last growth add up, those of the window at
+            most. ``beta1`` and ``beta2`` then say nothing but how long the window "auto" is, and
+            ``importance_norm`` must be left at "sqrt": the value of one component does not depend on the
+            module's size.
+            "sensitivity": ``sum |dW * G|`` of what the module has (eq. 6 of the paper).
+        init_new: What a new component starts from: "random" numbers, or the leading singular vectors of the
+            "gradient" that ``importance="gradient"`` chose by, as long as the random ones would be (B = 0
+            stays 0). Not with components in reserve. None: "gradient" where that can be, else "random".
+        importance_norm: Divide a module's importance by "sqrt": sqrt(out in), as the authors' code
+            does, or "mean": out in, as the paper prints.
+        budget_unit: What the budget counts. "rank": components, ``r`` times the number of modules in all.
+            "parameters": the numbers that components train, in + out + 1 each, ``r`` times their sum over the
+            modules in all: what rank ``r`` everywhere would train. Modules are then chosen by their score for
+            each parameter, and growth ends when no component fits any more.
+        module_kinds: Kept by the library, for the export of a saved adapter: "embedding", or the size of
+            a convolution's kernel, by full module name.
+        expert_names: Kept by the library, for the export: the last parts of module names, such as "up_proj",
+            that PEFT takes for layers of fused experts in this base, whatever they are; None: not known.
+        unlike_lora: Kept by the library, for the export: full names of the adapted convolutions that PEFT's
+            LoRA would compute in another way, for it takes no ``dilation`` and no ``padding_mode``.
+
+    The other arguments are LoraConfig's: ``target_modules``, ``lora_alpha``, ``lora_dropout``,
+    ``bias``, ``use_rslora``, ``modules_to_save``, ``trainable_token_indices``, ``exclude_modules``,
+    ``layers_to_transform``, ``layers_pattern``, ``rank_pattern`` (initial ranks; kept up to date as
+    ranks grow), ``alpha_pattern``, ``fan_in_fan_out`` (set by itself where it is needed), ``task_type``,
+    ``inference_mode``.
+
+    Raises:
+        ValueError: an argument has a wrong value, or is an option of LoraConfig that is not
+            supported; the message names it.
+        TypeError: an argument has a wrong type.
+    """
+
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Initial rank by module; kept up to date as ranks grow."}
+    )
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "lora_alpha by module."})
+    init_r: int = field(default=1, metadata={"help": "Rank of every module at the start."})
+    max_r: int | None = field(default=None, metadata={"help": "Rank past which no module grows."})
+    total_step: int | None = field(default=None, metadata={"help": "Optimizer steps in all."})
+    tinit: int | None = field(default=None, metadata={"help": "Steps before the first growth."})
+    deltaT: int | None = field(default=None, metadata={"help": "Steps between growth events."})
+    growth_end: float = field(default=0.1, metadata={"help": "Share of the steps until the budget is met."})
+    top_h: int | None = field(default=None, metadata={"help": "Modules that grow at an event."})
+    add_r: int = field(default=1, metadata={"help": "Components each of them gains at least."})
+    beta1: float = field(default=0.85, metadata={"help": "Decay of the smoothed importance."})
+    beta2: float = field(default=0.85, metadata={"help": "Decay of its uncertainty."})
+    orth_reg_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the orthogonality regulariser."}
+    )
+    init_lora_weights: bool | Literal["gaussian", "svd"] = field(
+        default=True,
+        metadata={"help": "True or 'gaussian' (LoRA's), 'svd' (the paper's) or False.", "lora_variants": ()},
+    )
+    scaling: Literal["budget", "rank"] = field(
+        default="budget", metadata={"help": "alpha / r ('budget') or alpha / r_k ('rank')."}
+    )
+    advance_learning: bool | None = field(
+        default=None, metadata={"help": "Components in reserve learn before they count."}
+    )
+    restart_warmup: bool = field(
+        default=True, metadata={"help": "New components warm their learning rate up anew."}
+    )
+    preserve_output: bool = field(
+        default=True, metadata={"help": "Growth leaves the update of a module as it is."}
+    )
+    importance_window: Literal["auto"] | int | None = field(
+        default="auto", metadata={"help": "Steps before a growth that compute the importance."}
+    )
+    importance_norm: Literal["sqrt", "mean"] = field(
+        default="sqrt", metadata={"help": "Divide the importance by sqrt(out in) or out in."}
+    )
+    importance: Literal["sensitivity", "gradient"] = field(
+        default="gradient",
+        metadata={"help": "sum |dW * G| ('sensitivity') or what a new component gains ('gradient')."},
+    )
+    init_new: Literal["random", "gradient"] | None = field(
+        default=None, metadata={"help": "What new components start from."}
+    )
+    budget_unit: Literal["rank", "parameters"] = field(
+        default="rank", metadata={"help": "What the budget counts: components, or their parameters."}
+    )
+    module_kinds: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Kept by the library: modules that are embeddings, or convolutions of a kernel."},
+    )
+    expert_names: list[str] | None = field(
+        default=None,
+        metadata={"help": "Kept by the library: names that LoRA's readers take for those of fused experts."},
+    )
+
+    unlike_lora: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Kept by the library: modules that a LoRA would compute in another way."},
+    )
+
+    def __post_init__(self) -> None:
+        # Not a field, for it has a file of its own: how the ranks of the model with this adapter grew.
+        self.growth: GrowthHistory | None = None
+        self._take_plain_numbers()
+        self._refuse_unsupported()
+        # Before PEFT's own checks, which answer to the inits that LoraConfig knows.
+        arguments.choice("init_lora_weights", self.init_lora_weights, (True, False, "gaussian", "svd"))
+        self._check_modules()
+        if self.rank_pattern is None:
+            self.rank_pattern = {}
+        if self.alpha_pattern is None:
+            self.alpha_pattern = {}
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        self._check_ranks()
+        self._check_schedule()
+        self._check_choices()
+
+    @classmethod
+    def paper(cls, **kwargs: Any) -> IncreLoraConfig:
+        """The method as published: the paper's value of everything that ``kwargs`` does not set.
+
+        The schedule stays automatic: the paper sets tinit = deltaT to 100, 500 or 1000 steps and
+        top_h to 2 to 12 by task.
+        """
+        values: dict[str, Any] = {
+            "r": 2,
+            "init_r": 1,
+            "lora_alpha": 16,
+            "init_lora_weights": "svd",
+            "scaling": "rank",
+            "advance_learning": True,
+            "restart_warmup": True,
+            "preserve_output": False,
+            "orth_reg_weight": 0.1,
+            "growth_end": 0.6,
+            "beta1": 0.85,
+            "beta2": 0.85,
+            "importance": "sensitivity",
+            "importance_window": None,
+            "importance_norm": "sqrt",
+            "init_new": "random",
+        }
+        return cls(**(values | kwargs))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """Reads the configuration of a saved adapter; see ``peft.PeftConfig.from_pretrained``.
+
+        Raises:
+            ValueError: the adapter's weights lie beside it and are damaged.
+        """
+        folder = os.path.join(str(pretrained_model_name_or_path), subfolder or "")
+        check_weights_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+
+    @property
+    def uses_reserve(self) -> bool:
+        """Are components kept in reserve (``advance_learning``, None resolved)?"""
+        if self.advance_learning is None:
+            return self.init_lora_weights == "svd"
+        return self.advance_learning
+
+    @property
+    def follows_gradient(self) -> bool:
+        """Do new components start from the gradient's directions (``init_new``, None resolved)?"""
+        if self.init_new is None:
+            return self.importance == "gradient" and not self.uses_reserve
+        return self.init_new == "gradient"
+
+    @property
+    def orthogonality_weight(self) -> float:
+        """``orth_reg_weight``, None resolved."""
+        if self.orth_reg_weight is None:
+            return 0.1 if self.init_lora_weights == "svd" else 0.0
+        return self.orth_reg_weight
+
+    def initial_rank_of(self, module: str) -> int:
+        """``rank_pattern``'s rank for a full module name, else ``init_r``."""
+        key = get_pattern_key(self.rank_pattern.keys(), module)
+        return self.rank_pattern.get(key, self.init_r)
+
+    def alpha_of(self, module: str) -> float:
+        """``alpha_pattern``'s alpha for a full module name, else ``lora_alpha``."""
+        key = get_pattern_key(self.alpha_pattern.keys(), module)
+        default: float = self.lora_alpha
+        return self.alpha_pattern.get(key, default)
+
+    def kind_of(self, module: str) -> Kind:
+        """What a module, by its full name, is: ``module_kinds``' kind, else "linear"."""
+        kind = self.module_kinds.get(module, "linear")
+        return tuple(kind) if isinstance(kind, (list, tuple)) else kind
+
+    def scale(self, lora_alpha: float, rank: int) -> float:
+        """The scale s_k of a module of ``rank`` active components."""
+        return lora_alpha / self.divisor(rank)
+
+    def divisor(self, rank: int) -> float:
+        """What alpha is divided by for a module of ``rank`` active components."""
+        divisor = float(self.r if self.scaling == "budget" else max(rank, 1))
+        return divisor**0.5 if self.use_rslora else divisor
+
+    def _register_custom_module(self, mapping: dict[Any, Any]) -> None:
+        """LoRA layers of one's own, which would not grow.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"custom_modules={mapping!r} is not supported by IncreLoraConfig; leave such modules out of "
+            "target_modules, or use LoraConfig."
+        )
+
+    def _take_plain_numbers(self) -> None:
+        """NumPy's numbers become Python's, which the configuration file can hold."""
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name, None)
+            if isinstance(value, np.generic):
+                setattr(self, option.name, value.item())
+            elif isinstance(value, dict):
+                plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in value.items()}
+                setattr(self, option.name, plain)
+
+    def _refuse_unsupported(self) -> None:
+        for name, value, default in changed_options(self, _SUPPORTED):
+            raise ValueError(
+                f"{name}={value!r} is not supported by IncreLoraConfig; leave it at {default!r}, or use "
+                "LoraConfig."
+            )
+
+    def _check_ranks(self) -> None:
+        arguments.integer("r", self.r, at_least=1)
+        arguments.integer("init_r", self.init_r, at_least=1)
+        arguments.integer("max_r", self.max_r, at_least=1, optional=True)
+        arguments.integer("add_r", self.add_r, at_least=1)
+        if self.init_r > self.r:
+            raise ValueError(
+                f"r={self.r} is below init_r={self.init_r}; r is the budget, the average rank at the "
+                "end of training: give at least init_r."
+            )
+        if self.max_r is not None and self.max_r < self.r:
+            raise ValueError(
+                f"max_r={self.max_r} is below r={self.r}, so the budget can never be reached; give at "
+                "least r."
+            )
+        arguments.number("lora_alpha", self.lora_alpha, above=0.0)
+        arguments.number("lora_dropout", self.lora_dropout, at_least=0.0, below=1.0)
+        for key, rank in arguments.pattern("rank_pattern", self.rank_pattern):
+            arguments.integer(f"rank_pattern[{key!r}]", rank, at_least=1)
+        for key, alpha in arguments.pattern("alpha_pattern", self.alpha_pattern):
+            arguments.number(f"alpha_pattern[{key!r}]", alpha, above=0.0)
+
+    def _check_schedule(self) -> None:
+        arguments.integer("total_step", self.total_step, at_least=1, optional=True)
+        arguments.integer("tinit", self.tinit, at_least=0, optional=True)
+        arguments.integer("deltaT", self.deltaT, at_least=1, optional=True)
+        arguments.integer("top_h", self.top_h, at_least=1, optional=True)
+        arguments.number("growth_end", self.growth_end, above=0.0, at_most=1.0)
+        if self.total_step is not None and (self.tinit or 0) >= self.total_step:
+            raise ValueError(
+                f"tinit={self.tinit} leaves no step for growth out of total_step={self.total_step}; "
+                "give less."
+            )
+        arguments.number("beta1", self.beta1, at_least=0.0, below=1.0)
+        arguments.number("beta2", self.beta2, at_least=0.0, below=1.0)
+        if self.orth_reg_weight is not None:
+            arguments.number("orth_reg_weight", self.orth_reg_weight, at_least=0.0)
+        if self.importance_window != "auto":
+            arguments.integer("importance_window", self.importance_window, at_least=1, optional=True)
+
+    def _check_modules(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), str):
+                arguments.regex(name, getattr(self, name))
+            else:
+                arguments.collection(name, getattr(self, name), str, "a string or a list of strings")
+        arguments.collection("modules_to_save", self.modules_to_save, str, "a list of strings")
+        if not isinstance(self.module_kinds, dict):
+            raise TypeError(f"module_kinds={self.module_kinds!r} must be a dictionary; leave it out.")
+        for name, kind in self.module_kinds.items():
+            kernel = isinstance(kind, (list, tuple)) and all(type(size) is int for size in kind)
+            if not isinstance(name, str) or not (kernel or kind == "embedding"):
+                raise ValueError(
+                    f"module_kinds[{name!r}]={kind!r} must be 'embedding' or the size of a kernel, by module "
+                    "name; leave it out: the library keeps it."
+                )
+        arguments.collection("expert_names", self.expert_names, str, "a list of strings")
+        arguments.collection("unlike_lora", self.unlike_lora, str, "a list of strings")
+        tokens = self.trainable_token_indices
+        for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
+            arguments.collection(
+                "trainable_token_indices", indices, int, "a list of token numbers, or of such lists by module"
+            )
+        if not isinstance(self.layers_to_transform, int):
+            arguments.collection(
+                "layers_to_transform", self.layers_to_transform, int, "a layer number or a list of them"
+            )
+
+    def _check_choices(self) -> None:
+        arguments.choice("scaling", self.scaling, ("budget", "rank"))
+        arguments.choice("importance_norm", self.importance_norm, ("sqrt", "mean"))
+        arguments.choice("importance", self.importance, ("sensitivity", "gradient"))
+        arguments.choice("budget_unit", self.budget_unit, ("rank", "parameters"))
+        arguments.choice("init_new", self.init_new, ("random", "gradient", None))
+        arguments.choice("bias", self.bias, ("none", "all", "lora_only"))
+        arguments.choice("advance_learning", self.advance_learning, (True, False, None))
+        for name in ("restart_warmup", "preserve_output", "use_rslora", "fan_in_fan_out"):
+            arguments.choice(name, getattr(self, name), (True, False))
+        if self.advance_learning and self.init_lora_weights != "svd":
+            raise ValueError(
+                f"advance_learning=True needs init_lora_weights='svd', not "
+                f"{self.init_lora_weights!r}: with LoRA's init a new component starts at B = 0 and "
+                "there is nothing to keep in reserve."
+            )
+        if self.importance == "gradient" and self.importance_norm != "sqrt":
+            raise ValueError(
+                f"importance_norm={self.importance_norm!r} does not apply to importance='gradient', which is "
+                "the value of one component whatever the module's size; leave it out, or set "
+                "importance='sensitivity'."
+            )
+        if self.importance == "gradient" and self.importance_window != "auto":
+            for name in ("beta1", "beta2"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} does not apply to importance='gradient', which is "
+                        f"not smoothed, with importance_window={self.importance_window!r}; leave it out, or "
+                        "set importance='sensitivity'."
+                    )
+        if self.scaling == "budget" and not self.preserve_output:
+            raise ValueError(
+                "preserve_output=False needs scaling='rank': with scaling='budget' no growth changes what "
+                "the module does; set both, or leave preserve_output out."
+            )
+        if self.init_new == "gradient" and self.importance != "gradient":
+            raise ValueError(
+                f"init_new='gradient' needs importance='gradient', not {self.importance!r}, which does not "
+                "look for directions; set both, or leave init_new out."
+            )
+        if self.init_new == "gradient" and self.uses_reserve:
+            raise ValueError(
+                "init_new='gradient' and advance_learning=True: a component in reserve was drawn long before "
+                "the growth that makes it count; set advance_learning=False, or leave init_new out."
+            )

@@ -1,0 +1,163 @@
+"""``importance="gradient"``: what a new component would gain, from a sketch of each gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ... import _core
+from ...gauges.sketch import Sketch, length_of, pairs_of, sketches_of
+from ...ops.probe import Probe
+from ...training.distributed import average_, from_first_, in_any_process
+from ...training.modules import AdaptedModule
+from .config import IncreLoraConfig
+from .sensitivity import Scores
+
+# Columns of G Omega beyond the components that a growth may ask for.
+_OVERSAMPLING = 7
+# Rows of Psi G for each column. With 2, where singular values fall off slowly, the error of the
+# reconstruction makes scores twice as high and twice as uneven as with 4.
+_ROWS_A_COLUMN = 4
+
+
+class GradientScores(Scores):
+    """A module's score is sigma, the largest singular value of ``(1 - P_B) G (1 - P_A)``.
+
+    G (out, in) is the gradient of the module's weight, the mean over the steps since the last growth, those
+    of the window at most; P_B and P_A project on the columns of B and the rows of A of its active components.
+    What is projected off is what those can still learn by themselves, for ``B dA + dB A`` has no part outside
+    the two spans. Of all new components ``dW = t u v^T``, u and v unit vectors, the one with the singular
+    vectors of sigma lowers the loss fastest, to first order by sigma for each unit of t. So sigma is in units
+    of the loss for one component, whatever the module's size, and ``importance_norm`` has no part in it;
+    ``budget_unit="parameters"`` divides it by the component's cost.
+
+    The smoothing with beta1 and beta2 does not apply: the mean over the window takes its place.
+
+    Memory: two sketches of ``k out + l in`` numbers a module, float32 (float64 for float64 adapters), k = 7
+    and the components of one growth, l = 4 k + 1; each step of the window averages one over the processes.
+
+    Reading sigma from a sketch is exact for a G of rank k. It errs by a few per cent where singular values
+    fall off as 1 / j, and is too high by up to a half where G is next to noise.
+
+    Args:
+        modules, config, scaler: As for :class:`Scores`.
+    """
+
+    def __init__(self, modules: Sequence[AdaptedModule], config: IncreLoraConfig, scaler: Any | None) -> None:
+        super().__init__(modules, config, scaler)
+        self._keeps_directions = config.follows_gradient
+        self._sigma = np.zeros(len(modules))
+        # One list for ever: the layers know it.
+        self._sketches: list[Sketch] = []
+        self._directions: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._armed = False
+
+    def start(self, seed: int, components: int) -> None:
+        """Draws the sketches' random matrices, the same for the same seed; the sketches become 0."""
+        sizes = [(module.layer.out_features, module.layer.in_features) for module in self._modules]
+        k = _OVERSAMPLING + components
+        rows = k, _ROWS_A_COLUMN * k + 1
+        wide = torch.promote_types(self._modules[0].a.dtype, torch.float32)
+        device = self.importance.device
+        self._components = components
+        self._step = torch.zeros(length_of(sizes, rows), dtype=wide, device=device)
+        self._sum = torch.zeros_like(self._step)
+        self._steps = torch.zeros(1, dtype=torch.float64, device=device)
+        self._sketches[:] = sketches_of(self._step, sizes, rows, seed)
+        self._sums = pairs_of(self._sum, sizes, rows)
+
+    def attach(self, probe: Probe, scheduler: Any) -> None:
+        """Gives the layers the sketches to add to."""
+        super().attach(probe, scheduler)
+        probe.sketches = self._sketches
+
+    def arm(self, probe: Probe, wanted: bool) -> None:
+        """Asks the next backward passes for the sketches, or no longer."""
+        self._armed = wanted
+        probe.arm(None, sketching=wanted)
+
+    def take_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Takes the step's sketches into their sum; one that is not finite is left out."""
+        if not self._armed:
+            return
+        average_(self._step)
+        scale = self.loss_scale()
+        if grad_scale is None and scale is not None:
+            grad_scale = torch.tensor(scale, dtype=torch.float64)
+        _core.take_sketches_(self._step, self._sum, self._steps, scale=grad_scale, found_inf=found_inf)
+
+    def reached(self, optimizer: torch.optim.Optimizer) -> npt.NDArray[np.bool_]:
+        """Which modules a gradient has reached since the last growth, in the window's steps."""
+        held = torch.stack([left.any() | right.any() for left, right in self._sums])
+        return in_any_process(held.cpu(), self.importance.device)
+
+    def at_growth(self) -> npt.NDArray[np.float64]:
+        """The scores for a growth, the same in every process; the sketches start anew."""
+        count = self._components if self._keeps_directions else 1
+        found = [self._triples(k, count) for k in range(len(self._modules))]
+        steps = self._steps.clamp(min=1.0)
+        sigma = torch.stack([values[0] for values, _, _ in found]).to(steps.device) / steps
+        from_first_(sigma)
+        self._sigma = sigma.cpu().numpy()
+        self._directions = found if self._keeps_directions else []
+        self._sum.zero_()
+        self._steps.zero_()
+        return self._sigma
+
+    def _triples(self, k: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        module = self._modules[k]
+        a, b, _ = module.layer.active_factors(module.adapter)
+        return _core.sketched_triples(*self._sums[k], self._sketches[k].psi, a.detach(), b.detach(), count)
+
+    def directions(self, k: int, components: int) -> tuple[Tensor, Tensor] | None:
+        """Unit vectors for new components of module ``k``, as columns (out, n) of B and rows (n, in) of A,
+        signed so that a positive E lowers the loss; n may be less than ``components``.
+
+        After :meth:`at_growth`; None where new components start from random numbers.
+        """
+        if not self._directions:
+            return None
+        sigma, u, v = (part.to(self.importance.device) for part in self._directions[k])
+        for part in (sigma, u, v):
+            from_first_(part)
+        n = min(components, int((sigma > 0.0).sum()))
+        return -u[:, :n], v[:n]
+
+    def values(self) -> npt.NDArray[np.float64]:
+        """sigma of every module as of the last growth; 0 before the first."""
+        return self._sigma.copy()
+
+    def detach(self) -> None:
+        """Gives the scaler its ``update`` back, and the sketches' memory."""
+        super().detach()
+        self._sketches.clear()
+        self._sums, self._directions = [], []
+        self._step = self._sum = self._step.new_zeros(0)
+
+    def forget_step(self) -> None:
+        """Drops what the backward passes since the last step added."""
+        self._step.zero_()
+
+    def state(self) -> dict[str, Any]:
+        """Copies of the vectors, for a checkpoint; of the sketches those that hold anything."""
+        held = {"step": self._step, "sum": self._sum}
+        vectors = {name: vector.clone() for name, vector in held.items() if bool(vector.any())}
+        sketches = {"steps": self._steps.clone(), **vectors}
+        return super().state() | {"sigma": self._sigma.tolist(), "sketches": sketches}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Takes what :meth:`state` gave; of a state without sketches the smoothed scores alone."""
+        super().restore(saved)
+        if "sketches" not in saved:
+            return
+        sketches = saved["sketches"]
+        self._sigma = np.array(saved["sigma"])
+        self._steps.copy_(sketches["steps"])
+        for name, vector in (("step", self._step), ("sum", self._sum)):
+            if name in sketches:
+                vector.copy_(sketches[name])

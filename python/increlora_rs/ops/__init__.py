@@ -1,0 +1,1 @@
+"""How an update acts on x: autograd, torch.compile, dtypes, devices; a file an operation."""

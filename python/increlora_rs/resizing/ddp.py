@@ -1,0 +1,54 @@
+"""DDP's buckets, made anew for parameters that changed their size in place."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+# What was found by a look at all objects, which takes longer than all else at a growth.
+_found: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DistributedDataParallel]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
+    """The DistributedDataParallel around ``model``: a Trainer does not hand it to its callbacks."""
+    # A group of one process has a reducer with sizes of its own, too.
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    known = _found[model]() if model in _found else None
+    if known is not None:
+        return known
+    for candidate in gc.get_objects():
+        # By type: asking some of torch's own objects for their class warns.
+        if issubclass(type(candidate), DistributedDataParallel) and any(
+            module is model for module in candidate.modules()
+        ):
+            _found[model] = weakref.ref(candidate)
+            return candidate
+    return None
+
+
+def rebuild_buckets(ddp: DistributedDataParallel) -> None:
+    """Makes DDP's reducer anew for parameters that changed their size in place."""
+    # The reducer fixes sizes and buckets when it is built, and DDP has no public way to build another.
+    internal: Any = ddp
+    internal.reducer._remove_autograd_hooks()
+    comm_hooks = list(internal._comm_hooks)
+    parameters, expects_sparse = internal._build_params_for_reducer()
+    names = internal._build_debug_param_to_name_mapping(parameters)
+    internal._ddp_init_helper(parameters, expects_sparse, names, internal.static_graph)
+    internal._has_rebuilt_buckets = False
+    if internal.static_graph:
+        # The new reducer learns the graph in its first backward pass, as the old one did.
+        internal.reducer._set_static_graph()
+        internal.logger._set_static_graph()
+        internal._static_graph_delay_allreduce_enqueued = False
+    internal._comm_hooks = []
+    for hook, state in comm_hooks:
+        internal.register_comm_hook(state, hook)

@@ -1,0 +1,221 @@
+"""Keeps an optimizer's state in step with a parameter that grew or shrank in place."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..support.untraced import untraced
+from .optimizer_rows import CannotFollow, Change, fits
+from .optimizer_starts import holder, known, outgrown
+
+
+@dataclass
+class _Look:
+    """What an optimizer's last look at its state found.
+
+    Args:
+        state: The state that was looked at; loading makes another.
+        resizes: How often any parameter had changed its size then.
+        shapes: The shapes of the parameters that their state is for.
+        parameters: Those of its parameters that had ever changed their size.
+        sizes: Their numbers of elements.
+    """
+
+    state: Any
+    resizes: int = -1
+    shapes: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    parameters: list[Tensor] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+
+    def sizes_now(self) -> list[int]:
+        """As ``sizes``: ``p.data = other`` changes them, and tells nobody."""
+        return [parameter.numel() for parameter in self.parameters]
+
+
+# Parameters that ever changed their size in place and how often any did, for the net below; the last look of
+# each optimizer; and the optimizers around an optimizer.
+_resized_parameters = WeakIdKeyDictionary()
+_resizes = 0
+_looks: WeakKeyDictionary[torch.optim.Optimizer, _Look] = WeakKeyDictionary()
+_wrappers: WeakKeyDictionary[torch.optim.Optimizer, list[ref[torch.optim.Optimizer]]] = WeakKeyDictionary()
+_net: Any = None
+
+
+def resize_state(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dim: int, rescaled: float = 1.0
+) -> None:
+    """Brings the state of ``parameter`` in step with its size along ``dim``.
+
+    Rows are cut off, or appended, at the end, as the parameter's were. New ones start as the optimizer starts
+    those of a new parameter. State of which that is not known, and state that is not a plain tensor with a
+    number for each of the parameter's (factors, blocks, quantised moments), cannot be kept: the
+    parameter's state is dropped with a warning, and the optimizer starts it anew.
+
+    Args:
+        optimizer: The optimizer.
+        parameter: The parameter.
+        dim: The dimension along which it changed.
+        rescaled: What its old rows were multiplied by.
+    """
+    for one in _with_state(optimizer):
+        _resize_one(one, parameter, dim, rescaled)
+
+
+def note_wrapper(inner: torch.optim.Optimizer, wrapper: torch.optim.Optimizer) -> None:
+    """Notes that ``wrapper`` is around ``inner``, for it may have a state of its own (slow weights)."""
+    if getattr(wrapper, "state", inner.state) is not inner.state:
+        _wrappers.setdefault(inner, []).append(ref(wrapper))
+
+
+def watch(parameter: nn.Parameter) -> None:
+    """Notes that ``parameter`` changed its size, for optimizers that no scheduler looks after.
+
+    Before any optimizer's step, state of such a parameter that has another shape is dropped with a
+    warning: fused AdamW would write past the end of it.
+    """
+    global _net, _resizes
+    _resizes += 1
+    if _net is None:
+        _net = register_optimizer_step_pre_hook(_drop_misshapen)
+    _resized_parameters[parameter] = True
+
+
+def _with_state(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
+    yield holder(optimizer)
+    for wrapper in _wrappers.get(optimizer, ()):
+        alive = wrapper()
+        if alive is not None:
+            yield alive
+
+
+def _resize_one(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dim: int, rescaled: float) -> None:
+    look = _look(optimizer)
+    if look.shapes.get(parameter) != parameter.shape or rescaled != 1.0:
+        change = Change(parameter, dim, rescaled, _group(optimizer, parameter))
+        try:
+            resized = _followed(optimizer, change)
+        except CannotFollow as why:
+            warnings.warn(
+                f"{why}. The parameter's optimizer state starts anew; docs/optimizers.md names optimizers "
+                "that keep theirs, such as torch.optim.AdamW",
+                UserWarning,
+                stacklevel=4,
+            )
+            _forget(optimizer, parameter)
+        else:
+            optimizer.state.get(parameter, {}).update(resized)
+    look.shapes[parameter] = parameter.shape
+
+
+def _followed(optimizer: torch.optim.Optimizer, change: Change) -> dict[str, Tensor]:
+    """What changes in the state.
+
+    Raises:
+        CannotFollow: with the whole message.
+    """
+    name, now = type(optimizer).__name__, tuple(change.parameter.shape)
+    if _in_groups(optimizer, change.parameter):
+        raise CannotFollow(f"the state in the groups of {name} cannot follow a parameter to the shape {now}")
+    state, entries = optimizer.state.get(change.parameter, {}), known(optimizer)
+    sizes: dict[str, int] = {}
+    resized: dict[str, Tensor] = {}
+    key = ""
+    try:
+        for key, value in state.items():
+            size = change.old_size(entries.get(key), value)
+            if size is not None:
+                sizes[key] = size
+                if len(set(sizes.values())) > 1:
+                    raise CannotFollow("its size is not that of the other keys")
+        for key, value in state.items():
+            old = sizes.get(key)
+            if old is None and sizes and entries[key].is_weights and isinstance(value, Tensor):
+                old = next(iter(sizes.values()))
+            if old is not None:
+                resized[key] = change.follow(entries[key], value, old)
+    except CannotFollow as why:
+        value = state[key]
+        of_shape = f", of shape {tuple(value.shape)}," if isinstance(value, Tensor) else ""
+        raise CannotFollow(
+            f"the state {key!r} of {name}{of_shape} cannot follow a parameter to the shape {now}: {why}"
+        ) from None
+    reason = outgrown(optimizer, change.parameter) if sizes else None
+    if reason is not None:
+        raise CannotFollow(f"the state of {name} is not kept for a parameter of the shape {now}: {reason}")
+    return resized
+
+
+@untraced
+def _drop_misshapen(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    # Without a new size, and without another state (loading makes a new dictionary), nothing can have
+    # come to differ, and a look at every parameter in every step would cost more than the step.
+    look = _looks.get(optimizer)
+    if (
+        look is not None
+        and look.resizes == _resizes
+        and look.state is optimizer.state
+        and look.sizes == look.sizes_now()
+    ):
+        return
+    look = _look(optimizer)
+    look.resizes = _resizes
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    look.parameters = [parameter for parameter in held if parameter in _resized_parameters]
+    look.sizes = look.sizes_now()
+    entries = known(optimizer)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter not in _resized_parameters or look.shapes.get(parameter) == parameter.shape:
+                continue
+            look.shapes[parameter] = parameter.shape
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if not fits(entries.get(key), value, parameter):
+                    warnings.warn(
+                        f"the state {key!r} of {type(optimizer).__name__} has shape {tuple(value.shape)} "
+                        f"but its parameter {tuple(parameter.shape)}: it changed its rank without the "
+                        "optimizer. The parameter's optimizer state starts anew; use "
+                        "increlora_rs.attach, or make the optimizer after loading an adapter",
+                        UserWarning,
+                        stacklevel=2,
+                    )
+                    _forget(optimizer, parameter)
+                    break
+
+
+def _look(optimizer: torch.optim.Optimizer) -> _Look:
+    look = _looks.get(optimizer)
+    if look is None or look.state is not optimizer.state:
+        look = _looks[optimizer] = _Look(optimizer.state)
+    return look
+
+
+def _group(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
+    for group in optimizer.param_groups:
+        if any(other is parameter for other in group["params"]):
+            found: dict[str, Any] = group
+            return found
+    return {}
+
+
+def _in_groups(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[dict[Any, Any]]:
+    """What the groups of an optimizer keep by parameter, as those of GrokAdamW do in the place of a state."""
+    values = [value for group in optimizer.param_groups for value in group.values()]
+    return [value for value in values if isinstance(value, dict) and parameter in value]
+
+
+def _forget(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+    for kept in _in_groups(optimizer, parameter):
+        del kept[parameter]
+    state, entries = optimizer.state.pop(parameter, {}), known(optimizer)
+    given = {key: value for key, value in state.items() if key in entries and entries[key].kind == "given"}
+    if given:
+        optimizer.state[parameter] = given

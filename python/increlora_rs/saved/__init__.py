@@ -1,0 +1,1 @@
+"""Adapters on disk, read without a base model."""

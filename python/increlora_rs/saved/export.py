@@ -1,0 +1,271 @@
+"""An IncreLoRA adapter as a plain LoRA, for whatever loads LoRA adapters: exact, or of a smaller rank."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..support import arguments
+from ..support.experts import expert_names_of
+from ..support.files import refuse_own_directory, staged
+from ..support.lowrank import svd_of_product
+from ..support.names import rank_pattern
+from .lora_format import lora_tensors
+from .reading import Adapter, Factors, read
+
+# What vLLM takes as --max-lora-rank; an adapter may have any rank up to it.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass(frozen=True)
+class Export:
+    """What :func:`export_lora` wrote.
+
+    Args:
+        config: The configuration.
+        errors: By module, the Frobenius norm of what its update lost, as a part of the update's; 0.0
+            where nothing was cut.
+        error: The same of all updates together.
+    """
+
+    config: LoraConfig
+    errors: dict[str, float] = field(default_factory=dict)
+    error: float = 0.0
+
+    @property
+    def max_lora_rank(self) -> int | None:
+        """The ``--max-lora-rank`` that vLLM needs for this LoRA; None: the rank is above all it has."""
+        return next((rank for rank in VLLM_RANKS if rank >= self.config.r), None)
+
+
+def export_lora(
+    model_or_adapter_dir: nn.Module | str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    layout: Literal["uniform", "compact"] = "uniform",
+    rank: int | None = None,
+    *,
+    vllm_rank: bool = False,
+    dtype: torch.dtype | None = None,
+    adapter_name: str = "default",
+) -> Export:
+    """Writes the adapter to ``out_dir`` as a plain PEFT LoRA that gives the same outputs.
+
+    E and the scale are multiplied into B, in float32, and ``lora_alpha`` equals the rank, so the
+    scale that a consumer applies is 1. In a mixture of experts, dense and shared layers that are called
+    as the experts are stand in ``target_parameters``: in ``target_modules`` PEFT would take them for these.
+
+    Args:
+        model_or_adapter_dir: A model with an IncreLoRA adapter, or a directory that
+            ``save_pretrained`` wrote; the base model is not needed.
+        out_dir: Where to write ``adapter_config.json`` and ``adapter_model.safetensors``.
+        layout: "uniform": every module zero-padded to one rank, which PEFT, vLLM, TGI and llama.cpp
+            all read rightly. "compact": each module its own rank, by ``rank_pattern`` and
+            ``alpha_pattern``: smaller, for PEFT and for servers that honour these.
+        rank: The uniform rank; in the compact layout the most that a module keeps. None: the largest
+            of the adapter, and nothing is lost. A module of a higher rank becomes the nearest update of
+            this rank (singular value decomposition of B diag(E) A), and :class:`Export` has the error.
+        vllm_rank: Round the uniform rank up to one that vLLM takes as ``--max-lora-rank``.
+        dtype: Of the tensors written; None: the adapter's own.
+        adapter_name: Which adapter of a model.
+
+    Returns:
+        The configuration that was written, the errors, and the ``--max-lora-rank`` for vLLM.
+
+    Raises:
+        ValueError: ``layout`` is unknown, ``rank`` is below 1 or, for "compact", above the adapter's
+            largest, ``vllm_rank`` is given for "compact" or for a rank above 512, a value is too large for
+            ``dtype``, the adapter is damaged, or it is on a convolution that PEFT's LoRA would compute in
+            another way.
+        TypeError: ``dtype`` is no floating-point dtype.
+        FileNotFoundError: the directory is missing.
+    """
+    adapter = read(model_or_adapter_dir, adapter_name)
+    target = Path(out_dir)
+    refuse_own_directory(model_or_adapter_dir, target)
+    _refuse_unlike_lora(adapter)
+    rank = _rank(adapter, layout, rank, vllm_rank)
+    _check_dtype(dtype)
+    tensors = {key: _cast(key, tensor, dtype) for key, tensor in _others(adapter).items()}
+    factors, errors, error = _cut({name: _baked(m) for name, m in adapter.modules.items()}, rank)
+    for name, (a, b) in factors.items():
+        if layout == "uniform":
+            a, b = _padded(a, b, rank)
+        module = adapter.modules[name]
+        for key, tensor in lora_tensors(name, a, b, module.kind).items():
+            tensors[key] = _cast(key, tensor, dtype or module.a.dtype)
+    ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
+    config = _config(adapter, layout, ranks, rank, _taken_for_experts(adapter))
+    with staged(target) as stage:
+        save_file(tensors, stage / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(str(stage))
+    return Export(config, errors, error)
+
+
+def _refuse_unlike_lora(adapter: Adapter) -> None:
+    unlike = [name for name in adapter.modules if name in adapter.config.unlike_lora]
+    if unlike:
+        raise ValueError(
+            f"model_or_adapter_dir: {unlike} are convolutions with a dilation or a padding_mode, which "
+            "PEFT's LoRA leaves out, so a plain LoRA would give other outputs. Merge the adapter instead, by "
+            "merge_and_unload(), or leave these modules out of target_modules."
+        )
+
+
+def _others(adapter: Adapter) -> dict[str, Tensor]:
+    """Further tensors; not the weights of adapted embeddings, which PEFT saves too, though frozen, and
+    which vLLM would refuse."""
+    weights = {f"base_model.model.{name}.base_layer.weight" for name in adapter.modules}
+    return {key: tensor for key, tensor in adapter.others.items() if key not in weights}
+
+
+def _rank(adapter: Adapter, layout: str, rank: int | None, vllm_rank: bool) -> int:
+    """The rank of the export, the largest one in the compact layout."""
+    if layout not in ("uniform", "compact"):
+        raise ValueError(f"layout={layout!r} is unknown; it must be 'uniform' or 'compact'.")
+    arguments.integer("rank", rank, at_least=1, optional=True)
+    arguments.choice("vllm_rank", vllm_rank, (True, False))
+    largest = max(module.rank for module in adapter.modules.values())
+    if layout == "compact" and vllm_rank:
+        raise ValueError("vllm_rank=True pads, and goes with layout='uniform' only; leave it out.")
+    if layout == "compact" and rank is not None and rank > largest:
+        raise ValueError(
+            f"rank={rank} is above the adapter's largest rank, {largest}, and only layout='uniform' pads; "
+            "leave it out."
+        )
+    wanted = largest if rank is None else rank
+    if not vllm_rank:
+        return wanted
+    rounded = next((taken for taken in VLLM_RANKS if taken >= wanted), None)
+    if rounded is None:
+        raise ValueError(
+            f"vllm_rank=True: the rank is {wanted}, and vLLM takes at most {VLLM_RANKS[-1]}; give rank="
+            f"{VLLM_RANKS[-1]} or less, which cuts."
+        )
+    return rounded
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype={dtype!r} must be a floating-point torch.dtype, or None.")
+
+
+def _baked(module: Factors) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank) with E and the scale in B, float32 or wider."""
+    wide = torch.promote_types(module.a.dtype, torch.float32)
+    return module.a.to(wide), module.b.to(wide) * (module.e.to(wide).view(-1) * module.scale)
+
+
+def _cut(
+    factors: dict[str, tuple[Tensor, Tensor]], rank: int
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float], float]:
+    """A and B of at most ``rank`` by module, what each lost, and what all lost together."""
+    errors = dict.fromkeys(factors, 0.0)
+    if all(a.shape[0] <= rank for a, _ in factors.values()):
+        return factors, errors, 0.0
+    cut = {}
+    lost = whole = 0.0
+    for name, (a, b) in factors.items():
+        svd = svd_of_product(b, a)
+        norm = svd.norm_beyond(0)
+        whole = math.hypot(whole, norm)
+        cut[name] = a, b
+        if a.shape[0] > rank:
+            beyond, first = svd.norm_beyond(rank), svd.first(rank)
+            lost = math.hypot(lost, beyond)
+            errors[name] = beyond / norm if norm else 0.0
+            cut[name] = first.v, first.u * first.s
+    return cut, errors, lost / whole if whole else 0.0
+
+
+def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    missing = rank - a.shape[0]
+    return nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
+
+
+def _cast(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is not None and tensor.is_floating_point():
+        largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+        if largest > torch.finfo(dtype).max:
+            raise ValueError(
+                f"dtype={dtype}: {key} holds {largest:g}, and the largest number of this dtype is "
+                f"{torch.finfo(dtype).max:g}; take torch.bfloat16 or torch.float32."
+            )
+        tensor = tensor.to(dtype)
+    return tensor.contiguous()
+
+
+def _taken_for_experts(adapter: Adapter) -> list[str] | None:
+    """The modules whose names are those of fused experts to PEFT, in a base model that has such; else None.
+
+    Raises:
+        ValueError: one of them is no linear layer, which only ``target_modules`` could name.
+    """
+    names = expert_names_of(adapter.config, list(adapter.modules))
+    if not names:
+        return None
+    taken = [name for name in adapter.modules if name.rpartition(".")[2] in names]
+    for name in taken:
+        kind = "Conv1D" if adapter.config.fan_in_fan_out else adapter.modules[name].kind
+        if kind != "linear":
+            raise ValueError(
+                f"model_or_adapter_dir: PEFT takes {name!r} for a fused expert of the base by its name, and "
+                f"its kind, {kind!r}, cannot be named otherwise; merge the adapter with merge_and_unload()."
+            )
+    return taken
+
+
+def _config(
+    adapter: Adapter, layout: str, ranks: dict[str, int], rank: int, taken: list[str] | None
+) -> LoraConfig:
+    ours = adapter.config
+    targets, parameters = _target_modules(ours.target_modules), None
+    if taken is not None:
+        # A regular expression would be resolved to the last parts of names, and match more than it did.
+        known, taken_ends = set(taken), {name.rpartition(".")[2] for name in taken}
+        if isinstance(targets, list):
+            targets = [
+                name for name in targets if _adapts(name, ranks) and name.rpartition(".")[2] not in taken_ends
+            ]
+        else:
+            targets = [name for name in ranks if name not in known]
+        parameters = [f"{name}.weight" for name in taken] or None
+        ranks = {f"{name}.weight" if name in known else name: rank for name, rank in ranks.items()}
+    pattern = rank_pattern(ranks) if layout == "compact" else {}
+    return LoraConfig(
+        task_type=ours.task_type,
+        base_model_name_or_path=ours.base_model_name_or_path,
+        revision=ours.revision,
+        inference_mode=True,
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        fan_in_fan_out=ours.fan_in_fan_out,
+        target_modules=targets,
+        target_parameters=parameters,
+        exclude_modules=_target_modules(ours.exclude_modules),
+        layers_to_transform=ours.layers_to_transform,
+        layers_pattern=ours.layers_pattern,
+        modules_to_save=ours.modules_to_save,
+        trainable_token_indices=ours.trainable_token_indices,
+        bias=ours.bias,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+    )
+
+
+def _adapts(target: str, modules: Iterable[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for name in modules)
+
+
+def _target_modules(modules: Any) -> Any:
+    return sorted(modules) if isinstance(modules, (set, list, tuple)) else modules

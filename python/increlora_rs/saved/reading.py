@@ -1,0 +1,296 @@
+"""The trained factors of an adapter, from a model in memory or from a saved directory alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from peft.utils import (
+    CONFIG_NAME,
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    PeftType,
+    get_peft_model_state_dict,
+)
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from ..contract.structure import check_factors
+from ..methods.increlora.config import IncreLoraConfig
+from ..support.budget import Budget
+from ..support.files import load_weights
+from ..support.names import short
+from ..support.peft_type import PEFT_TYPE
+from ..support.sites import Kind
+from .lora_format import lora_key, matrices
+
+# Adapters that can be read: what they are called, and their type.
+_KINDS = {IncreLoraConfig: ("IncreLoRA", PEFT_TYPE), LoraConfig: ("LoRA", PeftType.LORA)}
+# A weight by its full name: the number of a layer is in it, which an end of a name has not.
+_WEIGHT = re.compile(r"^\w+(\.\w+)*\.\d+\.(\w+\.)+weight$")
+_FACTOR = re.compile(r"^(?P<name>.+)\.lora_(?P<factor>[ABE])(\.weight)?$")
+
+
+@dataclass
+class Factors:
+    """One module's update: ``scale * B diag(E) A``, with A (rank, in), B (out, rank), E (rank, 1)."""
+
+    a: Tensor
+    b: Tensor
+    e: Tensor
+    scale: float
+    kind: Kind = "linear"
+
+    @property
+    def rank(self) -> int:
+        """Number of components."""
+        return int(self.e.shape[0])
+
+
+@dataclass
+class Adapter:
+    """A trained adapter.
+
+    Args:
+        config: Its configuration.
+        modules: Factors by full module name, sorted, ``layer.9`` before ``layer.10``.
+        others: Further saved tensors (biases, ``modules_to_save``), by their key.
+    """
+
+    config: IncreLoraConfig
+    modules: dict[str, Factors] = field(default_factory=dict)
+    others: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def total_rank(self) -> int:
+        """Sum of the ranks."""
+        return sum(module.rank for module in self.modules.values())
+
+    @property
+    def budget(self) -> int:
+        """Total rank that the training aimed at; parameters where ``config.budget_unit`` says so."""
+        return self._budget.total
+
+    @property
+    def parameters(self) -> int | None:
+        """Those of the components, where the budget is in parameters; else None."""
+        return self._budget.parameters(module.rank for module in self.modules.values())
+
+    @property
+    def _budget(self) -> Budget:
+        sizes = [(int(module.b.shape[0]), int(module.a.shape[1])) for module in self.modules.values()]
+        return Budget.of(self.config, sizes)
+
+
+@dataclass
+class LoraAdapter:
+    """A trained plain LoRA, as :class:`Adapter`; E is 1 everywhere."""
+
+    config: LoraConfig
+    modules: dict[str, Factors] = field(default_factory=dict)
+    others: dict[str, Tensor] = field(default_factory=dict)
+
+
+def read(source: nn.Module | str | os.PathLike[str], adapter_name: str = "default") -> Adapter:
+    """The adapter of a model, or of a directory that ``save_pretrained`` wrote.
+
+    Raises:
+        ValueError: there is no IncreLoRA adapter, or it is damaged.
+        FileNotFoundError: the directory, or a file of it, is missing.
+        TypeError: ``source`` is neither a model nor a path.
+    """
+    config, tensors = _stored(source, adapter_name, IncreLoraConfig)
+    return _assemble(config, tensors)
+
+
+def read_lora(
+    source: nn.Module | str | os.PathLike[str],
+    adapter_name: str = "default",
+    check: Callable[[LoraConfig], None] = lambda config: None,
+) -> LoraAdapter:
+    """The plain LoRA of a model, or of a directory that ``save_pretrained`` wrote.
+
+    Args:
+        source: The model or the directory.
+        adapter_name: Which adapter of a model.
+        check: Raises for a configuration whose tensors cannot be read here; called before they are.
+
+    Raises:
+        ValueError: there is no LoRA adapter, or it is damaged.
+        FileNotFoundError, TypeError: as for :func:`read`.
+    """
+    config, tensors = _stored(source, adapter_name, LoraConfig, check)
+    lora = LoraAdapter(config)
+    found: dict[str, dict[str, Tensor]] = {}
+    embeddings = set()
+    for key, tensor in tensors.items():
+        parts = lora_key(key)
+        if parts is None:
+            lora.others[key] = tensor
+            continue
+        name, factor, embedding = short(parts[0]), *parts[1:]
+        found.setdefault(name, {})[factor] = tensor
+        if embedding:
+            embeddings.add(name)
+    unknown = sorted(key for key in lora.others if ".lora_" in key)
+    if unknown:
+        raise ValueError(
+            f"model_or_adapter_dir: {unknown[0]!r} is neither lora_A nor lora_B of a module; only those can "
+            "be converted."
+        )
+    for name in sorted(found, key=_natural):
+        a, b = _factors(name, found[name], "AB")
+        a, b, kind = matrices(a, b, name in embeddings)
+        e = a.new_ones(a.shape[0], 1)
+        _check_matrices(name, a, b, e)
+        lora.modules[name] = Factors(a, b, e, _lora_scale(config, name, int(a.shape[0])), kind)
+    if not lora.modules:
+        raise ValueError("model_or_adapter_dir: the adapter holds no module with lora_A and lora_B.")
+    for name in layers_of_parameters(config):
+        if name not in lora.modules:
+            raise _no_layer(name)
+    return lora
+
+
+def _no_layer(name: str) -> ValueError:
+    return ValueError(
+        f"model_or_adapter_dir: the LoRA was trained with target_parameters, of which {name + '.weight'!r} "
+        "is not the weight of one linear layer, and an IncreLoRA adapter has no part for others. Merge it "
+        "into its base model with merge_and_unload(), and start from that."
+    )
+
+
+def layers_of_parameters(config: LoraConfig) -> list[str]:
+    """The modules whose weight ``target_parameters`` gives by its full name, as :func:`export_lora` writes
+    those that PEFT would take for experts: their tensors are a linear layer's."""
+    return sorted(
+        name.removesuffix(".weight") for name in config.target_parameters or () if _WEIGHT.match(name)
+    )
+
+
+def _lora_scale(config: LoraConfig, name: str, rank: int) -> float:
+    layer = name if name in layers_of_parameters(config) else None
+    name = f"{name}.weight" if layer else name
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+    configured = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+    if rank != configured and layer:
+        raise _no_layer(layer)
+    if rank != configured:
+        raise ValueError(
+            f"model_or_adapter_dir: lora_A of module {name!r} has {rank} rows, but the configuration makes "
+            f"its rank {configured}; the adapter is damaged."
+        )
+    return float(alpha / (rank**0.5 if config.use_rslora else rank))
+
+
+def _stored(
+    source: nn.Module | str | os.PathLike[str],
+    adapter_name: str,
+    kind: type[LoraConfig],
+    check: Callable[[Any], None] = lambda config: None,
+) -> tuple[Any, dict[str, Tensor]]:
+    """Configuration, of type ``kind`` and after ``check``, and tensors of an adapter of a model or directory.
+
+    Raises:
+        ValueError, FileNotFoundError, TypeError: as for :func:`read`.
+    """
+    if isinstance(source, nn.Module):
+        return _of_model(source, adapter_name, kind, check)
+    if isinstance(source, (str, os.PathLike)):
+        return _of_directory(Path(source), kind, check)
+    raise TypeError(
+        f"model_or_adapter_dir: a {type(source).__name__} is neither a model nor the path of a saved adapter."
+    )
+
+
+def _of_model(
+    model: nn.Module, adapter_name: str, kind: type[LoraConfig], check: Callable[[Any], None]
+) -> tuple[Any, dict[str, Tensor]]:
+    configs: Any = getattr(model, "peft_config", {})
+    config = configs.get(adapter_name)
+    if getattr(config, "peft_type", None) != _KINDS[kind][1]:
+        raise ValueError(
+            f"model_or_adapter_dir: the model has no {_KINDS[kind][0]} adapter {adapter_name!r}; its "
+            f"adapters are {list(configs)}."
+        )
+    check(config)
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    return config, {key: tensor.detach() for key, tensor in tensors.items()}
+
+
+def _of_directory(
+    folder: Path, kind: type[LoraConfig], check: Callable[[Any], None]
+) -> tuple[Any, dict[str, Tensor]]:
+    config_file, weights_file = folder / CONFIG_NAME, folder / SAFETENSORS_WEIGHTS_NAME
+    if not weights_file.exists() and (folder / WEIGHTS_NAME).exists():
+        weights_file = folder / WEIGHTS_NAME
+    for path in (folder, config_file, weights_file):
+        if not path.exists():
+            raise FileNotFoundError(
+                f"model_or_adapter_dir: {path} does not exist; give a directory that save_pretrained "
+                f"wrote, with {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}."
+            )
+    try:
+        peft_type = json.loads(config_file.read_text())["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"model_or_adapter_dir: {config_file} is not the configuration of an adapter: {error!r}."
+        ) from error
+    wanted = _KINDS[kind][1]
+    if peft_type != wanted:
+        raise ValueError(
+            f"model_or_adapter_dir: {folder} holds an adapter of type {peft_type!r}; only "
+            f"{wanted.value!r} can be read here."
+        )
+    config = kind.from_pretrained(str(folder))
+    check(config)
+    return config, load_weights(weights_file)
+
+
+def _assemble(config: IncreLoraConfig, tensors: dict[str, Tensor]) -> Adapter:
+    adapter = Adapter(config)
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _FACTOR.match(key)
+        if match is None:
+            adapter.others[key] = tensor
+        else:
+            found.setdefault(short(match["name"]), {})[match["factor"]] = tensor
+    for name in sorted(found, key=_natural):
+        a, b, e = _factors(name, found[name], "ABE")
+        _check_matrices(name, a, b, e)
+        scale = config.scale(config.alpha_of(name), int(e.shape[0]))
+        adapter.modules[name] = Factors(a, b, e, scale, config.kind_of(name))
+    if not adapter.modules:
+        raise ValueError("model_or_adapter_dir: the adapter holds no module with lora_A, lora_B, lora_E.")
+    return adapter
+
+
+def _factors(name: str, factors: dict[str, Tensor], wanted: str) -> list[Tensor]:
+    """The factors of one module in the order of ``wanted``."""
+    missing = sorted(set(wanted) - set(factors))
+    if missing:
+        raise ValueError(
+            f"model_or_adapter_dir: module {name!r} has no lora_{missing[0]}; the adapter is damaged."
+        )
+    return [factors[letter] for letter in wanted]
+
+
+def _check_matrices(name: str, a: Tensor, b: Tensor, e: Tensor) -> None:
+    if a.dim() != 2 or b.dim() != 2:
+        raise ValueError(
+            f"model_or_adapter_dir: lora_A and lora_B of module {name!r} have shapes "
+            f"{tuple(a.shape)} and {tuple(b.shape)}; they must be matrices."
+        )
+    check_factors(name, a, b, e, int(a.shape[1]), int(b.shape[0]))
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sorts ``layer.10`` after ``layer.9``."""
+    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split(".")]

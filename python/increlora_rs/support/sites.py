@@ -1,0 +1,65 @@
+"""Where a module stands in its model: the number of its layer, and what it is called there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+OUTSIDE = "-"
+_LAYER = re.compile(r"\.(\d+)\.")
+# A convolution's kind is the size of its kernel.
+Kind = Literal["linear", "embedding"] | tuple[int, ...]
+
+
+def places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Layer number ("-" outside of layers) and kind of each module, by its full name.
+
+    A kind is the name within the layer, as short as still tells it from the other kinds: ``query`` for
+    ``attention.self.query``.
+    """
+    found = {name: _place(name) for name in names}
+    if len(set(found.values())) < len(found):
+        # Two stacks of layers, an encoder's and a decoder's: the stack's name tells them apart.
+        found = {name: _place(name, with_stack=True) for name in found}
+    short = _shortest([kind for _, kind in found.values()])
+    return {name: (layer, short[kind]) for name, (layer, kind) in found.items()}
+
+
+def in_order(layers: Iterable[str]) -> list[str]:
+    """Distinct layer numbers in ascending order, "-" last."""
+    return sorted(set(layers), key=lambda layer: (layer == OUTSIDE, 0 if layer == OUTSIDE else int(layer)))
+
+
+def _place(name: str, with_stack: bool = False) -> tuple[str, str]:
+    """A module's layer number and its name within the layer, if wished with the name of the stack of
+    layers."""
+    found = _LAYER.search(f".{name}.")
+    if found is None:
+        return OUTSIDE, name
+    inside = f".{name}."[found.end() :].strip(".")
+    if with_stack or not inside:
+        inside = f"{name[: max(found.start() - 1, 0)]}.{inside}".strip(".")
+    return found.group(1), inside or name
+
+
+def _shortest(kinds: list[str]) -> dict[str, str]:
+    """Each name's shortest ending that no other name has, e.g. ``query`` for ``attention.self.query``."""
+    short = {}
+    distinct = list(dict.fromkeys(kinds))
+    for kind in distinct:
+        parts = kind.split(".")
+        endings = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+        others = [f".{other}" for other in distinct if other != kind]
+        unique = (e for e in endings if not any(other.endswith(f".{e}") for other in others))
+        short[kind] = next(unique, kind)
+    return short
+
+
+def module_kinds(kinds: Mapping[str, Kind]) -> dict[str, str | list[int]]:
+    """``IncreLoraConfig.module_kinds`` of kinds by module name: those that are not linear, for JSON."""
+    return {
+        name: list(kind) if isinstance(kind, tuple) else kind
+        for name, kind in kinds.items()
+        if kind != "linear"
+    }

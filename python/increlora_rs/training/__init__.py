@@ -1,0 +1,1 @@
+"""One training: hooks, resume, processes, Trainer. It knows policies, no method."""

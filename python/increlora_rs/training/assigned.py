@@ -1,0 +1,61 @@
+"""Notices, before a step, what else than this library gave a parameter another size, or put another in its
+place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import is_
+
+import torch
+from torch import nn
+
+from .fit import held_by
+from .modules import AdaptedModule
+
+
+class Assigned:
+    """The parameters of one scheduler's adapter as it last left them.
+
+    It is asked in every step, so it reads what it kept at hand, and no module.
+
+    Args:
+        modules: The adapter's modules.
+    """
+
+    def __init__(self, modules: Sequence[AdaptedModule]) -> None:
+        self._modules = modules
+        self.note()
+
+    def note(self) -> None:
+        """Takes what is there now."""
+        adapters = [(module.layer, module.adapter) for module in self._modules]
+        factors = [
+            held[name] for layer, name in adapters for held in (layer.lora_A, layer.lora_B, layer.lora_E)
+        ]
+        self._places = [factor._parameters for factor in factors]
+        self._parameters: list[nn.Parameter | None] = [place.get("weight") for place in self._places]
+        self._sizes = self._sizes_now()
+
+    def changed(self) -> bool:
+        """Is a size another than at the last :meth:`note`, or a parameter another object?"""
+        return self._replaced() or self._sizes_now() != self._sizes
+
+    def _replaced(self) -> bool:
+        return not all(map(is_, (place.get("weight") for place in self._places), self._parameters))
+
+    def _sizes_now(self) -> list[int]:
+        return [0 if parameter is None else parameter.numel() for parameter in self._parameters]
+
+    def check_held(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises ValueError where a parameter was replaced, and ``optimizer`` does not hold the new one."""
+        if not self._replaced():
+            return
+        held = held_by(optimizer)
+        for module in self._modules:
+            if any(id(parameter) not in held for parameter, _, _ in module.parameters):
+                raise ValueError(
+                    f"model: the parameters of {module.name!r} are no longer those that the optimizer "
+                    "trains: load_state_dict(..., assign=True), to('meta') or an assignment put others in "
+                    "their place. Make the optimizer anew, then call detach() and increlora_rs.attach(model, "
+                    "optimizer, ...); or load without assign=True."
+                )

@@ -1,0 +1,128 @@
+"""The scheduler's part of an optimizer's checkpoint: where it lies, in what form, and does it fit the
+training at hand?"""
+
+from __future__ import annotations
+
+import base64
+import json
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..methods.increlora.config import IncreLoraConfig
+from ..support.budget import Budget, amount
+
+# Key in the optimizer's first parameter group: there the state travels with every checkpoint of the
+# optimizer, and is found whether it is loaded before or after `attach`.
+KEY = "increlora"
+# What stands there while a scheduler is attached, from the first moment on: tools that match a checkpoint
+# with a live optimizer do it key by key. The state itself is only in what `state_dict` gives, so that a
+# printed optimizer stays short and a compiled one sees a constant.
+HELD = "held by the scheduler"
+VERSION = 2
+# Version 1 was the dictionary itself.
+_READABLE = (1, 2)
+
+
+def pack(state: dict[str, Any]) -> str:
+    """``state`` as one value that every tool takes for a hyperparameter.
+
+    A string: it has no size that could differ from the live optimizer's, no device, no keys to flatten, and
+    is read by ``torch.load(weights_only=True)``.
+    """
+    return json.dumps(state, default=_tensor_to_json)
+
+
+def unpack(value: Any) -> dict[str, Any]:
+    """What :func:`pack` was given, or a state of version 1 as it is.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        state = json.loads(value, object_hook=_tensor_from_json) if isinstance(value, str) else value
+        if not isinstance(state, dict) or "version" not in state:
+            raise ValueError(f"it is a {type(state).__name__} without a version")
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"optimizer: its IncreLoRA state under {KEY!r} in the first parameter group cannot be read "
+            f"({error}); load a checkpoint that is whole, or take the key out to start the scores anew."
+        ) from error
+    return state
+
+
+def _tensor_to_json(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{type(value).__name__} has no place in a checkpoint")
+    # As bytes, for a number of its own in text takes twice the room.
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    data = base64.b64encode(flat.view(torch.uint8).numpy().tobytes()).decode()
+    return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "data": data}
+
+
+def _tensor_from_json(found: dict[str, Any]) -> Any:
+    if found.keys() != {"dtype", "shape", "data"}:
+        return found
+    dtype = getattr(torch, found["dtype"])
+    data = bytearray(base64.b64decode(found["data"], validate=True))
+    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    return flat.reshape(found["shape"])
+
+
+def check(
+    saved: dict[str, Any],
+    modules: list[str],
+    config: IncreLoraConfig,
+    total_steps: int | None,
+    budget: Budget,
+) -> None:
+    """Tells what of a saved state differs from the training that resumes it.
+
+    Args:
+        modules: Full names, in model order.
+
+    Raises:
+        ValueError: another release saved it, or it is of other modules.
+    """
+    if saved["version"] not in _READABLE:
+        raise ValueError(
+            f"optimizer: its IncreLoRA state has version {saved['version']}, this release reads up to "
+            f"{VERSION}; resume with the release that saved it."
+        )
+    if saved["modules"] != modules:
+        raise ValueError(
+            f"optimizer: its IncreLoRA state is of {len(saved['modules'])} modules, "
+            f"{saved['modules'][:1]} the first, but the model adapts {len(modules)}, "
+            f"{modules[:1]} the first; resume with the model and target_modules that were trained."
+        )
+    if saved["total_steps"] != total_steps:
+        _warn(
+            f"total_steps={total_steps}, but the run that is resumed was planned for "
+            f"{saved['total_steps']}: ranks go on growing by that plan, {budget} in total"
+        )
+    planned = saved["budget"], saved.get("budget_unit", "rank")
+    if planned != (budget.total, budget.unit):
+        _warn(
+            f"r={config.r} makes a budget of {budget}, but the run that is resumed was planned for "
+            f"{amount(*planned)}: ranks go on growing by that plan, which may not reach it"
+        )
+    wanted = config.tinit, config.deltaT, config.top_h
+    for name, value, had in zip(("tinit", "deltaT", "top_h"), wanted, saved["schedule"], strict=False):
+        if value is not None and value != had:
+            _warn(
+                f"{name}={value}, but the run that is resumed was planned with {had}: ranks go on growing by "
+                "that plan"
+            )
+    # Releases before there was a choice saved none.
+    kind = saved.get("importance", "sensitivity")
+    if kind != config.importance:
+        _warn(
+            f"importance={config.importance!r}, but the run that is resumed had {kind!r}: the scores start "
+            f"anew. Set importance={kind!r} to go on as before."
+        )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=4)

@@ -1,0 +1,330 @@
+"""What an average of the weights holds of an adapter: which tensor is of which factor, and its next size."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import AdaptedLayer
+from ..support.names import short
+from .modules import AdaptedModule
+
+_FACTORS = "ABE"
+# A factor in a dictionary: `named_parameters()`, a state_dict, or PEFT's own, without the adapter's name.
+_FACTOR = re.compile(r"^(?P<module>.*)\.lora_(?P<factor>[ABE])(?P<rest>(?:\..*)?)$")
+# Where objects keep what they average: lists by parameter (diffusers, torch_ema) with what was put aside
+# while the average is in use, or a model (timm, ema_pytorch, Lightning).
+_LISTS = ("shadow_params", "temp_stored_params", "collected_params")
+_MODELS = ("_average_model", "ema_model", "module", "ema")
+
+
+def held_by(
+    average: Any,
+    model: nn.Module,
+    modules: Sequence[AdaptedModule],
+    parameters: list[nn.Parameter] | None = None,
+) -> list[Held]:
+    """The parts of ``average`` that belong to ``modules`` of ``model``.
+
+    Raises:
+        ValueError: there are none, it is not clear which they are, or they have other sizes.
+        TypeError: ``average`` is nothing that holds an average.
+    """
+    if callable(average) and not isinstance(average, nn.Module) and not hasattr(average, "shadow_params"):
+        average = average()
+    found = list(_parts(average, model, modules, parameters))
+    if not found:
+        raise ValueError(
+            f"average: a {type(average).__name__} holds nothing of the adapter {modules[0].adapter!r} that "
+            f"grows, {modules[0].name!r} the first of its modules; give a copy of the model that was given "
+            "to attach, or its tensors by name."
+        )
+    for held in found:
+        held.check()
+    return found
+
+
+def _parts(
+    average: Any,
+    model: nn.Module,
+    modules: Sequence[AdaptedModule],
+    parameters: list[nn.Parameter] | None,
+) -> Iterator[Held]:
+    lists = [value for name in _LISTS if (value := getattr(average, name, None)) is not None]
+    if lists and not isinstance(average, nn.Module):
+        for tensors in lists:
+            yield from _in_list(tensors, model, modules, parameters)
+    elif isinstance(average, (list, tuple)):
+        yield from _in_list(average, model, modules, parameters)
+    elif parameters is not None:
+        raise ValueError(
+            f"parameters: they say what a list is of, but average is a {type(average).__name__}; leave them "
+            "out."
+        )
+    elif isinstance(average, nn.Module):
+        yield from _in_model(average, modules)
+    elif isinstance(average, Mapping):
+        yield from _in_mapping(average, modules)
+    else:
+        inner = [value for name in _MODELS if isinstance(value := getattr(average, name, None), nn.Module)]
+        if not inner:
+            raise TypeError(
+                f"average: a {type(average).__name__} holds no average that is known here, or none yet; give "
+                "a copy of the model, a dictionary from name to tensor, or a list of tensors."
+            )
+        yield from _in_model(inner[0], modules)
+
+
+def _in_model(average: nn.Module, modules: Sequence[AdaptedModule]) -> Iterator[Held]:
+    adapter = modules[0].adapter
+    own = {id(module.layer) for module in modules}
+    layers = {
+        name: layer
+        for name, layer in average.named_modules()
+        if isinstance(layer, AdaptedLayer) and adapter in layer.r and id(layer) not in own
+    }
+    for name, k in _places(layers, modules).items():
+        yield HeldLayer(modules[k], AdaptedModule(name, layers[name], adapter))
+
+
+def _in_mapping(average: Mapping[Any, Any], modules: Sequence[AdaptedModule]) -> Iterator[Held]:
+    adapter = modules[0].adapter
+    found: dict[str, list[tuple[str, int, bool]]] = {}
+    for key in average:
+        match = _FACTOR.match(key) if isinstance(key, str) else None
+        if match is None:
+            continue
+        rest = match["rest"].removesuffix(".weight").lstrip(".")
+        if rest in ("", adapter) and isinstance(average[key], Tensor):
+            entry = (key, _FACTORS.index(match["factor"]), not rest)
+            found.setdefault(match["module"], []).append(entry)
+    for name, k in _places(found, modules).items():
+        for key, factor, active_only in found[name]:
+            yield HeldTensor(modules[k], factor, average[key], f"tensor {key!r}", active_only)
+
+
+def _in_list(
+    tensors: Sequence[Any],
+    model: nn.Module,
+    modules: Sequence[AdaptedModule],
+    parameters: list[nn.Parameter] | None,
+) -> Iterator[Held]:
+    ours = {
+        id(parameter): (k, factor)
+        for k, module in enumerate(modules)
+        for factor, (parameter, _, _) in enumerate(module.parameters)
+    }
+    everything = list(model.parameters())
+    orders = [
+        everything,
+        [parameter for parameter in everything if parameter.requires_grad],
+        [parameter for parameter in everything if id(parameter) in ours],
+    ]
+    if parameters is not None:
+        orders = [parameters]
+    order = next((order for order in orders if len(order) == len(tensors)), None)
+    if order is None:
+        raise ValueError(
+            f"average: it has {len(tensors)} tensors, but `parameters`, or else the model in all, trainable "
+            f"and in its adapter, {' and '.join(str(len(order)) for order in orders)}; give the parameters "
+            "that the list was made of as `parameters`."
+        )
+    for i, (tensor, parameter) in enumerate(zip(tensors, order, strict=True)):
+        if id(parameter) in ours:
+            k, factor = ours[id(parameter)]
+            yield HeldTensor(modules[k], factor, tensor, f"tensor {i} of the list")
+
+
+def _places(names: Iterable[str], modules: Sequence[AdaptedModule]) -> dict[str, int]:
+    """Which of ``modules`` each name is of: the one of the longest name that it ends with, behind the
+    name of whatever the model is in.
+
+    Raises:
+        ValueError: two names are of one module.
+    """
+    numbers = {module.name: k for k, module in enumerate(modules)}
+    found: dict[str, int] = {}
+    taken: dict[int, str] = {}
+    for name in names:
+        parts = short(name).split(".")
+        endings = (".".join(parts[start:]) for start in range(len(parts)))
+        k = next((numbers[ending] for ending in endings if ending in numbers), None)
+        if k is None:
+            continue
+        if k in taken:
+            raise ValueError(
+                f"average: both {taken[k]!r} and {name!r} may be the average of {modules[k].name!r}; give "
+                "the copy of the adapted model alone, such as averaged.module.student."
+            )
+        found[name], taken[k] = k, name
+    return found
+
+
+@dataclass
+class HeldTensor:
+    """A tensor that is the average of one factor of a module.
+
+    Args:
+        module: The module as it is trained.
+        factor: 0 for A, 1 for B, 2 for E.
+        tensor: The average.
+        what: What it is called in messages.
+        active_only: Is it without the components in reserve?
+    """
+
+    module: AdaptedModule
+    factor: int
+    tensor: Tensor
+    what: str
+    active_only: bool = False
+
+    @property
+    def size(self) -> int:
+        """Rows, or rank, of the adapter that the tensor is to have."""
+        rank_only = self.active_only or self.factor == 2
+        return self.module.rank if rank_only else self.module.rows
+
+    @property
+    def size_now(self) -> int:
+        """Rows that the tensor has."""
+        return int(self.tensor.shape[self.module.parameters[self.factor][1]])
+
+    def check(self) -> None:
+        """Raises ValueError unless the tensor differs from its parameter by rows alone."""
+        parameter, dim, _ = self.module.parameters[self.factor]
+        if self.tensor is parameter:
+            raise ValueError(
+                f"average: the {self.what} is the trained parameter itself; an average needs a copy, as by "
+                "p.detach().clone()."
+            )
+        want, got = list(parameter.shape), list(self.tensor.shape)
+        if len(want) != len(got) or want[1 - dim] != got[1 - dim]:
+            raise ValueError(
+                f"average: the {self.what} has shape {tuple(got)}, but is to be the average of "
+                f"lora_{_FACTORS[self.factor]} of {self.module.name!r}, {tuple(want)}; give the parameters "
+                "that a list was made of as `parameters`."
+            )
+
+    def out_of_step(self) -> bool:
+        """Has it another number of rows than it is to have?"""
+        return self.size_now != self.size
+
+    def followed(self, step: int, cut_from: int | None) -> Tensor | None:
+        """The value of the right size; None where it has that. ``cut_from``: rows of which some may be cut
+        off.
+
+        Raises:
+            ValueError: it has more rows than that.
+        """
+        parameter, dim, births = self.module.parameters[self.factor]
+        old, size = self.tensor.detach(), self.size_now
+        if size == self.size:
+            return None
+        if size > self.size:
+            if size != cut_from:
+                raise ValueError(
+                    f"average: the {self.what} has {size} rows, but the adapter has {self.size} at "
+                    f"{self.module.name!r}; load the average and the adapter of the same checkpoint."
+                )
+            return old.narrow(dim, 0, self.size).clone(memory_format=torch.contiguous_format)
+        new = parameter.detach().narrow(dim, size, self.size - size).to(old, copy=True)
+        if self.factor == 1:
+            # An older component takes part in no average so far.
+            older = [i for i in range(self.size - size) if births[size + i] != step]
+            new[:, older] = 0.0
+        if self.factor == 2:
+            old = old * self.module.layer.rescaled_by_growth(self.module.adapter, size, self.size)
+        return torch.cat([old, new], dim)
+
+    def current(self) -> Tensor | None:
+        """The value of the adapter itself; None where the average has the right size."""
+        if not self.out_of_step():
+            return None
+        parameter, dim, _ = self.module.parameters[self.factor]
+        return parameter.detach().narrow(dim, 0, self.size).to(self.tensor, copy=True)
+
+    def follow(self, step: int, resizes: Sequence[Any] = (None, None, None)) -> None:
+        """Takes its size of now."""
+        resize = resizes[self.factor]
+        self._set(self.followed(step, None if resize is None else resize.old_size))
+
+    def restart(self) -> bool:
+        """Takes the adapter's values if it has not its size. Did it?"""
+        value = self.current()
+        self._set(value)
+        return value is not None
+
+    def _set(self, value: Tensor | None) -> None:
+        if value is None:
+            return
+        if self.tensor.is_pinned():
+            value = value.pin_memory()
+        # In place: lists made of the tensors before stay right.
+        with torch.no_grad():
+            # torch's stub has no overload for a tensor.
+            self.tensor.set_(value)  # type: ignore[call-overload]
+
+
+@dataclass
+class HeldLayer:
+    """A layer of a copy of the model.
+
+    Args:
+        module: The module as it is trained.
+        copy: The layer that is its average.
+    """
+
+    module: AdaptedModule
+    copy: AdaptedModule
+
+    def _tensors(self) -> list[HeldTensor]:
+        what = f"module {self.copy.name!r}"
+        return [
+            HeldTensor(self.module, factor, parameter, what)
+            for factor, (parameter, _, _) in enumerate(self.copy.parameters)
+        ]
+
+    def check(self) -> None:
+        """Raises ValueError unless the layer differs from the trained one by rows alone."""
+        for tensor in self._tensors():
+            tensor.check()
+
+    def out_of_step(self) -> bool:
+        """Has it other numbers of rows than the trained layer?"""
+        return any(tensor.out_of_step() for tensor in self._tensors())
+
+    def follow(self, step: int, resizes: Sequence[Any] = (None, None, None)) -> None:
+        """Takes its size of now."""
+        cuts = [None if resize is None else resize.old_size for resize in resizes]
+        self._set([t.followed(step, cut) for t, cut in zip(self._tensors(), cuts, strict=True)])
+
+    def restart(self) -> bool:
+        """Takes the adapter's values if it has not its size. Did it?"""
+        if not self.out_of_step():
+            return False
+        self._set([parameter.detach() for parameter, _, _ in self.module.parameters])
+        return True
+
+    def _set(self, values: list[Tensor | None]) -> None:
+        layer, adapter, module = self.copy.layer, self.copy.adapter, self.module
+        config, trained = layer.configs[adapter], module.layer.configs[module.adapter]
+        # What is saved beside the adapter.
+        config.growth, config.rank_pattern = trained.growth, trained.rank_pattern
+        if all(value is None for value in values):
+            return
+        kept = [
+            parameter.detach().clone() if value is None else value
+            for value, (parameter, _, _) in zip(values, self.copy.parameters, strict=True)
+        ]
+        layer.resize(adapter, module.rank, module.rows)
+        with torch.no_grad():
+            for value, (parameter, _, _) in zip(kept, self.copy.parameters, strict=True):
+                parameter.copy_(value)
+
+
+Held = HeldTensor | HeldLayer

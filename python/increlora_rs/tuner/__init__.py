@@ -1,0 +1,1 @@
+"""PEFT's tuner over the methods."""

@@ -1,0 +1,442 @@
+"""PEFT's tuner: puts the layers into a model, saves active components only, loads any rank."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections import Counter
+from contextlib import nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.model import get_tp_plan_and_mesh
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.peft_types import PeftType
+from peft.utils.quantization_utils import get_quantization_kwargs
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..contract.structure import SizeMismatchError, check_factors
+from ..layers import AdaptedLayer, TransposedLinear, layer_class, quantization_of
+from ..layers.found import adapted_layers
+from ..layers.offload import onloaded
+from ..layers.parents import bar_fast_paths, check_parent, open_fast_paths
+from ..methods.increlora.config import IncreLoraConfig
+from ..ops.probe import Probe
+from ..support.experts import Parameter, expert_layers, is_router, left_out, names_one_of, warn_of_left_out
+from ..support.names import rank_pattern, short
+from ..support.sites import Kind, module_kinds
+from .weighted import WeightedSum, combined_config
+
+_PREFIX = "base_model.model."
+_OLD_FACTOR = re.compile(r"\.lora_[ABE]$")
+
+
+# PEFT adds the head of these to the user's ``modules_to_save`` when the adapter is in the model already.
+_HEAD_NAMED_LATE = ("TOKEN_CLS", "QUESTION_ANS")
+
+
+class IncreLoraModel(LoraModel):
+    """A model with IncreLoRA adapters; made by ``peft.get_peft_model``.
+
+    Args:
+        model: The model to adapt.
+        config: The configuration, or a dictionary of configurations by adapter name.
+        adapter_name: Name of the adapter.
+        low_cpu_mem_usage: Create the adapter's weights on the meta device, for loading.
+
+    Raises:
+        ValueError: a target module is unknown, of an unsupported type, or too small for its rank.
+    """
+
+    tuner_layer_cls = AdaptedLayer
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Puts the adapter into ``model``; see ``peft.LoraModel.inject_adapter``."""
+        given = config = self.peft_config[adapter_name]
+        for name, other in self.peft_config.items():
+            layers = adapted_layers(model, name) if other is given and name != adapter_name else {}
+            if layers:
+                # A twin of an adapter that is there, as TRL's trainers make one: of its ranks as they are.
+                given.rank_pattern = rank_pattern({short(n): m.rank(name) for n, m in layers.items()})
+        if not given.inference_mode:
+            # The ranks that an adapter reaches stand in its configuration: the user's own, which may
+            # serve for another model, is told of the modules only.
+            config = self.peft_config[adapter_name] = copy.deepcopy(given)
+        if config.fan_in_fan_out and not any(isinstance(module, Conv1D) for module in model.modules()):
+            raise ValueError(
+                "fan_in_fan_out=True is for Conv1D of transformers, of which the model has none; leave it "
+                "out: it is set by itself where it is needed."
+            )
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        given.target_modules = config.target_modules
+        if given.task_type in _HEAD_NAMED_LATE:
+            given.modules_to_save = given.modules_to_save or []
+            config.modules_to_save = given.modules_to_save
+        bar_fast_paths(model, AdaptedLayer)
+        layers = adapted_layers(model, adapter_name)
+        config.fan_in_fan_out = any(isinstance(layer, TransposedLinear) for layer in layers.values())
+        config.module_kinds = module_kinds({short(name): _kind(layer) for name, layer in layers.items()})
+        config.expert_names = sorted(expert_layers(model))
+        config.unlike_lora = sorted(short(name) for name, layer in layers.items() if not layer.is_lora)
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        _check_no_lora(model)
+        self._probe = Probe()
+        out = left_out(model, peft_config)
+        _leave_out_routers(model, peft_config, out)
+        if isinstance(peft_config.target_modules, (list, set, tuple)):
+            _check_targets(model, peft_config.target_modules, out)
+        told: set[Parameter] = self.__dict__.setdefault("_told_left_out", set())
+        if set(out) - told and not peft_config.inference_mode:
+            warn_of_left_out(out, stacklevel=2)
+            told.update(out)
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        # PEFT looks for LoRA by the name of the method, and what stops LoRA stops this.
+        as_lora = copy.copy(peft_config)
+        as_lora.peft_type = PeftType.LORA
+        super()._check_target_module_compatiblity(as_lora, model, target_name)
+
+    def _create_and_replace(
+        self,
+        lora_config: IncreLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        config = lora_config
+        _check_not_trained_as_a_whole(config, current_key)
+        r, alpha = config.initial_rank_of(current_key), config.alpha_of(current_key)
+        try:
+            if isinstance(target, AdaptedLayer):
+                target.update_layer(adapter_name, r, alpha, config=config, probe=self._probe)
+                return
+            check_parent(parent, target_name, target)
+            base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            _check_not_split(base, self.model, current_key)
+            if is_router(base):
+                raise ValueError(
+                    f"a {type(base).__name__} gives out a choice of experts, to which no update can be "
+                    "added; name it in exclude_modules, or in modules_to_save."
+                )
+            quantization = quantization_of(base, **get_quantization_kwargs(self.model))
+            module = layer_class(base, quantization)(
+                target, adapter_name, config, r, alpha, self._probe, quantization
+            )
+        except ValueError as error:
+            raise ValueError(f"target_modules: {current_key}: {error}") from error
+        if adapter_name not in self.active_adapters:
+            module.requires_grad_(False)
+        self._replace_module(parent, target_name, module, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
+        # It moves the adapter to where the weight is, which an offloaded one is not.
+        with onloaded(child) if isinstance(new_module, AdaptedLayer) else nullcontext():
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        open_fast_paths(self.model, AdaptedLayer)
+        return unloaded
+
+    def _check_merge_allowed(self) -> None:
+        """Gives base layers that share their weight with another module, as tied embeddings do, one of
+        their own: what is merged is the update of the layer alone."""
+        used = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
+        for name, layer in self.model.named_modules():
+            base: Any = layer.get_base_layer() if isinstance(layer, AdaptedLayer) else None
+            weight = getattr(base, "weight", None)
+            # In a quantised layer, the new weight is another object.
+            if isinstance(weight, nn.Parameter) and used[id(weight)] > 1 and layer.quantization is None:
+                base.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+                warnings.warn(
+                    f"the weight of {name!r} is tied to another module's, which the adapter leaves alone; to "
+                    "merge, the module gets a weight of its own",
+                    UserWarning,
+                    stacklevel=3,
+                )
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Adds the weighted sum of adapters as a new adapter, frozen, of scale 1 and with ranks of its own.
+
+        Args:
+            adapters: Names of the adapters to add up.
+            weights: A number for each, negative ones too.
+            adapter_name: Name of the new adapter.
+            combination_type: "cat": every component of every adapter, exact. "svd": the nearest sum of
+                rank ``svd_rank``. "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd":
+                PEFT's ways to thin out the updates before they are added up, then as "svd". One adapter
+                alone is scaled, exact, by any of them.
+            svd_rank: The most that a module keeps; None: the largest rank that it has among ``adapters``.
+            svd_clamp: Not supported, for it would cost the factors their orthonormality.
+            svd_full_matrices: Without effect on the sum; there to be called as PEFT's LoRA is.
+            svd_driver: As ``svd_full_matrices``.
+            density: Part of the values that thinning out keeps, above 0 and at most 1.
+            majority_sign_method: "total" or "frequency": how "ties" chooses a sign.
+
+        Raises:
+            ValueError: an adapter is unknown or trains more than its update (``modules_to_save``, ``bias``),
+                the new name is taken, or an argument is wrong; PEFT's ways that add factor to factor
+                ("linear", "ties", ...) are refused, for components of grown adapters do not correspond.
+        """
+        for name in adapters:
+            if name not in self.peft_config:
+                raise ValueError(f"adapters: there is no {name!r}; the model has {list(self.peft_config)}.")
+        if adapter_name in self.peft_config:
+            raise ValueError(
+                f"adapter_name={adapter_name!r} is taken; give another, or delete_adapter it first."
+            )
+        if svd_clamp is not None:
+            raise ValueError(f"svd_clamp={svd_clamp!r} is not supported; leave it out.")
+        wish = WeightedSum(adapters, weights, combination_type, svd_rank, density, majority_sign_method)
+        layers = {
+            name: layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, AdaptedLayer) and any(adapter in layer.lora_A for adapter in adapters)
+        }
+        sums = {name: wish.of(layer) for name, layer in layers.items()}
+        ranks = {name: int(e.shape[0]) for name, (_, _, e) in sums.items()}
+        configs = {name: self.peft_config[name] for name in adapters}
+        self.peft_config[adapter_name] = combined_config(configs, ranks, rank_pattern(ranks))
+        trained = {id(parameter) for parameter in self.parameters() if parameter.requires_grad}
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        for name, factors in sums.items():
+            layer = layers[name]
+            for parameter, value in zip(layer.factors(adapter_name), factors, strict=True):
+                parameter.data = value.clone(memory_format=torch.contiguous_format)
+        # Injecting an adapter makes the active ones trainable.
+        for parameter in self.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter; see ``peft.LoraModel.delete_adapter``.
+
+        Raises:
+            ValueError: a scheduler is attached to it, or there is none of this name.
+        """
+        layers = adapted_layers(self.model, adapter_name).values()
+        if any(layer.probes[adapter_name].attached for layer in layers):
+            raise ValueError(
+                f"adapter_name={adapter_name!r}: a scheduler is attached to this adapter; call its detach() "
+                "first."
+            )
+        super().delete_adapter(adapter_name)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """The adapter's tensors, active components only; brings ``config.rank_pattern`` up to date."""
+        selected: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        ranks = {}
+        for name, layer in adapted_layers(model, adapter_name).items():
+            ranks[short(name)] = layer.rank(adapter_name)
+            keys = factor_keys(name, adapter_name)
+            # A state_dict that was handed over may hold a part of the modules.
+            if all(key in selected for key in keys):
+                factors = [selected[key] for key in keys]
+                if factors[0].is_meta:
+                    factors = [factor.detach() for factor in layer.active_factors(adapter_name)]
+                _check_gathered(short(name), *factors[:2])
+                factors = _without_reserve(short(name), *factors)
+                selected.update(zip(keys, factors, strict=True))
+                ranks[short(name)] = int(factors[-1].shape[0])
+        config.rank_pattern = rank_pattern(ranks)
+        return selected
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        raise ValueError(
+            "path_initial_model_for_weight_conversion is for LoRA that changes the base weights (PiSSA, "
+            "OLoRA, CorDA, LoRA-GA), which IncreLoRA does not; leave it out. The adapter as a plain LoRA is "
+            "what increlora_rs.export_lora writes."
+        )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Maps a saved adapter to the model's keys, and gives its layers the saved ranks.
+
+        Raises:
+            ValueError: the tensors are not those of this model's adapter, or are not finite.
+        """
+        # Adapters of 0.1.0 name the factors as parameters.
+        state_dict = {_OLD_FACTOR.sub(r"\g<0>.weight", key): tensor for key, tensor in state_dict.items()}
+        mapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        layers = adapted_layers(model, adapter_name)
+        expected: set[str] = set()
+        ranks: list[tuple[AdaptedLayer, int]] = []
+        for name, layer in layers.items():
+            keys = factor_keys(name, adapter_name)
+            expected.update(keys)
+            missing = [key for key in keys if key not in mapped]
+            if missing:
+                raise ValueError(
+                    f"the adapter has no tensor {missing[0]!r} for the adapted module {short(name)!r}; "
+                    "it was saved from another base model, or with other target_modules."
+                )
+            a, b, e = (mapped[key] for key in keys)
+            sizes = (layer.in_features, layer.out_features)
+            if ignores_mismatched_sizes.get():
+                # PEFT leaves out, with a warning, what does not fit.
+                sizes = (int(a.shape[-1]), int(b.shape[0]))
+            check_factors(short(name), a, b, e, *sizes)
+            ranks.append((layer, int(e.shape[0])))
+        extra = sorted(k for k in mapped if re.search(r"\.lora_[ABE](\.|$)", k) and k not in expected)
+        if extra:
+            raise ValueError(
+                f"the adapter has {len(extra)} tensors, {extra[0]!r} the first, that belong to no "
+                "adapted module of this model; it was saved from another base model, or with other "
+                "target_modules."
+            )
+        # Only now that all is right: an adapter that the load was to replace must survive a refusal.
+        for layer, rank in ranks:
+            layer.resize(adapter_name, rank)
+        return mapped
+
+
+#: Is ``ignore_mismatched_sizes=True`` the wish of the load that runs? PEFT does not pass it on.
+ignores_mismatched_sizes: ContextVar[bool] = ContextVar("ignores_mismatched_sizes", default=False)
+
+
+def factor_keys(name: str, adapter_name: str) -> list[str]:
+    """The keys of A, B and E of module ``name`` in a model's ``state_dict``."""
+    return [f"{name}.lora_{factor}.{adapter_name}.weight" for factor in "ABE"]
+
+
+def _kind(layer: AdaptedLayer) -> Kind:
+    if layer.kind == "convolution":
+        return tuple(layer.get_base_layer().kernel_size)
+    return "embedding" if layer.kind == "embedding" else "linear"
+
+
+def _without_reserve(name: str, a: Tensor, b: Tensor, e: Tensor) -> list[Tensor]:
+    """The active components of a module that is to be saved.
+
+    Raises:
+        ValueError: the three are of different ranks.
+    """
+    rank, rows = e.shape[0], a.shape[0]
+    if b.shape[1] != rows or not 1 <= rank <= rows:
+        raise SizeMismatchError(
+            f"size mismatch: module {name!r} has lora_A of shape {tuple(a.shape)}, lora_B of "
+            f"{tuple(b.shape)} and lora_E of {tuple(e.shape)}, which are of different ranks, so nothing was "
+            "saved. What gave them new values must give them to all three, as load_state_dict() does."
+        )
+    return [a[:rank].contiguous(), b[:, :rank].contiguous(), e]
+
+
+def _check_gathered(name: str, a: Tensor, b: Tensor) -> None:
+    if a.dim() != 2 or b.dim() != 2 or not a.numel() or not b.numel():
+        raise ValueError(
+            f"the adapter of module {name!r} cannot be saved: lora_A has shape {tuple(a.shape)} and lora_B "
+            f"{tuple(b.shape)} in this process, as parts of a parameter that DeepSpeed ZeRO-3 or FSDP has "
+            "split. Gather the parameters, as accelerator.get_state_dict(model) does, and give them to "
+            "save_pretrained as state_dict."
+        )
+
+
+def _check_not_split(base: nn.Module, model: nn.Module, name: str) -> None:
+    plan = getattr(base, "_hf_tp_plan", None) or get_tp_plan_and_mesh(model, name)[0]
+    if plan is not None:
+        raise ValueError(
+            f"its weight is split over processes (tensor parallel, {plan!r}), and so would its adapter have "
+            "to be, which cannot grow; load the base model without tp_plan and use DDP."
+        )
+
+
+def _check_no_lora(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, AdaptedLayer):
+            raise ValueError(
+                f"the model has a plain LoRA already, at {name!r}; what is saved of both would not load. "
+                "Call merge_and_unload() on it first, or convert it by increlora_rs.convert_lora and load it "
+                "as a second adapter."
+            )
+
+
+def _check_not_trained_as_a_whole(config: IncreLoraConfig, name: str) -> None:
+    """Raises where PEFT would wrap a module that holds the adapted one: it takes the end of any name."""
+    parts = name.split(".")
+    around = [".".join(parts[: k + 1]) for k in range(len(parts))]
+    for saved in config.modules_to_save or ():
+        for module in around:
+            if module.endswith(saved):
+                raise ValueError(
+                    f"modules_to_save: {saved!r} is the end of {module!r} too, in which {name!r} is adapted, "
+                    "and what is trained as a whole cannot be; give more of the name, or name the adapted "
+                    "one in exclude_modules."
+                )
+
+
+def _leave_out_routers(model: nn.Module, config: IncreLoraConfig, out: list[Parameter]) -> None:
+    """Excludes, so that a saved adapter excludes them too, the routers that "all-linear" would take."""
+    routers = [parameter.module for parameter in out if is_router(model.get_submodule(parameter.module))]
+    given = config.exclude_modules
+    if routers and isinstance(given, str):
+        config.exclude_modules = "|".join([f"(?:{given})", *map(re.escape, routers)])
+    elif routers:
+        config.exclude_modules = [*(given or ()), *routers]
+
+
+def _check_targets(model: nn.Module, targets: Any, experts: list[Parameter]) -> None:
+    names = [name for name, _ in model.named_modules()]
+    unknown = sorted(
+        target
+        for target in targets
+        if not any(name == target or name.endswith(f".{target}") for name in names)
+    )
+    if len(unknown) < len(targets):
+        # Of experts there is a warning of its own.
+        unknown = [target for target in unknown if not names_one_of(experts, target, model)]
+    if unknown and len(unknown) < len(targets):
+        warnings.warn(
+            f"target_modules: {unknown} match no module of the base model; the other names do.",
+            UserWarning,
+            stacklevel=2,
+        )
+    elif unknown:
+        linear = {
+            name.rsplit(".", 1)[-1]
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D))
+        }
+        fused = "".join(f", only fused experts, {first.full_name!r} the first" for first in experts[:1])
+        raise ValueError(
+            f"target_modules: {unknown} match no module of the base model{fused}; its linear layers are "
+            f"called {sorted(linear)}."
+        )
