@@ -46,6 +46,14 @@ pub fn decay(name: &str, beta: f64) -> Result<()> {
     Err(Error::Value(format!("{name} is {beta}; it must be at least 0 and below 1")))
 }
 
+/// Fails unless `p` is a dropout probability.
+pub fn probability(name: &str, p: f64) -> Result<()> {
+    if (0.0..=1.0).contains(&p) {
+        return Ok(());
+    }
+    Err(Error::Value(format!("{name} is {p}; a dropout probability lies between 0 and 1")))
+}
+
 /// Fails unless `tensor` has two dimensions; gives them.
 pub fn matrix(name: &str, tensor: &Tensor) -> Result<(i64, i64)> {
     match tensor.size()[..] {
