@@ -5,7 +5,7 @@ use pyo3_tch::PyTensor;
 
 use super::{detached, raw};
 use crate::kernels::cuda;
-use crate::policies::{orthogonality, smoothing};
+use crate::policies::{gate, orthogonality, smoothing};
 
 mod schedule;
 mod step;
@@ -57,11 +57,38 @@ fn add_orthogonality_gradient_(
     })
 }
 
+/// Moves gates towards 0, in place.
+#[pyfunction]
+#[pyo3(signature = (gates, xi, *, official))]
+fn shrink_gates_(py: Python<'_>, gates: Vec<PyTensor>, xi: f64, official: bool) -> PyResult<()> {
+    let mut gates = raw(gates);
+    detached(py, move || gate::shrink_(&mut gates, xi, official))
+}
+
+/// Adds the gradient of the gates' L1 term, in place.
+#[pyfunction]
+#[pyo3(signature = (gates, gradients, weight, *, grad_scale=None))]
+fn add_l1_(
+    py: Python<'_>,
+    gates: Vec<PyTensor>,
+    gradients: Vec<Option<PyTensor>>,
+    weight: f64,
+    grad_scale: Option<PyTensor>,
+) -> PyResult<()> {
+    let gates = raw(gates);
+    let mut gradients: Vec<_> =
+        gradients.into_iter().map(|gradient| gradient.map(|gradient| gradient.0)).collect();
+    let scale = grad_scale.map(|scale| scale.0);
+    detached(py, move || gate::add_l1_(&gates, &mut gradients, weight, scale.as_ref()))
+}
+
 /// Adds everything to the module.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(smooth_, module)?)?;
     module.add_function(wrap_pyfunction!(orthogonality_value, module)?)?;
     module.add_function(wrap_pyfunction!(add_orthogonality_gradient_, module)?)?;
+    module.add_function(wrap_pyfunction!(shrink_gates_, module)?)?;
+    module.add_function(wrap_pyfunction!(add_l1_, module)?)?;
     schedule::register(module)?;
     step::register(module)
 }

@@ -1,5 +1,6 @@
 //! What happens at an optimizer step, for all modules in one call.
 
+pub mod gate;
 pub mod growth;
 pub mod orthogonality;
 pub mod restart;
