@@ -38,12 +38,28 @@ pub fn finite(name: &str, value: f64) -> Result<()> {
     Err(Error::Value(format!("{name} is {value}; it must be finite")))
 }
 
+/// Fails unless `value` is finite and at least 0.
+pub fn not_negative(name: &str, value: f64) -> Result<()> {
+    if value.is_finite() && value >= 0.0 {
+        return Ok(());
+    }
+    Err(Error::Value(format!("{name} is {value}; it must be finite and at least 0")))
+}
+
 /// Fails unless `beta` is the decay of an average: at least 0 and below 1.
 pub fn decay(name: &str, beta: f64) -> Result<()> {
     if (0.0..1.0).contains(&beta) {
         return Ok(());
     }
     Err(Error::Value(format!("{name} is {beta}; it must be at least 0 and below 1")))
+}
+
+/// Fails unless `p` is a dropout probability.
+pub fn probability(name: &str, p: f64) -> Result<()> {
+    if (0.0..=1.0).contains(&p) {
+        return Ok(());
+    }
+    Err(Error::Value(format!("{name} is {p}; a dropout probability lies between 0 and 1")))
 }
 
 /// Fails unless `tensor` has two dimensions; gives them.

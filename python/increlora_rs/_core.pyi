@@ -20,6 +20,7 @@ __all__ = [
     "StepPlan",
     "adapter_backward",
     "adapter_forward",
+    "add_l1_",
     "add_orthogonality_gradient_",
     "add_to_sketch_",
     "cuda_add_grad_x",
@@ -43,6 +44,7 @@ __all__ = [
     "linear_forward",
     "orthogonality",
     "restart_",
+    "shrink_gates_",
     "sketched_triples",
     "smooth_",
     "take_sketches_",
@@ -278,6 +280,33 @@ class Schedule:
         never past a cap nor past ``budget``. Of those within 1e-5 of the best that is left, relative, the
         first in model order is next. Where the budget does not pay for all of them, what is left goes to
         those that it pays for."""
+
+def shrink_gates_(gates: Sequence[Tensor], xi: float, *, official: bool) -> None:
+    """Moves every gate v by ``xi`` towards 0, in place and in its own dtype: the proximal step of SoRA
+    (arXiv 2311.11696). What is 0 is never -0; NaN stays NaN.
+
+    Args:
+        gates: Of all modules, any shapes, each once.
+        xi: 0 or more, rounded to the gates' dtype.
+        official: False: ``sign(v) max(|v| - xi, 0)``. True: as SoRA's code does it, ``v > xi`` less xi,
+            ``v < -xi`` plus xi, then every ``|v| < xi`` to 0; so all below 2 xi become 0, xi itself excepted.
+    """
+
+def add_l1_(
+    gates: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    weight: float,
+    *,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """Adds the gradient of ``weight * sum |g| / (number of gates of all modules)`` to ``gradients``, in
+    place: SoRA's L1 term (arXiv 2311.11696). That of ``|g|`` at 0 is 0.
+
+    Args:
+        gates, gradients: One of each a module, of one shape; the gates of a module without a gradient count
+            in the number all the same.
+        grad_scale: What the gradients are multiplied by, one number; read on its device.
+    """
 
 def importance_window(beta1: float, beta2: float) -> int:
     """The smallest n with ``max(beta1, beta2)**n < 1e-3``."""

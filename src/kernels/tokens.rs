@@ -1,4 +1,4 @@
-//! The adapter's loops over tokens on the CPU, float32 and bfloat16: every large matrix is read or
+//! The update's loops over tokens on the CPU, float32 and bfloat16: every large matrix is read or
 //! written once, the dropout mask is drawn on the way, and the sums are float32.
 //!
 //! A factor is a small matrix (rows, columns) of float32: A with the dropout's gain, or P^T.

@@ -10,22 +10,16 @@ use std::{env, fs, process};
 
 use cudarc::nvrtc::{result as nvrtc, sys};
 
+use super::KERNELS;
 use crate::errors::{Error, Result};
 
-/// In the order in which they need each other.
-const SOURCES: [&str; 11] = [
-    include_str!("intrinsics.cu"),
-    include_str!("prelude.cu"),
-    include_str!("dropout.cu"),
-    include_str!("down.cu"),
-    include_str!("tile.cu"),
-    include_str!("grad_x.cu"),
-    include_str!("score.cu"),
-    include_str!("smooth.cu"),
-    include_str!("orthogonality.cu"),
-    include_str!("factors.cu"),
-    include_str!("newborn.cu"),
-];
+/// What every kernel is written with.
+const PRELUDE: [&str; 2] = [include_str!("intrinsics.cu"), include_str!("prelude.cu")];
+
+/// All that is compiled, as one file.
+fn source() -> String {
+    PRELUDE.into_iter().chain(KERNELS.iter().map(|kernels| kernels.source)).collect()
+}
 
 /// Device code for one architecture.
 pub struct Compiled {
@@ -51,8 +45,8 @@ pub fn compile(architecture: &str) -> Result<Compiled> {
     let failed = |what: &str, error: &dyn std::fmt::Debug, log: &str| {
         Error::Cuda(format!("the kernels cannot be {what} for {architecture}: {error:?} {log}"))
     };
-    let source = CString::new(SOURCES.concat())
-        .map_err(|error| failed("passed to the compiler", &error, ""))?;
+    let source =
+        CString::new(source()).map_err(|error| failed("passed to the compiler", &error, ""))?;
     let program = nvrtc::create_program(&source, Some(c"increlora.cu"))
         .map_err(|error| failed("passed to the compiler", &error, ""))?;
     // SAFETY: the program was just made, and is destroyed by nobody but this guard, at the end.
@@ -146,7 +140,7 @@ fn key(architecture: &str) -> String {
         // SAFETY: NVRTC is there, and writes two numbers. Without an answer they stay 0.
         let _ = unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
     }
-    let input = [SOURCES.concat(), options(architecture).concat(), format!("{major}.{minor}")];
+    let input = [source(), options(architecture).concat(), format!("{major}.{minor}")];
     format!("{architecture}-{:016x}", hash(input.concat().as_bytes()))
 }
 

@@ -3,11 +3,14 @@
 
 use tch::{Kind, Tensor};
 
-use super::layer::int;
-use super::runtime::{pair, Argument, Stream, Target};
-use crate::adapter::RESERVE_E;
+use super::list::{pair, Kernels};
+use super::operands::int;
+use super::runtime::{Argument, Stream, Target};
 use crate::checks;
 use crate::errors::Result;
+
+pub(super) const KERNELS: Kernels =
+    Kernels { paired: &["factors", "gradients"], ..Kernels::of(include_str!("factors.cu")) };
 
 // As factors.cu has them.
 const THREADS: u32 = 256;
@@ -24,6 +27,8 @@ pub struct Parameters<'a> {
     pub e: &'a Tensor,
     /// The scale s.
     pub scale: f64,
+    /// E of the rows past the active ones.
+    pub reserve_e: f64,
 }
 
 struct Sizes {
@@ -61,12 +66,12 @@ impl Parameters<'_> {
 
 /// A in `kind`, (rows, in), and `P = s B diag(E)` in `kind`, (out, rows). `None` if not taken: parameters that
 /// are not contiguous, a pair of dtypes without kernels.
-pub fn factors(
+pub fn scaled(
     parameters: Parameters<'_>,
     kind: Kind,
     stream: Stream,
 ) -> Result<Option<(Tensor, Tensor)>> {
-    let Parameters { a, b, e, scale } = parameters;
+    let Parameters { a, b, e, scale, reserve_e } = parameters;
     let Some((target, suffix, sizes)) = parameters.target(kind, stream)? else { return Ok(None) };
     let Sizes { rows, active, .. } = sizes;
     let cast =
@@ -84,7 +89,7 @@ pub fn factors(
         Argument::Int(int("rows", rows)?),
         Argument::Int(int("active", active)?),
         Argument::Float(scale as f32),
-        Argument::Float(RESERVE_E as f32),
+        Argument::Float(reserve_e as f32),
     ];
     let largest = if cast.is_some() { of_a.max(of_b) } else { of_b };
     let grid = ((largest + ELEMENTS - 1) / ELEMENTS, 1);
@@ -102,7 +107,7 @@ pub fn gradients(
     gain: f64,
     stream: Stream,
 ) -> Result<Option<[Tensor; 3]>> {
-    let Parameters { a, b, e, scale } = parameters;
+    let Parameters { a, b, e, scale, reserve_e } = parameters;
     let kind = right.f_kind()?;
     let Some((target, suffix, sizes)) = parameters.target(kind, stream)? else { return Ok(None) };
     let Sizes { rows, features, out, active } = sizes;
@@ -128,7 +133,7 @@ pub fn gradients(
         Argument::Int(int("rows", rows)?),
         Argument::Int(int("active", active)?),
         Argument::Float(scale as f32),
-        Argument::Float(RESERVE_E as f32),
+        Argument::Float(reserve_e as f32),
         Argument::Float(gain as f32),
     ];
     let grid = (1 + (features.max(out) + ELEMENTS - 1) / ELEMENTS, rows);

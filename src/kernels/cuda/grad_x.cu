@@ -1,4 +1,4 @@
-// The adapter's part of the gradient of x: gx (+)= gain u A where the mask is set, in one pass over gx.
+// The update's part of the gradient of x: gx (+)= gain u A where the mask is set, in one pass over gx.
 
 // Grid: tiles of rows, tiles of features. `features` is a multiple of 8, gx and a of 16 bytes.
 template <typename T>

@@ -1,5 +1,5 @@
-// Rows, or columns, born during training (restart.rs): kept before the optimizer's step, mixed after it with
-// what became of them. All parameters of an optimizer's group in one launch.
+// Rows, or columns, born during training (policies/restart.rs): kept before the optimizer's step, mixed after
+// it with what became of them. All parameters of an optimizer's group in one launch.
 
 // A part of a matrix, of `height` times `width` elements whose lines lie `stride` apart, and where it is kept.
 struct Newborn {

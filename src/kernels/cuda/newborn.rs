@@ -1,11 +1,17 @@
-//! Rows, or columns, born during training ([`crate::restart`]), of all parameters of an optimizer's group in
+//! Rows, or columns, born during training ([`crate::policies::restart`]), of all parameters of an optimizer's group in
 //! one launch for up to 512 parts.
 
 use tch::Tensor;
 
-use super::layer::{int, target};
-use super::runtime::{Argument, Stream};
+use super::list::Kernels;
+use super::operands::int;
+use super::runtime::{target, Argument, Stream};
 use crate::errors::Result;
+
+pub(super) const KERNELS: Kernels = Kernels {
+    typed: &["keep_newborns", "mix_newborns"],
+    ..Kernels::of(include_str!("newborn.cu"))
+};
 
 // As newborn.cu has them.
 const THREADS: u32 = 256;
@@ -29,7 +35,7 @@ struct Newborn {
 
 /// `Newborns` of newborn.cu.
 #[repr(C)]
-pub struct Table {
+struct Table {
     at: [Newborn; PARTS],
 }
 
@@ -123,7 +129,7 @@ fn launch(kernel: &str, parts: &[Part<'_>], stream: Stream) -> Result<bool> {
         }
         let grid = ((largest + ELEMENTS - 1) / ELEMENTS, some.len() as i64);
         // SAFETY: the arguments of newborn.cu; contiguous matrices that hold the parts.
-        unsafe { target.launch(&kernel, grid, THREADS, &[Argument::Newborns(&table)])? };
+        unsafe { target.launch(&kernel, grid, THREADS, &[Argument::structure(&*table)])? };
     }
     Ok(true)
 }

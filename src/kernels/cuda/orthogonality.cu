@@ -1,5 +1,5 @@
-// The gradient of the regulariser that keeps components orthonormal (orthogonality.rs), for all modules in
-// three launches: Gram matrices in parts, their residuals and norms, the gradients.
+// The gradient of the regulariser that keeps components orthonormal (policies/orthogonality.rs), for all
+// modules in three launches: Gram matrices in parts, their residuals and norms, the gradients.
 
 // One A (rank, length) or B (length, rank) and its gradient of the same shape.
 struct Matrix {

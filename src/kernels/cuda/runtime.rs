@@ -3,65 +3,16 @@
 
 use std::collections::HashMap;
 use std::ffi::{c_char, c_int, c_void, CString};
+use std::marker::PhantomData;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::{result as driver, sys, CudaContext, DriverError};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
-use super::compile;
+use super::list::{suffix, Kernels};
+use super::{compile, KERNELS};
 use crate::errors::{Error, Result};
-
-/// Kernels that exist for every dtype, under the name with its suffix.
-const TYPED: [&str; 9] = [
-    "apply_mask",
-    "down_8",
-    "down_16",
-    "add_grad_x",
-    "score_tile",
-    "orthogonality_gram",
-    "orthogonality_gradient",
-    "keep_newborns",
-    "mix_newborns",
-];
-/// Kernels that exist for pairs of dtypes, the parameters' and the products', under the name with both.
-const PAIRED: [&str; 2] = ["factors", "gradients"];
-/// The pairs.
-const PAIRS: [(Kind, Kind); 5] = [
-    (Kind::Float, Kind::Float),
-    (Kind::Half, Kind::Half),
-    (Kind::BFloat16, Kind::BFloat16),
-    (Kind::Float, Kind::Half),
-    (Kind::Float, Kind::BFloat16),
-];
-const UNTYPED: [&str; 4] = ["dropout_bits", "score_total", "smooth", "orthogonality_residual"];
-
-/// The names of all kernels.
-pub fn kernels() -> Vec<String> {
-    let typed = TYPED.iter().flat_map(|name| ["f32", "f16", "bf16"].map(|t| format!("{name}_{t}")));
-    let paired = PAIRED.iter().flat_map(|name| {
-        let suffixes = PAIRS.iter().filter_map(|&(stored, wanted)| pair(stored, wanted));
-        suffixes.map(move |suffix| format!("{name}_{suffix}"))
-    });
-    UNTYPED.iter().map(|&name| name.to_owned()).chain(typed).chain(paired).collect()
-}
-
-/// The suffix of the kernels for a dtype; `None` if they do not take it.
-pub fn suffix(kind: Kind) -> Option<&'static str> {
-    match kind {
-        Kind::Float => Some("f32"),
-        Kind::Half => Some("f16"),
-        Kind::BFloat16 => Some("bf16"),
-        _ => None,
-    }
-}
-
-/// The suffix of the kernels for a pair of dtypes, the parameters' and the products'; `None` if there are
-/// none.
-pub fn pair(stored: Kind, wanted: Kind) -> Option<String> {
-    let known = PAIRS.contains(&(stored, wanted));
-    known.then(|| Some(format!("{}_{}", suffix(stored)?, suffix(wanted)?))).flatten()
-}
 
 /// The stream that kernels are queued on: the handle of torch's current stream on the device of the
 /// tensors, `torch._C._cuda_getCurrentRawStream(index)` in Python. Ignored on the CPU.
@@ -82,16 +33,19 @@ pub enum Argument<'a> {
     Float(f32),
     /// `double`.
     Double(f64),
-    /// A structure, passed by value.
-    Matrices(&'a super::step::Matrices),
-    /// The same.
-    Newborns(&'a super::newborn::Table),
+    /// The address of a structure that is passed by value.
+    Structure(*const c_void, PhantomData<&'a ()>),
 }
 
-impl Argument<'_> {
+impl<'a> Argument<'a> {
     /// The first element of a tensor.
     pub fn of(tensor: &Tensor) -> Self {
         Self::Pointer(tensor.data_ptr() as u64)
+    }
+
+    /// A structure, passed by value; laid out as the kernel has it (`repr(C)`).
+    pub fn structure<T>(value: &'a T) -> Self {
+        Self::Structure(std::ptr::from_ref(value).cast(), PhantomData)
     }
 
     fn address(&self) -> *mut c_void {
@@ -101,8 +55,7 @@ impl Argument<'_> {
             Self::Word(value) => std::ptr::from_ref(value).cast_mut().cast(),
             Self::Float(value) => std::ptr::from_ref(value).cast_mut().cast(),
             Self::Double(value) => std::ptr::from_ref(value).cast_mut().cast(),
-            Self::Matrices(value) => std::ptr::from_ref(*value).cast_mut().cast(),
-            Self::Newborns(value) => std::ptr::from_ref(*value).cast_mut().cast(),
+            Self::Structure(value, _) => value.cast_mut(),
         }
     }
 }
@@ -166,6 +119,18 @@ impl Target {
     }
 }
 
+/// Where the kernels for `tensor` run, and the suffix of their names.
+pub fn target(tensor: &Tensor, stream: Stream) -> Option<(Target, &'static str)> {
+    let suffix = suffix(tensor.f_kind().ok()?)?;
+    Some((Target::of(tensor, stream)?, suffix))
+}
+
+/// Do the kernels take an `x` of this device and dtype: float32, float16 or bfloat16 on a CUDA device
+/// whose kernels could be loaded?
+pub fn takes(x: &Tensor, stream: Stream) -> bool {
+    target(x, stream).is_some()
+}
+
 /// A device whose kernels are loaded.
 pub struct Device {
     context: Arc<CudaContext>,
@@ -186,7 +151,7 @@ impl Device {
         let cubin = compile::cubin(&format!("sm_{major}{minor}"))?;
         // SAFETY: the context is bound, and the cubin is one that NVRTC made for this architecture.
         let module = unsafe { driver::module::load_data(cubin.as_ptr().cast()) }.map_err(failed)?;
-        let functions = kernels().into_iter().map(|name| {
+        let functions = KERNELS.iter().flat_map(Kernels::names).map(|name| {
             let symbol =
                 CString::new(name.as_str()).map_err(|error| Error::Cuda(error.to_string()))?;
             // SAFETY: the module was just loaded, and is never unloaded.

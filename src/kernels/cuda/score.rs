@@ -2,10 +2,18 @@
 
 use tch::{Kind, Tensor};
 
-use super::layer::{int, target, tiles, wide, TILE_ROWS, TILE_THREADS};
-use super::runtime::{Argument, Stream};
+use super::list::Kernels;
+use super::operands::{int, wide};
+use super::runtime::{target, Argument, Stream};
+use super::tile::{tiles, TILE_ROWS, TILE_THREADS};
 use crate::checks;
 use crate::errors::{Error, Result};
+
+pub(super) const KERNELS: Kernels = Kernels {
+    untyped: &["score_total"],
+    typed: &["score_tile"],
+    ..Kernels::of(include_str!("score.cu"))
+};
 
 /// Bytes of a block of G, at most: it should still lie in the cache when it is read.
 const SCRATCH: i64 = 8 << 20;

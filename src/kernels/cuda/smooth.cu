@@ -1,4 +1,4 @@
-// One step of the smoothing of the importances (importance.rs), all modules at once.
+// One step of the smoothing of the importances (policies/smoothing.rs), all modules at once.
 
 // Grid: one block.
 const int SMOOTH_THREADS = 256;

@@ -4,48 +4,48 @@
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use pyo3_tch::PyTensor;
-use tch::Tensor;
 
-use super::Stream;
-use crate::errors::detached;
+use super::{detached, raw};
+use crate::kernels::cuda::{self, Parameters, Stream};
 use crate::kernels::dropout;
+use crate::ops::low_rank::RESERVE_E;
 
 /// The compiler's log of all kernels for an architecture.
 #[pyfunction]
 fn cuda_compile(py: Python<'_>, architecture: &str) -> PyResult<String> {
-    detached(py, || Ok(super::compile::compile(architecture)?.log))
+    detached(py, || Ok(cuda::compile::compile(architecture)?.log))
 }
 
 /// The device code for an architecture, by way of the cache.
 #[pyfunction]
 fn cuda_cubin<'py>(py: Python<'py>, architecture: &str) -> PyResult<Bound<'py, PyBytes>> {
-    let cubin = detached(py, || super::compile::cubin(architecture))?;
+    let cubin = detached(py, || cuda::compile::cubin(architecture))?;
     Ok(PyBytes::new(py, &cubin))
 }
 
 /// The names of all kernels.
 #[pyfunction]
 fn cuda_kernels() -> Vec<String> {
-    super::kernels()
+    cuda::kernels()
 }
 
 /// Loads the kernels of a device; the reason where that fails.
 #[pyfunction]
 fn cuda_prepare(py: Python<'_>, index: usize) -> PyResult<Option<String>> {
-    detached(py, || Ok(super::prepare(index).err()))
+    detached(py, || Ok(cuda::prepare(index).err()))
 }
 
 /// Why kernels were asked for and could not be had.
 #[pyfunction]
 fn cuda_unavailable() -> Option<String> {
-    super::unavailable()
+    cuda::unavailable()
 }
 
 /// Makes kernels for CPU tensors run through the function at an address.
 #[pyfunction]
 fn cuda_emulate(launch: usize) {
     // SAFETY: the promise of the caller, as the docstring says.
-    unsafe { super::emulate(launch) }
+    unsafe { cuda::emulate(launch) }
 }
 
 #[pyfunction]
@@ -60,7 +60,7 @@ fn cuda_draw_mask(
 ) -> PyResult<Option<PyTensor>> {
     let x = x.0;
     let draw = dropout::Stream::new(p, seed, offset);
-    detached(py, move || Ok(super::draw_mask(&x, &draw, Stream(stream))?.map(PyTensor)))
+    detached(py, move || Ok(cuda::draw_mask(&x, &draw, Stream(stream))?.map(PyTensor)))
 }
 
 #[pyfunction]
@@ -72,7 +72,7 @@ fn cuda_apply_mask(
     stream: usize,
 ) -> PyResult<Option<PyTensor>> {
     let (x, mask) = (x.0, mask.0);
-    detached(py, move || Ok(super::apply_mask(&x, &mask, Stream(stream))?.map(PyTensor)))
+    detached(py, move || Ok(cuda::apply_mask(&x, &mask, Stream(stream))?.map(PyTensor)))
 }
 
 #[pyfunction]
@@ -91,7 +91,7 @@ fn cuda_down(
     let (x, a) = (x.0, a.0);
     let draw = dropout::Stream::new(p, seed, offset);
     detached(py, move || {
-        let taken = super::down(&x, &a, gain, &draw, Stream(stream))?;
+        let taken = cuda::down(&x, &a, gain, &draw, Stream(stream))?;
         Ok(taken.map(|(t, mask)| (PyTensor(t), PyTensor(mask))))
     })
 }
@@ -111,7 +111,7 @@ fn cuda_add_grad_x(
 ) -> PyResult<bool> {
     let (mut gx, u, a, mask) = (gx.0, u.0, a.0, mask.map(|mask| mask.0));
     detached(py, move || {
-        super::add_grad_x(&mut gx, accumulate, &u, &a, mask.as_ref(), gain, Stream(stream))
+        cuda::add_grad_x(&mut gx, accumulate, &u, &a, mask.as_ref(), gain, Stream(stream))
     })
 }
 
@@ -129,8 +129,8 @@ fn cuda_factors(
 ) -> PyResult<Option<(PyTensor, PyTensor)>> {
     let (a, b, e, like) = (a.0, b.0, e.0, like.0);
     detached(py, move || {
-        let parameters = super::Parameters { a: &a, b: &b, e: &e, scale };
-        let taken = super::factors(parameters, like.f_kind()?, Stream(stream))?;
+        let parameters = Parameters { a: &a, b: &b, e: &e, scale, reserve_e: RESERVE_E };
+        let taken = cuda::scaled(parameters, like.f_kind()?, Stream(stream))?;
         Ok(taken.map(|(a, p)| (PyTensor(a), PyTensor(p))))
     })
 }
@@ -151,8 +151,8 @@ fn cuda_gradients(
 ) -> PyResult<Option<(PyTensor, PyTensor, PyTensor)>> {
     let (a, b, e, right, left) = (a.0, b.0, e.0, right.0, left.0);
     detached(py, move || {
-        let parameters = super::Parameters { a: &a, b: &b, e: &e, scale };
-        let taken = super::gradients(parameters, &right, &left, gain, Stream(stream))?;
+        let parameters = Parameters { a: &a, b: &b, e: &e, scale, reserve_e: RESERVE_E };
+        let taken = cuda::gradients(parameters, &right, &left, gain, Stream(stream))?;
         Ok(taken.map(|[a, b, e]| (PyTensor(a), PyTensor(b), PyTensor(e))))
     })
 }
@@ -172,9 +172,7 @@ fn cuda_importance_(
     stream: usize,
 ) -> PyResult<bool> {
     let (mut vector, p, a, gy, x) = (vector.0, p.0, a.0, gy.0, x.0);
-    detached(py, move || {
-        super::accumulate(&mut vector, slot, &p, &a, &gy, &x, gain, Stream(stream))
-    })
+    detached(py, move || cuda::accumulate(&mut vector, slot, &p, &a, &gy, &x, gain, Stream(stream)))
 }
 
 #[pyfunction]
@@ -194,7 +192,7 @@ fn cuda_smooth_(
         (importance.0, factor.0, mean.0, uncertainty.0);
     let stream = Stream(stream);
     detached(py, move || {
-        super::smooth_(&importance, &factor, &mut mean, &mut uncertainty, beta1, beta2, stream)
+        cuda::smooth_(&importance, &factor, &mut mean, &mut uncertainty, beta1, beta2, stream)
     })
 }
 
@@ -209,15 +207,12 @@ fn cuda_add_orthogonality_gradient_(
     factor: PyTensor,
     stream: usize,
 ) -> PyResult<Option<PyTensor>> {
-    let raw = |tensors: Vec<PyTensor>| -> Vec<Tensor> {
-        tensors.into_iter().map(|tensor| tensor.0).collect()
-    };
     let (a, b, mut grad_a, mut grad_b) = (raw(a), raw(b), raw(grad_a), raw(grad_b));
     let factor = factor.0;
     detached(py, move || {
         let stream = Stream(stream);
         let value =
-            super::add_orthogonality_gradient_(&a, &b, &mut grad_a, &mut grad_b, &factor, stream)?;
+            cuda::add_orthogonality_gradient_(&a, &b, &mut grad_a, &mut grad_b, &factor, stream)?;
         Ok(value.map(PyTensor))
     })
 }

@@ -6,12 +6,11 @@ use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 use pyo3_tch::PyTensor;
 
-use super::{named, raw};
-use crate::allocation::LearningRate;
-use crate::errors::detached;
+use crate::bindings::{detached, named, raw};
 use crate::kernels::cuda;
-use crate::restart::{self, Newborn};
-use crate::step::{Plan, Scale, Smoothing};
+use crate::policies::growth::LearningRate;
+use crate::policies::restart::{self, Newborn};
+use crate::policies::step::{Plan, Scale, Smoothing};
 
 /// The object, also after a call that panicked. To be taken without the GIL only: who waits for it
 /// while holding the GIL would wait for ever.

@@ -1,17 +1,17 @@
 //! The restart warm-up of new components: a row born during training follows its own learning-rate
 //! multiplier and its own Adam bias correction, realised after the optimizer's step on the rows
-//! concerned (arXiv 2308.12043, section 3.3; the arithmetic is in [`crate::allocation`]).
+//! concerned (arXiv 2308.12043, section 3.3; the arithmetic is in [`super::growth`]).
 
 use std::collections::HashMap;
 
 use tch::{Kind, Tensor};
 
-use crate::allocation::{adam_ratio, restart_ratio, LearningRate};
 use crate::checks;
 use crate::errors::{Error, Result};
 use crate::kernels::blend::{self, Keep, Mix, Tail};
 use crate::kernels::cuda;
 use crate::kernels::plain::{self, Plain, Real};
+use crate::policies::growth::{adam_ratio, restart_ratio, LearningRate};
 
 /// What the optimizer's step was, as far as its rows need it.
 pub struct Step {
@@ -40,8 +40,8 @@ impl Step {
         checks::finite("decay", self.decay)
     }
 
-    /// The factors `(f, g)` with which a row born at `birth` becomes `f * new + g * old`.
-    pub fn factors(&self, birth: u64) -> (f64, f64) {
+    /// The weights `(f, g)` with which a row born at `birth` becomes `f * new + g * old`.
+    pub fn weights(&self, birth: u64) -> (f64, f64) {
         let rate = self.learning_rate.map_or(1.0, |lr| restart_ratio(&lr, birth, self.step));
         let bias = self.betas.map_or(1.0, |betas| adam_ratio(betas, birth, self.step, self.lead));
         // The decoupled decay follows the learning rate but not the bias correction.
@@ -134,17 +134,17 @@ impl Newborn {
         Ok(self.old.f_copy_(&part)?)
     }
 
-    fn correct_with_torch(&self, factors: &Factors) -> Result<()> {
+    fn correct_with_torch(&self, weights: &Weights) -> Result<()> {
         let mut part = self.part_of(&self.parameter)?;
         let wide = if part.kind() == Kind::Double { Kind::Double } else { Kind::Float };
         let shape = if self.dim == 0 { [-1, 1] } else { [1, -1] };
-        let weights = |which: fn(&(f64, f64)) -> f64| -> Result<Tensor> {
-            let values: Vec<f64> = self.births.iter().map(|birth| which(&factors[birth])).collect();
+        let row = |which: fn(&(f64, f64)) -> f64| -> Result<Tensor> {
+            let values: Vec<f64> = self.births.iter().map(|birth| which(&weights[birth])).collect();
             let vector = Tensor::f_from_slice(&values)?.f_to_kind(wide)?;
             Ok(vector.f_reshape(shape)?.f_to_device(part.device())?)
         };
-        let old = self.old.f_to_kind(wide)?.f_mul(&weights(|weights| weights.1)?)?;
-        let new = part.f_to_kind(wide)?.f_mul(&weights(|weights| weights.0)?)?.f_add(&old)?;
+        let old = self.old.f_to_kind(wide)?.f_mul(&row(|weights| weights.1)?)?;
+        let new = part.f_to_kind(wide)?.f_mul(&row(|weights| weights.0)?)?.f_add(&old)?;
         Ok(part.f_copy_(&new)?)
     }
 }
@@ -175,22 +175,22 @@ fn keep_slices<T: Real>(slices: &[Option<Slices<'_>>]) {
     blend::keep(&mut jobs.collect::<Vec<_>>());
 }
 
-/// The factors `(f, g)` of each birth.
-type Factors = HashMap<u64, (f64, f64)>;
+/// The weights `(f, g)` of each birth.
+type Weights = HashMap<u64, (f64, f64)>;
 
 /// Corrects, in place, the newborn rows after an optimizer step; what they were has been kept.
 pub fn correct(newborns: &[Newborn], step: &Step, queue: cuda::Stream) -> Result<()> {
     step.check()?;
-    let mut factors = Factors::new();
+    let mut weights = Weights::new();
     for &birth in newborns.iter().flat_map(|newborn| &newborn.births) {
-        factors.entry(birth).or_insert_with(|| step.factors(birth));
+        weights.entry(birth).or_insert_with(|| step.weights(birth));
     }
-    if factors.values().all(|&factors| factors == (1.0, 0.0)) {
+    if weights.values().all(|&weights| weights == (1.0, 0.0)) {
         return Ok(());
     }
     if has_kernels(newborns, queue)
         && apart(newborns)
-        && cuda::mix_newborns(&parts_to_correct(newborns, &factors), queue)?
+        && cuda::mix_newborns(&parts_to_correct(newborns, &weights), queue)?
     {
         return Ok(());
     }
@@ -199,10 +199,10 @@ pub fn correct(newborns: &[Newborn], step: &Step, queue: cuda::Stream) -> Result
     if !plain::disjoint(std::iter::empty(), written) {
         slices.fill(None);
     }
-    correct_slices::<f32>(&slices, &factors);
-    correct_slices::<f64>(&slices, &factors);
+    correct_slices::<f32>(&slices, &weights);
+    correct_slices::<f64>(&slices, &weights);
     let mut others = newborns.iter().zip(&slices).filter(|(_, slices)| slices.is_none());
-    others.try_for_each(|(newborn, _)| newborn.correct_with_torch(&factors))
+    others.try_for_each(|(newborn, _)| newborn.correct_with_torch(&weights))
 }
 
 /// Spares the CPU, in every step, the parts that only a kernel takes.
@@ -225,12 +225,12 @@ fn apart(newborns: &[Newborn]) -> bool {
 }
 
 /// The rows of one birth after the other, those left out that stay as they are.
-fn parts_to_correct<'a>(newborns: &'a [Newborn], factors: &Factors) -> Vec<cuda::Part<'a>> {
+fn parts_to_correct<'a>(newborns: &'a [Newborn], weights: &Weights) -> Vec<cuda::Part<'a>> {
     let mut parts = Vec::new();
     for newborn in newborns {
         let mut first = 0;
         for run in newborn.births.chunk_by(|one, next| one == next) {
-            let weights = factors[&run[0]];
+            let weights = weights[&run[0]];
             if weights != (1.0, 0.0) {
                 parts.push(newborn.part(first, run.len(), weights));
             }
@@ -240,10 +240,10 @@ fn parts_to_correct<'a>(newborns: &'a [Newborn], factors: &Factors) -> Vec<cuda:
     parts
 }
 
-fn correct_slices<T: Real>(slices: &[Option<Slices<'_>>], factors: &Factors) {
+fn correct_slices<T: Real>(slices: &[Option<Slices<'_>>], weights: &Weights) {
     let slices = || slices.iter().flatten().filter(|slices| slices.parameter.kind == T::KIND);
     let weights = slices().flat_map(|slices| slices.births).map(|birth| {
-        let (f, g) = factors[birth];
+        let (f, g) = weights[birth];
         (T::nearest(f), T::nearest(g))
     });
     let weights: Vec<_> = weights.collect();
@@ -279,14 +279,14 @@ mod tests {
 
     #[test]
     fn rows_from_the_start_keep_what_the_optimizer_gave_them() {
-        assert_eq!(step().factors(0), (1.0, 0.0));
+        assert_eq!(step().weights(0), (1.0, 0.0));
     }
 
     #[test]
     fn decay_follows_the_learning_rate_and_not_the_bias_correction() {
         let (old, update) = (3.0, 0.2);
         let new = old * (1.0 - 0.01) - update;
-        let (f, g) = step().factors(25);
+        let (f, g) = step().weights(25);
         // Age 5 of a climb of 10 steps: m_new = 0.5 under m = 0.75.
         let rate = 0.5 / 0.75;
         let bias = adam_ratio((0.9, 0.999), 25, 30, 4);
@@ -296,13 +296,13 @@ mod tests {
 
     #[test]
     fn without_a_learning_rate_only_the_bias_is_corrected() {
-        let (f, _) = Step { learning_rate: None, ..step() }.factors(25);
+        let (f, _) = Step { learning_rate: None, ..step() }.weights(25);
         assert_eq!(f, adam_ratio((0.9, 0.999), 25, 30, 4));
     }
 
     #[test]
     fn without_a_schedule_and_betas_every_row_is_left_alone() {
-        let (f, g) = Step { learning_rate: None, betas: None, ..step() }.factors(25);
+        let (f, g) = Step { learning_rate: None, betas: None, ..step() }.weights(25);
         assert_eq!((f, g), (1.0, 0.0));
     }
 

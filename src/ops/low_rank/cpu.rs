@@ -1,14 +1,15 @@
-//! The adapter by the loops of [`crate::kernels::tokens`], where they can: float32 and bfloat16 on the
+//! The update by the loops of [`crate::kernels::tokens`], where they can: float32 and bfloat16 on the
 //! CPU, small ranks. Every function gives `None` for a case that is not theirs.
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Adapter, Dropout, Gradients};
+use super::{Gradients, LowRank, RESERVE_E};
 use crate::errors::Result;
 use crate::kernels::cuda;
 use crate::kernels::plain::{as_slice, as_slice_mut};
 use crate::kernels::simd::{Bf16, Element};
 use crate::kernels::tokens::{self, Factor};
+use crate::ops::dropout::Dropout;
 
 /// Most rows that the loops take: above it libtorch's matrix products are faster.
 const MOST_ROWS: i64 = 32;
@@ -21,20 +22,20 @@ pub enum Start<'a> {
     Add,
 }
 
-/// Can the loops work on `adapter` and `x`?
-fn takes(adapter: &Adapter, x: &Tensor) -> bool {
-    let rows = adapter.a.size()[0];
+/// Can the loops work on `low_rank` and `x`?
+fn takes(low_rank: &LowRank, x: &Tensor) -> bool {
+    let rows = low_rank.a.size()[0];
     x.device() == Device::Cpu
         && matches!(x.kind(), Kind::Float | Kind::BFloat16)
-        && adapter.a.kind() != Kind::Double
+        && low_rank.a.kind() != Kind::Double
         && (1..=MOST_ROWS).contains(&rows)
         && x.numel() > 0
-        && adapter.b.numel() > 0
-        && !cuda::takes(x, adapter.queue)
+        && low_rank.b.numel() > 0
+        && !cuda::takes(x, low_rank.queue)
 }
 
-/// The small factors as the loops want them, float32.
-struct Factors {
+/// What the products of one call take, as the loops want it: float32.
+struct Operands {
     /// A times the dropout's gain, (rows, in).
     a: Vec<f32>,
     /// `s E`, a value a row.
@@ -46,15 +47,15 @@ struct Factors {
     rows: usize,
 }
 
-impl Factors {
-    fn of(adapter: &Adapter, gain: f64) -> Result<Self> {
+impl Operands {
+    fn of(low_rank: &LowRank, gain: f64) -> Result<Self> {
         let float = |tensor: &Tensor| -> Result<Tensor> {
             Ok(tensor.f_to_kind(Kind::Float)?.f_contiguous()?)
         };
-        let (a, b, e) = (float(&adapter.a)?, float(&adapter.b)?, float(&adapter.e)?);
+        let (a, b, e) = (float(&low_rank.a)?, float(&low_rank.b)?, float(&low_rank.e)?);
         let rows = a.size()[0] as usize;
-        let reserve = std::iter::repeat_n(super::RESERVE_E as f32, rows - e.numel());
-        let scale = adapter.scale as f32;
+        let reserve = std::iter::repeat_n(RESERVE_E as f32, rows - e.numel());
+        let scale = low_rank.scale as f32;
         let scaled_e: Vec<f32> =
             as_slice::<f32>(&e).iter().copied().chain(reserve).map(|e| scale * e).collect();
         let gain = gain as f32;
@@ -81,17 +82,17 @@ impl Factors {
 
 /// As [`super::forward`], of a contiguous `x`, into `y`, which holds what `start` says.
 pub fn forward(
-    adapter: &Adapter,
+    low_rank: &LowRank,
     x: &Tensor,
     y: &mut Tensor,
     start: Start<'_>,
     dropout: Option<&Dropout>,
 ) -> Result<Option<Tensor>> {
     let given = dropout.is_some_and(|dropout| dropout.mask.is_some());
-    if !takes(adapter, x) || given || y.kind() != x.kind() || !y.is_contiguous() {
+    if !takes(low_rank, x) || given || y.kind() != x.kind() || !y.is_contiguous() {
         return Ok(None);
     }
-    let factors = Factors::of(adapter, Dropout::gain(dropout))?;
+    let operands = Operands::of(low_rank, Dropout::gain(dropout))?;
     let bias = match start {
         Start::Bias(Some(bias)) => Some(bias.f_to_kind(Kind::Float)?.f_contiguous()?),
         _ => None,
@@ -100,18 +101,18 @@ pub fn forward(
         Start::Bias(_) => tokens::Start::Bias(bias.as_ref().map(as_slice::<f32>)),
         Start::Add => tokens::Start::Add,
     };
-    let t = Tensor::f_empty([x.size()[0], factors.rows as i64], (Kind::Float, Device::Cpu))?;
+    let t = Tensor::f_empty([x.size()[0], operands.rows as i64], (Kind::Float, Device::Cpu))?;
     if x.kind() == Kind::Float {
-        run_forward::<f32>(x, &factors, first, dropout, &t, y);
+        run_forward::<f32>(x, &operands, first, dropout, &t, y);
     } else {
-        run_forward::<Bf16>(x, &factors, first, dropout, &t, y);
+        run_forward::<Bf16>(x, &operands, first, dropout, &t, y);
     }
     Ok(Some(t))
 }
 
 fn run_forward<E: Element>(
     x: &Tensor,
-    factors: &Factors,
+    operands: &Operands,
     start: tokens::Start<'_>,
     dropout: Option<&Dropout>,
     t: &Tensor,
@@ -120,12 +121,12 @@ fn run_forward<E: Element>(
     let stream = dropout.map(|dropout| &dropout.stream);
     // SAFETY: t was made by the caller, y is the output; nobody else has a slice of either.
     let (t, y) = unsafe { (as_slice_mut::<f32>(t), as_slice_mut::<E>(y)) };
-    tokens::forward(as_slice::<E>(x), factors.a(), factors.p(), start, stream, t, y);
+    tokens::forward(as_slice::<E>(x), operands.a(), operands.p(), start, stream, t, y);
 }
 
 /// As [`super::backward`], of contiguous `x` and `gy`, with the update's gradient of x alone.
 pub fn backward(
-    adapter: &Adapter,
+    low_rank: &LowRank,
     x: &Tensor,
     t: &Tensor,
     gy: &Tensor,
@@ -133,32 +134,32 @@ pub fn backward(
     needs_x: bool,
 ) -> Result<Option<Gradients>> {
     let given = dropout.is_some_and(|dropout| dropout.mask.is_some());
-    if !takes(adapter, x) || given {
+    if !takes(low_rank, x) || given {
         return Ok(None);
     }
     let gain = Dropout::gain(dropout);
-    let factors = Factors::of(adapter, gain)?;
+    let operands = Operands::of(low_rank, gain)?;
     let t = t.f_to_kind(Kind::Float)?.f_contiguous()?;
     let grad_x = needs_x.then(|| Tensor::f_empty(x.size(), (x.kind(), Device::Cpu))).transpose()?;
     let sums = if x.kind() == Kind::Float {
-        run_backward::<f32>(x, &t, gy, &factors, dropout, grad_x.as_ref())
+        run_backward::<f32>(x, &t, gy, &operands, dropout, grad_x.as_ref())
     } else {
-        run_backward::<Bf16>(x, &t, gy, &factors, dropout, grad_x.as_ref())
+        run_backward::<Bf16>(x, &t, gy, &operands, dropout, grad_x.as_ref())
     };
-    let (kind, rows) = (adapter.a.kind(), factors.rows);
-    let out = factors.p.len() / rows;
-    let mut grad_b = vec![0.0f32; factors.p.len()];
-    let mut grad_e = vec![0.0f32; adapter.e.numel()];
-    let b = as_slice::<f32>(&factors.b);
+    let (kind, rows) = (low_rank.a.kind(), operands.rows);
+    let out = operands.p.len() / rows;
+    let mut grad_b = vec![0.0f32; operands.p.len()];
+    let mut grad_e = vec![0.0f32; low_rank.e.numel()];
+    let b = as_slice::<f32>(&operands.b);
     for (r, q) in sums.q.chunks_exact(out).enumerate() {
-        let scaled_e = factors.scaled_e[r];
+        let scaled_e = operands.scaled_e[r];
         let mut sum = 0.0f64;
         for (o, &q) in q.iter().enumerate() {
             grad_b[o * rows + r] = q * scaled_e;
             sum += f64::from(q) * f64::from(b[o * rows + r]);
         }
         if let Some(grad_e) = grad_e.get_mut(r) {
-            *grad_e = (sum * adapter.scale) as f32;
+            *grad_e = (sum * low_rank.scale) as f32;
         }
     }
     let mut grad_a = sums.a;
@@ -170,9 +171,9 @@ pub fn backward(
     };
     Ok(Some(Gradients {
         x: grad_x,
-        a: tensor(&grad_a, &adapter.a)?,
-        b: tensor(&grad_b, &adapter.b)?,
-        e: tensor(&grad_e, &adapter.e)?,
+        a: tensor(&grad_a, &low_rank.a)?,
+        b: tensor(&grad_b, &low_rank.b)?,
+        e: tensor(&grad_e, &low_rank.e)?,
     }))
 }
 
@@ -180,13 +181,13 @@ fn run_backward<E: Element>(
     x: &Tensor,
     t: &Tensor,
     gy: &Tensor,
-    factors: &Factors,
+    operands: &Operands,
     dropout: Option<&Dropout>,
     grad_x: Option<&Tensor>,
 ) -> tokens::Sums {
     // SAFETY: the caller has just made it; nobody else has a slice of it.
     let grad_x = grad_x.map(|grad_x| unsafe { as_slice_mut::<E>(grad_x) });
     let stream = dropout.map(|dropout| &dropout.stream);
-    let pair = (factors.a(), factors.p());
+    let pair = (operands.a(), operands.p());
     tokens::backward(as_slice::<E>(x), as_slice::<E>(gy), as_slice::<f32>(t), pair, stream, grad_x)
 }

@@ -1,61 +1,21 @@
-//! What an optimizer step does for all modules at once, in few launches: the smoothing of the importances
-//! and the gradient of the orthogonality regulariser.
+//! The gradient of the orthogonality regulariser, for all modules in few launches.
 
 use tch::{Kind, Tensor};
 
-use super::layer::{int, target};
-use super::runtime::{Argument, Stream, Target};
+use super::list::Kernels;
+use super::operands::int;
+use super::runtime::{target, Argument, Stream};
 use crate::checks;
 use crate::errors::Result;
 
-const SMOOTH_THREADS: u32 = 256;
+pub(super) const KERNELS: Kernels = Kernels {
+    untyped: &["orthogonality_residual"],
+    typed: &["orthogonality_gram", "orthogonality_gradient"],
+    ..Kernels::of(include_str!("orthogonality.cu"))
+};
 
-/// [`crate::importance::smooth_`] in one launch. False if not taken.
-///
-/// All four are contiguous float64 vectors of one length on one device.
-#[allow(clippy::too_many_arguments)]
-pub fn smooth_(
-    importance: &Tensor,
-    factor: &Tensor,
-    mean: &mut Tensor,
-    uncertainty: &mut Tensor,
-    beta1: f64,
-    beta2: f64,
-    stream: Stream,
-) -> Result<bool> {
-    let Some(target) = Target::of(importance, stream) else { return Ok(false) };
-    let length = checks::vector("importance", importance)?;
-    let vectors = [
-        ("importance", importance),
-        ("factor", factor),
-        ("mean", &*mean),
-        ("uncertainty", &*uncertainty),
-    ];
-    for (name, vector) in vectors {
-        checks::kind(name, vector, Kind::Double)?;
-        checks::shape(name, vector, &[length])?;
-        checks::same_device(name, vector, "importance", importance)?;
-    }
-    checks::decay("beta1", beta1)?;
-    checks::decay("beta2", beta2)?;
-    if length == 0 || vectors.iter().any(|(_, vector)| !vector.is_contiguous()) {
-        return Ok(false);
-    }
-    let arguments = [
-        Argument::of(importance),
-        Argument::of(factor),
-        Argument::of(mean),
-        Argument::of(uncertainty),
-        Argument::Int(int("modules", length)?),
-        Argument::Double(beta1),
-        Argument::Double(beta2),
-    ];
-    // SAFETY: the arguments of smooth.cu; contiguous, of the length given.
-    unsafe { target.launch("smooth", (1, 1), SMOOTH_THREADS, &arguments)? };
-    Ok(true)
-}
-
-const STEP_THREADS: u32 = 256;
+// As orthogonality.cu has them.
+const THREADS: u32 = 256;
 const MAX_RANK: i64 = 64;
 const STAGED: i64 = 64;
 const GRAM_LENGTH: i64 = 1024;
@@ -65,7 +25,7 @@ const MATRICES: usize = 512;
 /// `Matrix` of orthogonality.cu.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-pub struct Matrix {
+struct Matrix {
     values: u64,
     gradient: u64,
     scratch: i64,
@@ -75,7 +35,7 @@ pub struct Matrix {
 
 /// `Matrices` of orthogonality.cu.
 #[repr(C)]
-pub struct Matrices {
+struct Matrices {
     at: [Matrix; MATRICES],
     a_count: i32,
 }
@@ -88,7 +48,7 @@ struct Group {
     longest: i64,
 }
 
-/// [`crate::orthogonality::add_gradient_`] in three launches for up to 256 modules. `None` if not taken:
+/// [`crate::policies::orthogonality::add_gradient_`] in three launches for up to 256 modules. `None` if not taken:
 /// more than 64 ranks, several dtypes or devices, tensors that are not contiguous.
 ///
 /// `factor` is a scalar on the device of the parameters, converted to float64 if it is not.
@@ -151,24 +111,24 @@ pub fn add_orthogonality_gradient_(
     let mean = Tensor::f_empty([] as [i64; 0], (Kind::Double, like.device()))?;
     let kernel = format!("orthogonality_gram_{suffix}");
     for group in &groups {
-        let arguments = [Argument::Matrices(&group.table), Argument::of(&scratch)];
+        let arguments = [Argument::structure(&*group.table), Argument::of(&scratch)];
         let grid = (parts(group.longest, GRAM_LENGTH), group.count);
         // SAFETY: the arguments of orthogonality.cu; the table holds contiguous matrices and parts of the
         // scratch memory that are long enough.
-        unsafe { target.launch(&kernel, grid, STEP_THREADS, &arguments)? };
+        unsafe { target.launch(&kernel, grid, THREADS, &arguments)? };
         let arguments = [
-            Argument::Matrices(&group.table),
+            Argument::structure(&*group.table),
             Argument::of(&scratch),
             Argument::of(&norms.f_narrow(0, group.first, group.count)?),
         ];
         // SAFETY: as above.
         let grid = (group.count, 1);
-        unsafe { target.launch("orthogonality_residual", grid, STEP_THREADS, &arguments)? };
+        unsafe { target.launch("orthogonality_residual", grid, THREADS, &arguments)? };
     }
     let kernel = format!("orthogonality_gradient_{suffix}");
     for group in &groups {
         let arguments = [
-            Argument::Matrices(&group.table),
+            Argument::structure(&*group.table),
             Argument::of(&scratch),
             Argument::of(&norms.f_narrow(0, group.first, group.count)?),
             Argument::of(&norms),
@@ -178,7 +138,7 @@ pub fn add_orthogonality_gradient_(
         ];
         let grid = (parts(group.longest, STAGED), group.count);
         // SAFETY: as above; the caller holds the gradients mutably.
-        unsafe { target.launch(&kernel, grid, STEP_THREADS, &arguments)? };
+        unsafe { target.launch(&kernel, grid, THREADS, &arguments)? };
     }
     Ok(Some(mean))
 }

@@ -3,11 +3,12 @@
 
 use tch::{Kind, Tensor};
 
+use crate::checks;
 use crate::errors::Result;
 use crate::kernels::cuda;
-use crate::{checks, importance, orthogonality};
+use crate::policies::{orthogonality, smoothing};
 
-/// The vectors of the smoothing, float64, a slot a module; see [`importance::smooth_`].
+/// The vectors of the smoothing, float64, a slot a module; see [`smoothing::smooth_`].
 pub struct Smoothing {
     /// What the backward passes of the step have added up.
     pub importance: Tensor,
@@ -50,7 +51,7 @@ impl Plan {
         orthogonality::check("a", &a)?;
         orthogonality::check("b", &b)?;
         let Smoothing { importance, norm, mean, uncertainty, beta1, beta2 } = &smoothing;
-        importance::check(importance, norm, mean, uncertainty, *beta1, *beta2)?;
+        smoothing::check(importance, norm, mean, uncertainty, *beta1, *beta2)?;
         Ok(Self { a, b, smoothing })
     }
 
@@ -100,7 +101,7 @@ impl Plan {
             // The smoothing leaves out a step that is not finite.
             factor = factor.f_masked_fill(&like(overflow)?.f_gt(0.0)?, f64::NAN)?;
         }
-        importance::smooth_(importance, &factor, mean, uncertainty, *beta1, *beta2, queue)?;
+        smoothing::smooth_(importance, &factor, mean, uncertainty, *beta1, *beta2, queue)?;
         let _ = importance.f_zero_()?;
         Ok(())
     }

@@ -3,7 +3,7 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion};
-use increlora_rs::allocation::{
+use increlora_rs::policies::growth::{
     adam_ratio, choose, plan, restart_ratio, window, LearningRate, Wish,
 };
 
@@ -23,7 +23,7 @@ fn scores(modules: usize) -> Vec<f64> {
 }
 
 fn events(criterion: &mut Criterion) {
-    let mut group = criterion.benchmark_group("allocation");
+    let mut group = criterion.benchmark_group("growth");
     let wish = Wish { warmup: None, interval: None, top_h: None, add_r: 1, growth_end: 0.6 };
     for modules in MODULES {
         let (ranks, caps, costs) = (vec![1; modules], vec![768; modules], vec![1; modules]);

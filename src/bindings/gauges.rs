@@ -1,10 +1,32 @@
-//! The sketch of a module's gradient as Python functions.
+//! The gauges as Python functions.
 
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
 
-use crate::errors::detached;
-use crate::sketch;
+use super::detached;
+use crate::gauges::sketch;
+use crate::kernels::cuda;
+use crate::ops::low_rank::{self, LowRank};
+
+/// `sum |dW * (gy^T x)|` as a float64 scalar tensor.
+#[pyfunction(name = "importance")]
+#[pyo3(signature = (gy, x, a, b, e, scale, stream=0))]
+#[allow(clippy::too_many_arguments)]
+fn module_importance(
+    py: Python<'_>,
+    gy: PyTensor,
+    x: PyTensor,
+    a: PyTensor,
+    b: PyTensor,
+    e: PyTensor,
+    scale: f64,
+    stream: usize,
+) -> PyResult<PyTensor> {
+    let queue = cuda::Stream(stream);
+    let low_rank = LowRank { a: a.0, b: b.0, e: e.0, scale, queue };
+    let (gy, x) = (gy.0, x.0);
+    detached(py, move || low_rank::importance(&low_rank, &x, &gy).map(PyTensor))
+}
 
 /// Adds the gradient `gy^T x` of one backward pass to a sketch, in place.
 #[pyfunction]
@@ -61,6 +83,7 @@ fn sketched_triples(
 
 /// Adds everything to the module.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(module_importance, module)?)?;
     module.add_function(wrap_pyfunction!(add_to_sketch_, module)?)?;
     module.add_function(wrap_pyfunction!(take_sketches_, module)?)?;
     module.add_function(wrap_pyfunction!(sketched_triples, module)?)

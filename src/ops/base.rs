@@ -1,0 +1,56 @@
+//! The product with the weight of the base layer, `x W^T + bias`, and its gradient of x, around which an update
+//! is added.
+
+use tch::Tensor;
+
+use crate::checks;
+use crate::errors::Result;
+
+/// The base layer: its weight (out, in) and bias (out), both of the dtype of x.
+pub struct Base<'a> {
+    /// W.
+    pub weight: &'a Tensor,
+    /// Added to every row, where there is one.
+    pub bias: Option<&'a Tensor>,
+}
+
+impl Base<'_> {
+    /// Fails unless it takes an `x` (tokens, in) to (tokens, out).
+    pub fn check(&self, x: &Tensor, out: i64) -> Result<()> {
+        check_weight(self.weight, x, out)?;
+        if let Some(bias) = self.bias {
+            checks::kind("bias", bias, x.kind())?;
+            checks::shape("bias", bias, &[out])?;
+            checks::same_device("bias", bias, "x", x)?;
+        }
+        Ok(())
+    }
+
+    /// `y = x W^T + bias`, whatever y holds.
+    pub fn write(&self, x: &Tensor, y: &mut Tensor) -> Result<()> {
+        let _ = match self.bias {
+            Some(bias) => bias.f_addmm_out(y, x, &self.weight.f_tr()?)?,
+            None => x.f_mm_out(y, &self.weight.f_tr()?)?,
+        };
+        Ok(())
+    }
+
+    /// `y += x W^T`: the bias is in y already.
+    pub fn add_product(&self, x: &Tensor, y: &mut Tensor) -> Result<()> {
+        let _ = y.f_addmm_(x, &self.weight.f_tr()?)?;
+        Ok(())
+    }
+}
+
+/// Fails unless `weight` is (out, in) for an `x` (tokens, in), of its dtype.
+pub fn check_weight(weight: &Tensor, x: &Tensor, out: i64) -> Result<()> {
+    checks::kind("weight", weight, x.kind())?;
+    checks::same_device("weight", weight, "x", x)?;
+    checks::shape("weight", weight, &[out, x.size()[1]])
+}
+
+/// `grad_x += gy W`, from the gradient of y (tokens, out).
+pub fn add_grad_x(weight: &Tensor, gy: &Tensor, grad_x: &mut Tensor) -> Result<()> {
+    let _ = grad_x.f_addmm_(gy, weight)?;
+    Ok(())
+}

@@ -1,0 +1,8 @@
+//! What happens at an optimizer step, for all modules in one call.
+
+pub mod gate;
+pub mod growth;
+pub mod orthogonality;
+pub mod restart;
+pub mod smoothing;
+pub mod step;
