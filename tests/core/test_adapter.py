@@ -1,4 +1,4 @@
-"""The adapter's forward and backward (src/adapter.rs), by `_core` and by `ops.adapter`, against a
+"""The adapter's forward and backward (src/ops/low_rank.rs), by `_core` and by `ops.adapter`, against a
 reference that builds dW whole and leaves the gradients to autograd, in float64.
 """
 

@@ -1,4 +1,4 @@
-"""The importance of a module, sum |dW * G| taken block by block (src/importance.rs), against the same
+"""The importance of a module, sum |dW * G| taken block by block (src/gauges/sensitivity.rs), against the same
 sum over both matrices as a whole, in float64.
 """
 

@@ -1,4 +1,4 @@
-"""The orthogonality regulariser and its gradient in closed form (src/orthogonality.rs) against
+"""The orthogonality regulariser and its gradient in closed form (src/policies/orthogonality.rs) against
 autograd of the formula.
 """
 

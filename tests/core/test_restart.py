@@ -1,5 +1,5 @@
-"""The restart warm-up of new components (src/restart.rs): row by row against the formulas, and a grown
-parameter against a fresh one with an optimizer and a learning rate of its own.
+"""The restart warm-up of new components (src/policies/restart.rs): row by row against the formulas, and a
+grown parameter against a fresh one with an optimizer and a learning rate of its own.
 """
 
 import math

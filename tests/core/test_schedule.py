@@ -1,4 +1,4 @@
-"""The schedule of growth and the choice of modules (src/allocation.rs) as Python sees them; its
+"""The schedule of growth and the choice of modules (src/policies/growth.rs) as Python sees them; its
 properties over many plans are tested beside the code.
 """
 

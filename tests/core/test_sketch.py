@@ -1,4 +1,4 @@
-"""The sketch of a module's gradient (src/sketch.rs) against the gradient itself and torch.linalg.svd."""
+"""The sketch of a module's gradient (src/gauges/sketch.rs) against the gradient itself and its SVD."""
 
 import pytest
 import torch

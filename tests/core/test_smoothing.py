@@ -1,4 +1,4 @@
-"""The smoothing of the importances over the optimizer steps (`smooth_` of src/importance.rs) against
+"""The smoothing of the importances over the optimizer steps (`smooth_` of src/policies/smoothing.rs) against
 the formulas in plain Python floats.
 """
 

@@ -1,5 +1,5 @@
-"""The smoothing and the regulariser of a step in one call (`StepPlan` of src/step.rs) against the two
-called by themselves.
+"""The smoothing and the regulariser of a step in one call (`StepPlan` of src/policies/step.rs) against the
+two called by themselves.
 """
 
 import math

@@ -27,9 +27,10 @@ def test_the_guarantees_name_tests_of_every_chapter():
     assert len(NAMED) > 50
 
 
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
 LINKS = [
     (path, target)
-    for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
+    for path in PAGES
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text())
     if not target.startswith(("http", "#"))
 ]
@@ -42,6 +43,14 @@ def test_each_link_leads_to_a_file(page, target):
 
 def test_links_are_found():
     assert len(LINKS) > 40
+
+
+RUST = sorted({file for page in PAGES for file in re.findall(r"\bsrc/[\w/]+\.rs\b", page.read_text())})
+
+
+@pytest.mark.parametrize("file", RUST)
+def test_each_file_of_rust_that_is_named_exists(file):
+    assert (ROOT / file).exists()
 
 
 # The evidence.

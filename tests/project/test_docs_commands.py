@@ -1,4 +1,4 @@
-"""Commands in README and docs exist: targets of make, subcommands and options of increlora-rs, extras."""
+"""Commands in README, CONTRIBUTING and docs exist: targets of make, subcommands, options, extras."""
 
 import re
 import shlex
@@ -8,7 +8,7 @@ import pytest
 from increlora_rs.cli import _parser
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 SHELL = re.compile(r"^```(?:sh|bash)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:make|increlora-rs|pip install) [^`]+)`")
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
