@@ -38,4 +38,5 @@ def _grow(model: nn.Module, adapter_name: str) -> None:
         # A second adapter of the same layer grows differently.
         components = (index + len(layer.r)) % _ADDED
         room = layer.largest_rank - layer.r[adapter_name]
-        layer.grow(adapter_name, min(components, room), generator)
+        structure: Any = layer.structure
+        structure.grow(layer, adapter_name, min(components, room), generator)

@@ -116,9 +116,9 @@ def grow():
         for name, rank in ranks.items():
             missing = rank - layers[name].r[adapter_name]
             if missing > 0:
-                layers[name].grow(adapter_name, missing, generator)
+                layers[name].structure.grow(layers[name], adapter_name, missing, generator)
         for layer in layers.values():
-            layer.set_reserve(adapter_name, reserve, generator)
+            layer.structure.set_reserve(layer, adapter_name, reserve, generator)
             with torch.no_grad():
                 a, b, e = layer.factors(adapter_name)
                 a.normal_(0.0, 0.3, generator=generator)

@@ -24,8 +24,7 @@ from .training.callback import IncreLoraCallback  # noqa: E402
 from .training.distributed_checkpoint import load_checkpoint  # noqa: E402
 from .training.events import GrowthEvent, Resize  # noqa: E402
 from .training.scheduler import RankScheduler, attach  # noqa: E402
-from .tuner.model import IncreLoraModel  # noqa: E402
-from .tuner.registration import register  # noqa: E402
+from .tuner.registration import IncreLoraModel, register  # noqa: E402
 
 register()
 

@@ -405,9 +405,9 @@ def test_delta_weight_leaves_the_reserve_out(build, grow):
 @pytest.mark.parametrize("reserve", [0, 1, 4])
 def test_growth_keeps_the_parameter_objects(build, kind, reserve):
     _, layer = build(config_of(kind))
-    layer.set_reserve("default", reserve, generator())
+    layer.structure.set_reserve(layer, "default", reserve, generator())
     before = layer.factors("default")
-    layer.grow("default", 3, generator())
+    layer.structure.grow(layer, "default", 3, generator())
     after = layer.factors("default")
     assert all(old is new for old, new in zip(before, after, strict=True))
 
@@ -417,7 +417,7 @@ def test_growth_keeps_the_old_values(build, grow, kind):
     model, layer = build(config_of(kind))
     grow(model, {"lin0": 2})
     a, b, e = (factor.detach().clone() for factor in layer.factors("default"))
-    layer.grow("default", 3, generator())
+    layer.structure.grow(layer, "default", 3, generator())
     assert torch.equal(layer.lora_A["default"].weight[:2], a)
     assert torch.equal(layer.lora_B["default"].weight[:, :2], b)
     assert torch.equal(layer.lora_E["default"].weight[:2], e)
@@ -428,8 +428,8 @@ def test_growth_keeps_the_old_values(build, grow, kind):
 )
 def test_growth_gives_the_asked_shapes(build, kind, reserve, active):
     _, layer = build(config_of(kind))
-    layer.set_reserve("default", reserve, generator())
-    layer.grow("default", 3, generator())
+    layer.structure.set_reserve(layer, "default", reserve, generator())
+    layer.structure.grow(layer, "default", 3, generator())
     rows = active + max(reserve - 3, 0)
     assert layer.r["default"] == active
     assert tuple(layer.lora_A["default"].weight.shape) == (rows, IN)
@@ -441,7 +441,7 @@ def test_growth_gives_the_asked_shapes(build, kind, reserve, active):
 def test_growth_drops_the_gradients_and_stays_trainable(build, x, kind):
     _, layer = build(config_of(kind))
     layer(x).sum().backward()
-    layer.grow("default", 2, generator())
+    layer.structure.grow(layer, "default", 2, generator())
     assert gradients(layer) == [None, None, None]
     layer(x).square().sum().backward()
     assert [tuple(g.shape) for g in gradients(layer)] == [(3, IN), (OUT, 3), (3, 1)]
@@ -452,7 +452,7 @@ def test_growth_with_an_old_loss_alive_leaves_the_next_backward_right(build, gro
     grow(model, {"lin0": 2})
     old_loss = layer(x).square().sum()
     old_loss.backward()
-    layer.grow("default", 1, generator())
+    layer.structure.grow(layer, "default", 1, generator())
     layer(x).square().sum().backward()
     assert_equal(gradients(layer)[0], autograd_of(layer, x, 3)[0], 1e-9)
     assert old_loss.grad_fn is not None
@@ -463,7 +463,7 @@ def test_new_components_change_nothing_by_themselves(build, grow, x, kind):
     model, layer = build(config_of(kind))
     grow(model, {"lin0": 2})
     before = layer(x)
-    layer.grow("default", 3, generator())
+    layer.structure.grow(layer, "default", 3, generator())
     assert_equal(layer(x), before)
 
 
@@ -473,7 +473,7 @@ def test_new_components_change_nothing_by_themselves(build, grow, x, kind):
 )
 def test_new_components_are_drawn_by_the_init(build, kind, row_a, row_b, e):
     _, layer = build(config_of(kind))
-    layer.grow("default", 3, generator())
+    layer.structure.grow(layer, "default", 3, generator())
     assert bool(layer.lora_A["default"].weight[1:].abs().gt(0).all()) is row_a
     assert bool(layer.lora_B["default"].weight[:, 1:].abs().gt(0).all()) is row_b
     assert layer.lora_E["default"].weight[1:].flatten().tolist() == [e] * 3
@@ -499,7 +499,7 @@ def test_growth_follows_its_generator(build):
     grown = []
     for seed in (1, 1, 2):
         _, layer = build(config_of("svd"))
-        layer.grow("default", 2, generator(seed))
+        layer.structure.grow(layer, "default", 2, generator(seed))
         grown.append((layer.lora_A["default"].weight[1:], layer.lora_B["default"].weight[:, 1:]))
     assert torch.equal(grown[0][0], grown[1][0])
     assert torch.equal(grown[0][1], grown[1][1])
@@ -508,18 +508,18 @@ def test_growth_follows_its_generator(build):
 
 def test_reserve_turns_active_first(build):
     _, layer = build(config_of("svd"))
-    layer.set_reserve("default", 2, generator())
+    layer.structure.set_reserve(layer, "default", 2, generator())
     a, b = layer.lora_A["default"].weight.detach().clone(), layer.lora_B["default"].weight.detach().clone()
-    layer.grow("default", 1, generator(1))
-    assert (layer.r["default"], layer.reserve("default")) == (2, 1)
+    layer.structure.grow(layer, "default", 1, generator(1))
+    assert (layer.r["default"], layer.structure.reserve(layer, "default")) == (2, 1)
     assert torch.equal(layer.lora_A["default"].weight, a)
     assert torch.equal(layer.lora_B["default"].weight, b)
 
 
 def test_reserve_turned_active_starts_from_its_small_e(build):
     _, layer = build(config_of("svd"))
-    layer.set_reserve("default", 1, generator())
-    layer.grow("default", 3, generator(1))
+    layer.structure.set_reserve(layer, "default", 1, generator())
+    layer.structure.grow(layer, "default", 3, generator(1))
     torch.testing.assert_close(
         layer.lora_E["default"].weight.flatten().tolist(), [0.0, RESERVE_E, 0.0, 0.0], rtol=1e-6, atol=0.0
     )
@@ -530,7 +530,7 @@ def test_training_output_is_continuous_when_the_reserve_turns_active(build, grow
     grow(model, {"lin0": 2}, reserve=2)
     layer.train()
     before = layer(x)
-    layer.grow("default", 2, generator())
+    layer.structure.grow(layer, "default", 2, generator())
     assert_equal(layer(x), before, 1e-12)
 
 
@@ -539,8 +539,8 @@ def test_dropped_reserve_leaves_the_active_components(build, grow):
     grow(model, {"lin0": 3}, reserve=2)
     before = update_of(layer)
     parameter = layer.lora_A["default"].weight
-    layer.set_reserve("default", 0)
-    assert layer.reserve("default") == 0
+    layer.structure.set_reserve(layer, "default", 0)
+    assert layer.structure.reserve(layer, "default") == 0
     assert layer.lora_A["default"].weight is parameter
     assert_equal(update_of(layer), before, 0.0)
 
@@ -552,7 +552,7 @@ def test_preserve_output_keeps_the_function_under_rank_scaling(build, grow, x, i
     model, layer = build(config)
     grow(model, {"lin0": 1})
     before = layer(x)
-    layer.grow("default", 2, generator())
+    layer.structure.grow(layer, "default", 2, generator())
     assert_equal(layer(x), before)
 
 
@@ -560,14 +560,14 @@ def test_without_preserve_output_growth_shrinks_the_update_as_in_the_paper(build
     model, layer = build(config_of("paper"))
     grow(model, {"lin0": 1})
     before = layer.get_delta_weight("default")
-    layer.grow("default", 1, generator())
+    layer.structure.grow(layer, "default", 1, generator())
     assert_equal(layer.get_delta_weight("default"), before / 2)
 
 
 @pytest.mark.parametrize(("scaling", "scale"), [("budget", ALPHA / BUDGET), ("rank", ALPHA / 3)])
 def test_growth_sets_the_scale(build, scaling, scale):
     _, layer = build(config_of(scaling=scaling))
-    layer.grow("default", 2, generator())
+    layer.structure.grow(layer, "default", 2, generator())
     assert layer.scaling["default"] == pytest.approx(scale)
 
 
@@ -575,27 +575,27 @@ def test_growth_while_merged_is_refused(build):
     _, layer = build()
     layer.merge()
     with pytest.raises(ValueError, match="'default' is merged"):
-        layer.grow("default", 1, generator())
+        layer.structure.grow(layer, "default", 1, generator())
     assert layer.r["default"] == 1
 
 
 def test_growth_past_the_smaller_side_is_refused(build):
     _, layer = build()
     with pytest.raises(ValueError, match=f"rank {IN + 1} .*{IN}"):
-        layer.grow("default", IN, generator())
+        layer.structure.grow(layer, "default", IN, generator())
     assert (layer.r["default"], tuple(layer.lora_A["default"].weight.shape)) == (1, (1, IN))
 
 
 def test_growth_to_the_smaller_side_is_granted(build):
     _, layer = build()
-    layer.grow("default", IN - 1, generator())
+    layer.structure.grow(layer, "default", IN - 1, generator())
     assert layer.r["default"] == IN
 
 
 def test_growth_of_one_adapter_leaves_the_other(build, grow):
     model, layer = build()
     model.add_adapter("other", config_of())
-    layer.grow("other", 3, generator())
+    layer.structure.grow(layer, "other", 3, generator())
     assert layer.r == {"default": 1, "other": 4}
     assert tuple(layer.lora_A["default"].weight.shape) == (1, IN)
 
@@ -603,16 +603,16 @@ def test_growth_of_one_adapter_leaves_the_other(build, grow):
 def test_growth_under_another_default_device_draws_the_same(build):
     _, plain = build(config_of("svd"))
     _, moved = build(config_of("svd"))
-    plain.grow("default", 2, generator())
+    plain.structure.grow(plain, "default", 2, generator())
     with torch.device("meta"):
-        moved.grow("default", 2, generator())
+        moved.structure.grow(moved, "default", 2, generator())
     assert torch.equal(moved.lora_A["default"].weight[1:], plain.lora_A["default"].weight[1:])
 
 
 def test_frozen_adapter_stays_frozen_when_it_grows(build):
     _, layer = build()
     layer.set_requires_grad("default", requires_grad=False)
-    layer.grow("default", 1, generator())
+    layer.structure.grow(layer, "default", 1, generator())
     assert [p.requires_grad for p in layer.parameters()] == [False] * 5
 
 
@@ -621,14 +621,14 @@ def test_frozen_adapter_stays_frozen_when_it_grows(build):
 
 def test_adapter_of_a_bfloat16_base_is_float32(build):
     _, layer = build(dtype=torch.bfloat16)
-    layer.grow("default", 2, generator())
+    layer.structure.grow(layer, "default", 2, generator())
     dtypes = {factor.dtype for factor in layer.factors("default")}
     assert dtypes == {torch.float32}
 
 
 def test_adapter_keeps_the_base_dtype_where_autocast_adapter_dtype_is_off(build):
     _, layer = build(dtype=torch.bfloat16, autocast_adapter_dtype=False)
-    layer.grow("default", 2, generator())
+    layer.structure.grow(layer, "default", 2, generator())
     dtypes = {factor.dtype for factor in layer.factors("default")}
     assert dtypes == {torch.bfloat16}
 
@@ -686,7 +686,7 @@ def test_second_derivative_is_refused(build, grow, x):
 def test_adapter_cast_later_grows_in_its_dtype(build):
     model, layer = build(dtype=torch.bfloat16, autocast_adapter_dtype=False)
     cast_adapter_dtype(model, "default", autocast_adapter_dtype=True)
-    layer.grow("default", 1, generator())
+    layer.structure.grow(layer, "default", 1, generator())
     assert layer.lora_A["default"].weight.dtype == torch.float32
 
 
@@ -696,7 +696,7 @@ def test_adapter_cast_later_grows_in_its_dtype(build):
 @pytest.mark.parametrize("scaling", ["budget", "rank"])
 def test_set_scale_is_a_multiple_of_the_configured_scale(build, scaling):
     _, layer = build(config_of(scaling=scaling))
-    layer.grow("default", 1, generator())
+    layer.structure.grow(layer, "default", 1, generator())
     configured = scale_of(layer.configs["default"], 2)
     layer.set_scale("default", 0.5)
     assert layer.scaling["default"] == pytest.approx(0.5 * configured)
@@ -712,7 +712,7 @@ def test_scaled_layer_scales_its_update(build, grow, x):
 @pytest.mark.parametrize("argument", [0.25, None])
 def test_unscaling_gives_the_configured_scale_back(build, argument):
     _, layer = build(config_of(scaling="rank"))
-    layer.grow("default", 1, generator())
+    layer.structure.grow(layer, "default", 1, generator())
     layer.scale_layer(0.25)
     layer.unscale_layer(argument)
     assert layer.scaling["default"] == pytest.approx(ALPHA / 2)
@@ -722,7 +722,7 @@ def test_unscaling_gives_the_configured_scale_back(build, argument):
 def test_growth_keeps_a_scale_set_by_hand(build, scaling):
     _, layer = build(config_of(scaling=scaling))
     layer.set_scale("default", 0.5)
-    layer.grow("default", 1, generator())
+    layer.structure.grow(layer, "default", 1, generator())
     assert layer.scaling["default"] == pytest.approx(0.5 * scale_of(layer.configs["default"], 2))
 
 
@@ -767,7 +767,8 @@ def test_copy_grows_by_itself(build, grow, x, duplicate):
     model, layer = build(config_of("paper"))
     grow(model, {"lin0": 3})
     twin = duplicate(model)
-    adapted_layers(twin, "default")["base_model.model.lin0"].grow("default", 2, generator())
+    own = adapted_layers(twin, "default")["base_model.model.lin0"]
+    own.structure.grow(own, "default", 2, generator())
     assert layer.r["default"] == 3
     assert tuple(layer.lora_A["default"].weight.shape) == (3, IN)
 
@@ -780,7 +781,7 @@ def test_state_dict_loads_into_a_model_of_initial_rank(build, grow, x, kind, res
     grow(model, {"lin0": 3}, reserve=reserve)
     fresh, layer = build(config_of(kind))
     fresh.load_state_dict(model.state_dict())
-    assert (layer.r["default"], layer.reserve("default")) == (3, reserve)
+    assert (layer.r["default"], layer.structure.reserve(layer, "default")) == (3, reserve)
     assert torch.equal(fresh.train(training)(x), model.train(training)(x))
 
 
@@ -790,7 +791,7 @@ def test_state_dict_of_lower_rank_loads_into_a_grown_model(build, grow, x):
     grow(model, {"lin0": 2})
     grow(fresh, {"lin0": 5}, reserve=2, seed=1)
     fresh.load_state_dict(model.state_dict())
-    assert (layer.r["default"], layer.reserve("default")) == (2, 0)
+    assert (layer.r["default"], layer.structure.reserve(layer, "default")) == (2, 0)
     assert torch.equal(fresh(x), model(x))
 
 

@@ -88,8 +88,8 @@ def filled(case, rank=3, reserve=0, **kwargs):
 
 def fill(layer, name, rank, reserve=0):
     generator = torch.Generator().manual_seed(11)
-    layer.grow(name, rank - layer.r[name], generator)
-    layer.set_reserve(name, reserve, generator)
+    layer.structure.grow(layer, name, rank - layer.r[name], generator)
+    layer.structure.set_reserve(layer, name, reserve, generator)
     with torch.no_grad():
         a, b, e = layer.factors(name)
         a.normal_(0.0, 0.5, generator=generator)
@@ -207,7 +207,7 @@ def test_growth_leaves_the_output_as_it_was(case, init):
     _, layer = filled(case, init_lora_weights=init)
     x = input_of(case)
     before = layer(x).detach()
-    layer.grow("default", 2, torch.Generator().manual_seed(1))
+    layer.structure.grow(layer, "default", 2, torch.Generator().manual_seed(1))
     assert layer.r["default"] == 5
     assert_equal(layer(x).detach(), before)
 
@@ -246,7 +246,7 @@ def test_the_padding_of_an_embedding_never_moves(init):
         loss_of(model(IDS)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    layer.grow("default", 1, torch.Generator().manual_seed(0))
+    layer.structure.grow(layer, "default", 1, torch.Generator().manual_seed(0))
     after = model(IDS).detach()
     assert torch.equal(after[IDS == 3], before[IDS == 3])
     assert not torch.equal(after[IDS != 3], before[IDS != 3])
@@ -467,7 +467,7 @@ def test_a_copy_gives_the_same_output_and_grows_by_itself(case):
     twin = copy.deepcopy(model)
     assert torch.equal(twin(input_of(case)), model(input_of(case)))
     (other,) = adapted_layers(twin, "default").values()
-    other.grow("default", 1, torch.Generator().manual_seed(0))
+    other.structure.grow(other, "default", 1, torch.Generator().manual_seed(0))
     assert (layer.r["default"], other.r["default"]) == (3, 4)
 
 
@@ -478,7 +478,7 @@ def test_a_saved_adapter_of_grown_rank_loads(case, tmp_path):
     torch.manual_seed(3)
     fresh = PeftModel.from_pretrained(One(CASES[case][0]()).double(), tmp_path).eval()
     (layer,) = adapted_layers(fresh, "default").values()
-    assert (layer.r["default"], layer.reserve("default")) == (3, 0)
+    assert (layer.r["default"], layer.structure.reserve(layer, "default")) == (3, 0)
     assert_equal(fresh(input_of(case)), model(input_of(case)).detach(), 1e-6)
 
 
@@ -487,7 +487,7 @@ def test_a_state_dict_of_grown_rank_loads(case):
     model, _ = filled(case, reserve=2)
     fresh, layer = adapted(case)
     fresh.load_state_dict(model.state_dict())
-    assert (layer.r["default"], layer.reserve("default")) == (3, 2)
+    assert (layer.r["default"], layer.structure.reserve(layer, "default")) == (3, 2)
     assert torch.equal(fresh.train()(input_of(case)), model.train()(input_of(case)))
 
 

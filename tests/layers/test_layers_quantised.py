@@ -340,7 +340,7 @@ def batch(n=16):
 def fill(model):
     generator = torch.Generator().manual_seed(11)
     for layer in adapted_layers(model, "default").values():
-        layer.grow("default", 2, generator)
+        layer.structure.grow(layer, "default", 2, generator)
         with torch.no_grad():
             layer.lora_B["default"].weight.normal_(0.0, 0.3, generator=generator)
 

@@ -149,7 +149,8 @@ def test_inductor_draws_masks_of_the_right_share_and_the_same_in_both_passes():
     # The base weight is 0, so what is dropped has no gradient, and what is kept has A scaled up.
     kept = x.grad != 0
     assert 0.73 < kept.float().mean() < 0.77
-    a, b, e = layer.active_factors("default")
+    update = layer.update("default")
+    a, b, e = update.a, update.b, update.e
     per_element = (b.sum(0) * e.view(-1)) @ a * layer.scaling["default"] / 0.75
     torch.testing.assert_close(x.grad, kept * per_element.detach(), atol=1e-5, rtol=1e-3)
 

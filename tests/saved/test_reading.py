@@ -251,7 +251,9 @@ def test_model_and_directory_give_the_same_factors(make_plain, grow, adapter):
     assert list(memory.modules) == list(disk.modules) == ["lin0", "lin1"]
     for name in RANKS:
         for factor in "abe":
-            assert torch.equal(getattr(memory.modules[name], factor), getattr(disk.modules[name], factor))
+            assert torch.equal(
+                getattr(memory.modules[name].update, factor), getattr(disk.modules[name].update, factor)
+            )
 
 
 @pytest.mark.parametrize("form", [IncreLoraConfig, IncreLoraConfig.paper])
@@ -260,7 +262,8 @@ def test_factors_multiply_to_the_layers_update(make_plain, grow, form):
     grow(model, RANKS, reserve=1)
     layers = adapted_layers(model, "default")
     for name, module in read(model).modules.items():
-        update = module.scale * (module.b * module.e.view(-1)) @ module.a
+        update = module.update
+        update = update.scale * (update.b * update.e.view(-1)) @ update.a
         wanted = layers[f"base_model.model.{name}"].get_delta_weight("default")
         torch.testing.assert_close(update, wanted)
 
@@ -287,12 +290,12 @@ def test_unknown_adapter_name_is_refused_with_the_names_there_are(make_plain):
 
 
 def test_plain_lora_model_is_refused(make_plain):
-    with pytest.raises(ValueError, match="no IncreLoRA adapter 'default'"):
+    with pytest.raises(ValueError, match="no adapter of increlora_rs 'default'"):
         read(get_peft_model(make_plain(), LoraConfig(target_modules=["lin0"])))
 
 
 def test_model_without_adapters_is_refused(make_plain):
-    with pytest.raises(ValueError, match="no IncreLoRA adapter 'default'"):
+    with pytest.raises(ValueError, match="no adapter of increlora_rs 'default'"):
         read(make_plain())
 
 

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from increlora_rs import IncreLoraConfig, attach, load_checkpoint
 from increlora_rs.training import checkpoint as saved_state
 from increlora_rs.training.modules import adapted_modules
+from sizes import resize
 from test_distributed import torchrun
 from torch import nn
 from torch.distributed.checkpoint import state_dict as api
@@ -229,7 +230,7 @@ def from_version_1(kind):
     model, optimizer, scheduler = begin(kind)
     for module in adapted_modules(model, "default"):
         a, b, e = saved["adapter"][module.name]
-        module.layer.resize("default", e.shape[0], a.shape[0])
+        resize(module.layer, e.shape[0], a.shape[0])
         with torch.no_grad():
             for parameter, value in zip((module.a, module.b, module.e), (a, b, e), strict=True):
                 parameter.copy_(value)

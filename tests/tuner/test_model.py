@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from increlora_rs import IncreLoraConfig
 from increlora_rs.layers import Linear
 from increlora_rs.layers.found import adapted_layers
+from increlora_rs.support import names as names_of_modules
 from increlora_rs.support.names import anchored, short
-from increlora_rs.tuner import model as adapted_model
 from peft import (
     AutoPeftModelForSequenceClassification,
     PeftModel,
@@ -251,7 +251,9 @@ def test_saving_leaves_the_reserve_in_the_model(make_bert, grow, tmp_path):
     model = get_peft_model(make_bert(), configure("paper"))
     grow(model, RANKS, reserve=2)
     model.save_pretrained(tmp_path)
-    assert {layer.reserve("default") for layer in adapted_layers(model, "default").values()} == {2}
+    assert {
+        layer.structure.reserve(layer, "default") for layer in adapted_layers(model, "default").values()
+    } == {2}
 
 
 def test_saved_ranks_are_anchored_full_names(saved):
@@ -281,8 +283,8 @@ def test_a_name_that_matches_another_is_escaped():
 
 def test_many_names_are_anchored_with_work_that_grows_as_they_do(monkeypatch):
     compared = []
-    plain = adapted_model._dotted
-    monkeypatch.setattr(adapted_model, "_dotted", lambda *args: compared.append(args) or plain(*args))
+    plain = names_of_modules._dotted
+    monkeypatch.setattr(names_of_modules, "_dotted", lambda *args: compared.append(args) or plain(*args))
 
     def work(count):
         compared.clear()
@@ -654,7 +656,7 @@ def test_optimizer_trains_what_grew(trained, tokens):
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     for layer in adapted_layers(trained, "default").values():
-        layer.grow("default", 2, torch.Generator().manual_seed(0))
+        layer.structure.grow(layer, "default", 2, torch.Generator().manual_seed(0))
     before = [p.detach().clone() for p in parameters]
     trained(tokens, labels=torch.tensor([0, 1])).loss.backward()
     optimizer.step()

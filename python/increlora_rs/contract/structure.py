@@ -1,38 +1,135 @@
-"""What the tensors of an adapter have to be."""
+"""How a method builds the update of a module: its parameters, their first values, what they amount to."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
+
+from ..ops.update import Update
+from ..support.sites import Site
 
 
 class SizeMismatchError(ValueError, RuntimeError):
     """Tensors do not fit the model: bad input to this library, and a RuntimeError where torch tells it."""
 
 
-def check_factors(name: str, a: Tensor, b: Tensor, e: Tensor, in_features: int, out_features: int) -> None:
-    """Raises ValueError unless A, B, E are finite and fit a module of the given size."""
-    check_shapes(name, a, b, e, in_features, out_features)
-    for factor, tensor in (("lora_E", e), ("lora_A", a), ("lora_B", b)):
+class Structure(ABC):
+    """How the update of a module is made of parameters.
+
+    It holds no state: the layer holds the parameters, for each adapter one by each of ``names``, and hands
+    them over as a dictionary.
+    """
+
+    #: Of the parameters, as files and optimizers have them: ``lora_A`` stands for ``lora_A.ADAPTER.weight``.
+    names: ClassVar[tuple[str, ...]]
+    #: What can be adapted: "linear", "embedding", "convolution".
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    #: The parameters that may change their size, and along which dimension.
+    growing: ClassVar[Mapping[str, int]] = {}
+
+    @abstractmethod
+    def shapes(self, site: Site, rank: int, config: Any) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters of a module of rank ``rank``, in the order of the checks."""
+
+    @abstractmethod
+    def draw(
+        self, site: Site, rank: int, config: Any, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """First values, float32. The update they make is 0, and some of its gradients are not.
+
+        Args:
+            generator: Of the CPU; None: torch's own, on torch's default device (meta while loading).
+        """
+
+    @abstractmethod
+    def update(
+        self, parameters: Mapping[str, Tensor], site: Site, config: Any, scale: Any, *, training: bool
+    ) -> Update:
+        """The update in one forward pass, or in a saved adapter.
+
+        Args:
+            parameters: Those of ``names`` and of :meth:`frozen`.
+            scale: What it is multiplied by: a number, or in a compiled graph float64 (1).
+            training: Is it a forward pass in training?
+        """
+
+    @abstractmethod
+    def rank_of(self, parameters: Mapping[str, Tensor]) -> int:
+        """The rank that the parameters' shapes tell; in a graph a size that it does not know."""
+
+    def sizes(self, parameters: Mapping[str, Tensor], config: Any, name: str) -> tuple[int, int]:
+        """The size (out, in) of module ``name`` as a saved adapter alone tells it."""
+        raise NotImplementedError
+
+    def frozen(self, site: Site, config: Any) -> dict[str, Tensor]:
+        """What belongs to the update and is not trained: made anew from a seed, never saved. By name."""
+        return {}
+
+    def of_low_rank(self, a: Tensor, b: Tensor, e: Tensor) -> dict[str, Tensor] | None:
+        """Parameters whose update, at scale 1, is ``B diag(E) A``; None: there are none in general."""
+        return None
+
+    def to_save(self, name: str, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is saved of the parameters of module ``name``.
+
+        Raises:
+            ValueError: they do not fit each other.
+        """
+        return parameters
+
+    def first_learners(self, site: Site, config: Any) -> tuple[str, ...]:
+        """The parameters that get a gradient in the first step; none where all do."""
+        return ()
+
+    def check(
+        self, name: str, parameters: Mapping[str, Tensor], site: Site, config: Any, rank: int | None = None
+    ) -> None:
+        """Raises unless the tensors of a saved adapter are finite and fit the module.
+
+        Args:
+            rank: The rank that they must have; None: any, as far as they grow.
+
+        Raises:
+            SizeMismatchError: a shape is wrong.
+            ValueError: a number is not finite.
+        """
+        wanted = self.shapes(site, self._rank(parameters) if rank is None else rank, config)
+        for parameter, shape in wanted.items():
+            have = tuple(parameters[parameter].shape)
+            if have != shape or 0 in shape:
+                raise SizeMismatchError(
+                    f"size mismatch: {parameter} of module {name!r} has shape {have} in the adapter, but the "
+                    f"model needs {shape}, with a rank of 1 or more; the adapter was saved from another base "
+                    "model, or is damaged."
+                )
+        check_finite(name, {parameter: parameters[parameter] for parameter in wanted})
+
+    def rescaled_by_growth(self, config: Any, alpha: float, old_rank: int, rank: int) -> float:
+        """What a growth from ``old_rank`` to ``rank`` multiplies old rows by, along the last of ``names``."""
+        return 1.0
+
+    def may_take(self, site: Site, shapes: Mapping[str, tuple[int, ...]], config: Any) -> bool:
+        """Can the parameters of a module take the sizes ``shapes``, as a checkpoint has them?"""
+        return False
+
+    def _rank(self, parameters: Mapping[str, Tensor]) -> int:
+        try:
+            return int(self.rank_of(parameters))
+        except IndexError:
+            # A tensor of no dimension.
+            return 0
+
+
+def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless all numbers of module ``name`` are finite."""
+    for parameter, tensor in tensors.items():
         if tensor.device.type != "meta" and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise ValueError(
-                f"{factor} of module {name!r} holds {bad} values that are NaN or infinite; the adapter "
+                f"{parameter} of module {name!r} holds {bad} values that are NaN or infinite; the adapter "
                 "is damaged, or its training diverged: take an earlier checkpoint."
-            )
-
-
-def check_shapes(name: str, a: Tensor, b: Tensor, e: Tensor, in_features: int, out_features: int) -> None:
-    """Raises ValueError unless A, B, E of an adapter fit each other and a module of the given size."""
-    rank = e.shape[0] if e.dim() else 0
-    for factor, tensor, want in (
-        ("lora_E", e, (rank, 1)),
-        ("lora_A", a, (rank, in_features)),
-        ("lora_B", b, (out_features, rank)),
-    ):
-        if tuple(tensor.shape) != want or rank < 1:
-            raise SizeMismatchError(
-                f"size mismatch: {factor} of module {name!r} has shape {tuple(tensor.shape)} in the adapter, "
-                f"but the model needs {want}, with a rank of 1 or more; the adapter was saved from another "
-                "base model, or is damaged."
             )

@@ -1,8 +1,8 @@
-"""What every adapted layer has, whatever module it adapts: parameters, growth, merging, loading."""
+"""What every adapted layer has, whatever module it adapts and whatever the method: parameters, merging,
+loading."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -14,29 +14,39 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from .._core import RESERVE_E
-from ..methods.increlora.config import IncreLoraConfig
+from ..contract.config import MethodConfig
 from ..ops.modes import watched
 from ..ops.probe import Probe
 from ..ops.scales import Ranks, Scales
-from ..resizing.graph import may_differ
-from ..resizing.parameter import append, resize
+from ..ops.update import Update
+from ..resizing.parameter import resize
+from ..support.sites import Site
 from .call import drops_plainly, is_plain_call
-from .factor import Factor
+from .factor import Constant, Factor
 from .offload import hook_of, onloaded
 from .requantised import Former
 from .weight import changed_weight
 
-_PAPER_STD = 0.02
-
 
 class AdaptedLayer(nn.Module, LoraLayer, ABC):
-    """A frozen module with an update ``s B diag(E) A`` of its weight whose rank can grow.
+    """A frozen module with an update of its weight, which the method's structure makes of parameters.
 
-    For each adapter the parameters are ``lora_A.NAME.weight`` (rows, in), ``lora_B.NAME.weight`` (out, rows)
-    and ``lora_E.NAME.weight`` (rank, 1), rows = rank + components in reserve. They alone say what the rank
-    is, and they keep their identity when they grow, so optimizers and hooks that hold them stay valid. A
-    subclass says what in and out are, and how the update acts.
+    For each adapter the parameters are ``FACTOR.NAME.weight``, FACTOR one of ``structure.names``. They alone
+    say what the rank is, and they keep their identity when they grow, so optimizers and hooks that hold them
+    stay valid. A subclass says what in and out are, and how the update acts.
+
+    Args:
+        base_layer: The module.
+        adapter_name: Name of the first adapter; further ones come by :meth:`update_layer`.
+        config: Its configuration.
+        r: Its rank.
+        lora_alpha: Its alpha.
+        probe: What the layers of the adapter share with the training.
+        quantization: PEFT's access to a quantised weight.
+        name: Full name of the module in its model.
+
+    Raises:
+        ValueError: the module cannot be adapted, or is too small for the rank.
     """
 
     # What the layer adapts: "linear", "transposed" (transformers' Conv1D), "embedding", "convolution".
@@ -57,7 +67,8 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
     # What a quantised base layer held before adapters were merged into it.
     _former: Former | None = None
 
-    adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_E")
+    # On each layer: the parameters' names are the method's. All adapters of a model are of one.
+    adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = (
         "lora_alpha",
         "scaling",
@@ -72,20 +83,29 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         self,
         base_layer: nn.Module,
         adapter_name: str,
-        config: IncreLoraConfig,
+        config: MethodConfig,
         r: int,
         lora_alpha: float,
         probe: Probe,
         quantization: QuantizationBackend | None = None,
+        name: str = "",
     ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer)
+        self.structure = config.method.structure
+        self.site = self._site(name)
+        if self.site.family not in self.structure.kinds:
+            raise ValueError(
+                f"it is of kind {self.site.family!r}, and {config.method.title} adapts "
+                f"{' and '.join(sorted(self.structure.kinds))} modules only; leave it out of "
+                "target_modules, or take IncreLoraConfig."
+            )
         self.quantization = quantization
         self.scaling = Scales(self)
-        self.lora_A = nn.ModuleDict({})
-        self.lora_B = nn.ModuleDict({})
-        self.lora_E = nn.ModuleDict({})
-        self.configs: dict[str, IncreLoraConfig] = {}
+        self.adapter_layer_names = self._tensor_names = self.structure.names
+        for factor in self.structure.names:
+            setattr(self, factor, nn.ModuleDict({}))
+        self.configs: dict[str, MethodConfig] = {}
         self.probes: dict[str, Probe] = {}
         self.slots: dict[str, int] = {}
         self._active_adapter = adapter_name
@@ -96,7 +116,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         adapter_name: str,
         r: int,
         lora_alpha: float,
-        config: IncreLoraConfig,
+        config: MethodConfig,
         probe: Probe,
     ) -> None:
         """Creates, or creates anew, the parameters of an adapter of rank ``r``."""
@@ -114,9 +134,15 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         self.use_rslora[adapter_name] = config.use_rslora
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0.0 else nn.Identity()
         self.lora_dropout[adapter_name] = dropout
-        drawn = self._draw(adapter_name, r, None)
-        for held, weight in zip((self.lora_A, self.lora_B, self.lora_E), drawn, strict=True):
-            held[adapter_name] = Factor(weight)
+        drawn = self.structure.draw(self.site, r, config)
+        for factor in self.structure.names:
+            getattr(self, factor)[adapter_name] = Factor(drawn[factor])
+        for constant, value in self.structure.frozen(self.site, config).items():
+            if constant not in self.other_param_names:
+                setattr(self, constant, nn.ModuleDict({}))
+                self.other_param_names = (*self.other_param_names, constant)
+                self._tensor_names = (*self._tensor_names, constant)
+            getattr(self, constant)[adapter_name] = Constant(value)
         self.scaling.configure(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -130,10 +156,13 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
             device = hook.execution_device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
+    def _site(self, name: str) -> Site:
+        return Site(name, "linear", self.out_features, self.in_features)
+
     @property
     def largest_rank(self) -> int:
         """min(in, out): no update of this layer has a higher rank."""
-        return min(self.in_features, self.out_features)
+        return self.site.largest_rank
 
     @property
     def is_lora(self) -> bool:
@@ -142,175 +171,80 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
 
     @property
     def r(self) -> Mapping[str, int]:
-        """The rank by adapter name, read off E: to change it, :meth:`grow` or :meth:`resize`."""
+        """The rank by adapter name, read off the parameters."""
         return Ranks(self)
 
     @r.setter
     def r(self, ranks: dict[str, int]) -> None:
         # LoraLayer's constructor begins with an empty dictionary.
         if ranks:
-            raise AttributeError(f"r={ranks!r}: a rank is the size of lora_E; grow() and resize() change it.")
+            raise AttributeError(
+                f"r={ranks!r}: a rank is the size of the parameters, which training and loading change."
+            )
+
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        """Something for each adapter: what holds the first of its parameters."""
+        held: Any = self._modules[self.structure.names[0]]
+        first: nn.ModuleDict = held
+        return first
 
     def rank(self, adapter_name: str) -> int:
-        """Number of active components."""
-        return int(self.factors(adapter_name)[2].shape[0])
+        """The rank, as the parameters' sizes tell it."""
+        return int(self.structure.rank_of(self.tensors(adapter_name)))
 
-    def reserve(self, adapter_name: str) -> int:
-        """Number of components in reserve."""
-        a, _, e = self.factors(adapter_name)
-        return int(a.shape[0] - e.shape[0])
-
-    def factors(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
-        """The parameters A (rows, in), B (out, rows), E (rank, 1), with the reserve."""
+    def factors(self, adapter_name: str) -> tuple[nn.Parameter, ...]:
+        """The parameters, in the order of ``structure.names``."""
         # mypy knows no module of a ModuleDict by its class.
-        a: Any = self.lora_A[adapter_name]
-        b: Any = self.lora_B[adapter_name]
-        e: Any = self.lora_E[adapter_name]
-        return a.weight, b.weight, e.weight
+        held: Any = self._modules
+        return tuple(held[factor][adapter_name].weight for factor in self.structure.names)
 
-    def _draw(
-        self, adapter_name: str, n: int, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """``n`` new components, float32: A (n, in), B (out, n), E (n, 1)."""
-        # A generator is of the CPU; without one, the default device holds (meta while loading).
-        device = None if generator is None else generator.device
-        a = torch.empty(n, self.in_features, device=device)
-        b = torch.zeros(self.out_features, n, device=device)
-        config = self.configs[adapter_name]
-        if config.init_lora_weights == "svd":
-            a.normal_(0.0, _PAPER_STD, generator=generator)
-            b.normal_(0.0, _PAPER_STD, generator=generator)
-            return a, b, torch.zeros(n, 1, device=device)
-        self._fill(a, b, config, generator)
-        return a, b, torch.ones(n, 1, device=device)
+    def tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        """The parameters by their names, and what belongs to them without being trained."""
+        held: Any = self._modules
+        return {name: held[name][adapter_name].weight for name in self._tensor_names}
 
-    def _fill(self, a: Tensor, b: Tensor, config: IncreLoraConfig, generator: torch.Generator | None) -> None:
-        """LoRA's initialisation of A, in place; B, which is 0, stays so unless the config wants it random."""
-        if config.init_lora_weights == "gaussian":
-            # LoRA divides by the rank; the rank at the end is r.
-            a.normal_(0.0, 1.0 / config.r, generator=generator)
-            return
-        bound = 1.0 / math.sqrt(self.in_features)
-        a.uniform_(-bound, bound, generator=generator)
-        if config.init_lora_weights is False:
-            b.uniform_(-bound, bound, generator=generator)
+    def update(self, adapter_name: str) -> Update:
+        """The update outside of training."""
+        tensors = self.present(adapter_name)
+        config, scale = self.configs[adapter_name], self.scaling[adapter_name]
+        return self.structure.update(tensors, self.site, config, scale, training=False)
 
-    def grow(
-        self,
-        adapter_name: str,
-        components: int,
-        generator: torch.Generator,
-        directions: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        """Makes ``components`` more components active: first those in reserve, then new ones.
+    def present(self, adapter_name: str) -> dict[str, Tensor]:
+        """:meth:`tensors`, with their numbers where accelerate keeps these elsewhere."""
+        tensors = self.tensors(adapter_name)
+        if next(iter(tensors.values())).is_meta:
+            with onloaded(*(getattr(self, name) for name in tensors)):
+                tensors = self.tensors(adapter_name)
+        return tensors
 
-        Parameters keep their identity and lose their ``grad``; new rows stand at the end. ``directions``
-        holds unit vectors, columns (out, n) and rows (n, in), that the first n new components take, each as
-        long as its random one is.
-
-        Raises:
-            ValueError: the adapter is merged, or the rank would pass min(in, out).
-        """
-        if adapter_name in self.merged_adapters:
-            raise ValueError(
-                f"adapter {adapter_name!r} is merged into the base weight and cannot grow; call "
-                "unmerge_adapter() first."
-            )
-        old_rank = self.rank(adapter_name)
-        rank = old_rank + components
-        if rank > self.largest_rank:
-            raise ValueError(
-                f"components={components}: rank {rank} would be more than min(in, out) = "
-                f"{self.largest_rank}; give {self.largest_rank - old_rank} or fewer."
-            )
-        from_reserve = min(components, self.reserve(adapter_name))
-        drawn_a, drawn_b, drawn_e = self._draw(adapter_name, components - from_reserve, generator)
-        if directions is not None:
-            _point(drawn_b, directions[0], 0)
-            _point(drawn_a, directions[1], 1)
-        reserve_e = torch.full((from_reserve, 1), RESERVE_E, device=generator.device)
-        a, b, e = self.factors(adapter_name)
-        rescaled = self.rescaled_by_growth(adapter_name, old_rank, rank)
-        if rescaled != 1.0:
-            with torch.no_grad():
-                e.mul_(rescaled)
-        append(a, drawn_a, 0)
-        append(b, drawn_b, 1)
-        append(e, torch.cat([reserve_e, drawn_e]), 0)
-
-    def rescaled_by_growth(self, adapter_name: str, old_rank: int, rank: int) -> float:
-        """What a growth from ``old_rank`` to ``rank`` multiplies the old rows of E by."""
-        config, alpha = self.configs[adapter_name], self.lora_alpha[adapter_name]
-        if not config.preserve_output:
-            return 1.0
-        return config.scale(alpha, old_rank) / config.scale(alpha, rank)
-
-    def set_reserve(
-        self, adapter_name: str, components: int, generator: torch.Generator | None = None
-    ) -> None:
-        """Draws, or drops, components so that ``components`` are in reserve."""
-        rows = self.rank(adapter_name) + components
-        a, b, _ = self.factors(adapter_name)
-        missing = rows - int(a.shape[0])
-        if missing > 0:
-            drawn_a, drawn_b, _ = self._draw(adapter_name, missing, generator)
-            self.add_reserve(adapter_name, drawn_a, drawn_b)
-        elif missing < 0:
-            resize(a, a.detach()[:rows].clone(memory_format=torch.contiguous_format))
-            resize(b, b.detach()[:, :rows].clone(memory_format=torch.contiguous_format))
-
-    def add_reserve(self, adapter_name: str, a: Tensor, b: Tensor) -> None:
-        """Puts given components in reserve: A (n, in), B (out, n)."""
-        own_a, own_b, _ = self.factors(adapter_name)
-        append(own_a, a, 0)
-        append(own_b, b, 1)
-
-    def resize(self, adapter_name: str, rank: int, rows: int | None = None) -> None:
-        """Gives the adapter ``rank`` active of ``rows`` components (None: no reserve), values
-        undefined: for loading."""
-        rows = rank if rows is None else rows
-        a, b, e = self.factors(adapter_name)
-        if rank == e.shape[0] and rows == a.shape[0] == b.shape[1]:
-            return
-        resize(a, a.new_zeros(rows, self.in_features))
-        resize(b, b.new_zeros(self.out_features, rows))
-        resize(e, e.new_zeros(rank, 1))
-        self.probes[adapter_name].reloaded = True
+    def take_sizes(self, adapter_name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Gives parameters that grow the sizes ``shapes``, values undefined: for loading."""
+        parameters = dict(zip(self.structure.names, self.factors(adapter_name), strict=True))
+        for name, dim in self.structure.growing.items():
+            shape = list(parameters[name].shape)
+            if shape[dim] != shapes[name][dim]:
+                shape[dim] = shapes[name][dim]
+                resize(parameters[name], parameters[name].new_zeros(shape))
+                self.probes[adapter_name].reloaded = True
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # A checkpoint of another rank: the parameters take its shape, whatever loads it.
-        for name in list(self.lora_A.keys()):
-            keys = [f"{prefix}lora_{factor}.{name}" for factor in "ABE"]
-            for key in keys:
+        for name in list(self.adapters.keys()):
+            keys = {factor: f"{prefix}{factor}.{name}" for factor in self.structure.names}
+            for key in keys.values():
                 # The names of 0.1.0's first adapters, whose factors were parameters themselves.
                 if key in state_dict:
                     state_dict[f"{key}.weight"] = state_dict.pop(key)
-            a, b, e = (state_dict.get(f"{key}.weight") for key in keys)
-            if a is None or b is None or e is None or a.dim() != 2 or e.dim() != 2:
-                continue
-            rows, rank = int(a.shape[0]), int(e.shape[0])
-            fit = a.shape[1] == self.in_features and tuple(b.shape) == (self.out_features, rows)
-            if fit and e.shape[1] == 1 and 1 <= rank <= rows:
-                self.resize(name, rank, rows)
+            found = {factor: state_dict.get(f"{key}.weight") for factor, key in keys.items()}
+            shapes = {factor: tuple(t.shape) for factor, t in found.items() if t is not None}
+            if len(shapes) == len(keys) and self.structure.may_take(self.site, shapes, self.configs[name]):
+                self.take_sizes(name, shapes)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def active_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """A (rank, in), B (out, rank), E (rank, 1) without the reserve: views of the parameters."""
-        a, b, e = self.factors(adapter_name)
-        if a.is_meta:
-            with onloaded(self.lora_A, self.lora_B, self.lora_E):
-                a, b, e = self.factors(adapter_name)
-        rank = e.shape[0]
-        if may_differ(a.shape[0], rank):
-            return a[:rank], b[:, :rank], e
-        return a, b, e
-
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The update s B diag(E) A in the shape of the base weight, in the dtype of the parameters."""
-        a, b, e = self.active_factors(adapter)
-        wide = torch.promote_types(a.dtype, torch.float32)
-        delta = (b.to(wide) * e.to(wide).view(-1)) @ a.to(wide) * self.scaling[adapter]
-        return self._as_weight(delta).to(a.dtype)
+        """The update in the shape of the base weight, in the dtype of the parameters."""
+        return self._as_weight(self.update(adapter).dense()).to(self.factors(adapter)[0].dtype)
 
     def _as_weight(self, delta: Tensor) -> Tensor:
         """A matrix (out, in) in the shape of the base weight."""
@@ -326,11 +260,14 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
                 finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.lora_A:
-                former = changed_weight(self, self.get_delta_weight(name), name, check_finite=safe_merge)
+            if name in self.adapters:
+                former = self._changed_weight(self.get_delta_weight(name), name, safe_merge)
                 if not self.merged_adapters:
                     self._former = former
                 self.merged_adapters.append(name)
+
+    def _changed_weight(self, delta: Tensor, name: str, safe: bool = False) -> Former | None:
+        return changed_weight(self, self.quantization, delta, name, check_finite=safe)
 
     def unmerge(self) -> None:
         """Takes all merged updates out of the base weight again.
@@ -344,8 +281,8 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
             self.merged_adapters.clear()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            if name in self.lora_A:
-                changed_weight(self, -self.get_delta_weight(name), name)
+            if name in self.adapters:
+                self._changed_weight(-self.get_delta_weight(name), name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base layer plus the active adapters' updates."""
@@ -358,7 +295,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
             return base(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch(base(x, *args, **kwargs), x, adapter_names)
-        names = [name for name in self.active_adapters if name in self.lora_A]
+        names = [name for name in self.active_adapters if name in self.adapters]
         unwatched = not watched()
         # Nobody else sees what comes out, which is fresh memory then.
         fresh = unwatched and is_plain_call(base)
@@ -391,19 +328,18 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
         """``y``, which may be overwritten where ``inplace``, plus the update of adapter ``name`` for x."""
 
-    def _factors_in_use(self, name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A, B, E as the forward pass takes them for x: in training with the reserve, which learns."""
-        if self.training:
-            factors: tuple[Tensor, Tensor, Tensor] = self.factors(name)
-            if not factors[0].is_meta:
-                return factors
-        factors = self.active_factors(name)
-        if factors[0].is_meta and not x.is_meta:
-            raise ValueError(
-                f"adapter {name!r} has parameters on the device 'meta', that is, no numbers, for an input on "
-                f"{x.device.type!r}; load the adapter, or leave it out of what is offloaded."
-            )
-        return factors
+    def _update_in_use(self, name: str, x: Tensor) -> Update:
+        """The update as the forward pass takes it for x."""
+        tensors, training = self.tensors(name), self.training
+        if next(iter(tensors.values())).is_meta:
+            tensors, training = self.present(name), False
+            if next(iter(tensors.values())).is_meta and not x.is_meta:
+                raise ValueError(
+                    f"adapter {name!r} has parameters on the device 'meta', that is, no numbers, for an "
+                    f"input on {x.device.type!r}; load the adapter, or leave it out of what is offloaded."
+                )
+        scale = self._scale(name)
+        return self.structure.update(tensors, self.site, self.configs[name], scale, training=training)
 
     def _dropout(self, name: str) -> float:
         dropout = self.lora_dropout[name]
@@ -421,7 +357,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
 
     def _scale(self, name: str) -> float | Tensor:
         # A number would become part of a compiled graph, which has to outlive the growth of the rank.
-        follows_rank = torch.compiler.is_compiling() and self.configs[name].scaling == "rank"
+        follows_rank = torch.compiler.is_compiling() and self.configs[name].scale_follows_rank
         # PEFT's rescale_adapter_scale puts a plain dictionary in the place.
         if follows_rank and isinstance(self.scaling, Scales):
             return self.scaling.in_graph(name)
@@ -430,7 +366,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
     def _mixed_batch(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         result = result.clone()
         for name in dict.fromkeys(adapter_names):
-            if name in self.lora_A:
+            if name in self.adapters:
                 rows = [i for i, other in enumerate(adapter_names) if other == name]
                 result[rows] = self._added(result[rows], x[rows], name, inplace=True)
         return result
@@ -443,7 +379,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides the scale by ``scale``; None: back to the configured one."""
         for name in self.active_adapters:
-            if name in self.lora_A:
+            if name in self.adapters:
                 if scale is None:
                     self.set_scale(name, 1.0)
                 else:
@@ -455,11 +391,3 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
 
     def __repr__(self) -> str:
         return "increlora." + super().__repr__()
-
-
-def _point(drawn: Tensor, directions: Tensor, dim: int) -> None:
-    """Gives vectors that lie along ``dim`` new directions, the first ones, and leaves their lengths."""
-    n = min(drawn.shape[1 - dim], directions.shape[1 - dim])
-    first = drawn.narrow(1 - dim, 0, n)
-    given = directions.narrow(1 - dim, 0, n).to(device=drawn.device, dtype=drawn.dtype)
-    first.copy_(given * first.norm(dim=dim, keepdim=True))

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..ops.torch_ops import convolution
+from ..support.sites import Site
 from .base import AdaptedLayer
 
 
@@ -32,6 +33,10 @@ class Convolution(AdaptedLayer):
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_channels * math.prod(module.kernel_size), module.out_channels
 
+    def _site(self, name: str) -> Site:
+        kernel = tuple(self.get_base_layer().kernel_size)
+        return Site(name, kernel, self.out_features, self.in_features)
+
     @property
     def is_lora(self) -> bool:
         """Not with a dilation or a padding mode, which PEFT's layer leaves out."""
@@ -42,11 +47,14 @@ class Convolution(AdaptedLayer):
         return delta.view(self.get_base_layer().weight.shape)
 
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
+        low_rank: Any = self._update_in_use(name, x)
         update = convolution(
             self._dropped(x, name),
-            *self._factors_in_use(name, x),
+            low_rank.a,
+            low_rank.b,
+            low_rank.e,
             base=self.get_base_layer(),
-            scale=self._scale(name),
+            scale=low_rank.scale,
             dropout=self._dropout(name),
             probe=self.probes[name],
             slot=self.slots[name],

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from ..methods.increlora.config import IncreLoraConfig
 from ..ops.torch_ops import embedding
+from ..support.sites import Site
 from .base import AdaptedLayer
 
 
@@ -29,32 +28,22 @@ class Embedding(AdaptedLayer):
             )
         super().__init__(base_layer, *args, **kwargs)
 
-    def _draw(
-        self, adapter_name: str, n: int, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        a, b, e = super()._draw(adapter_name, n, generator)
-        # The padding's embedding gets no gradient: where A were not 0 there, it would move with B.
+    def _site(self, name: str) -> Site:
         padding = self.get_base_layer().padding_idx
-        if padding is not None:
-            a[:, padding] = 0.0
-        return a, b, e
-
-    def _fill(self, a: Tensor, b: Tensor, config: IncreLoraConfig, generator: torch.Generator | None) -> None:
-        if config.init_lora_weights is False:
-            a.normal_(generator=generator)
-        else:
-            a.zero_()
-        b.normal_(generator=generator)
+        return Site(name, "embedding", self.out_features, self.in_features, padding)
 
     def _as_weight(self, delta: Tensor) -> Tensor:
         return delta.t()
 
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
         base = self.get_base_layer()
+        low_rank: Any = self._update_in_use(name, x)
         update = embedding(
             x,
-            *self._factors_in_use(name, x),
-            scale=self._scale(name),
+            low_rank.a,
+            low_rank.b,
+            low_rank.e,
+            scale=low_rank.scale,
             padding_idx=base.padding_idx,
             scale_grad_by_freq=base.scale_grad_by_freq,
             probe=self.probes[name],

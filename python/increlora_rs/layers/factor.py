@@ -9,6 +9,30 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
+class Constant(nn.Module):
+    """What belongs to an update and is not trained, as ``weight``: made anew from a seed, and never saved.
+
+    It keeps the dtype that it was made in, whatever the model is cast to: rounded, it would not be that of
+    the seed, from which a saved adapter makes it.
+
+    Args:
+        weight: The values.
+    """
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Constant:
+        kept = self.weight
+        super()._apply(fn, recurse)
+        if self.weight.dtype != kept.dtype:
+            self.weight = kept.to(self.weight.device)
+        return self
+
+
 class Factor(nn.Module):
     """A matrix that is trained, as ``weight``; it has no forward pass of its own.
 

@@ -12,5 +12,5 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLaye
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, AdaptedLayer) and adapter_name in module.lora_A
+        if isinstance(module, AdaptedLayer) and adapter_name in module.adapters
     }

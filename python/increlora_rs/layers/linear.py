@@ -39,12 +39,12 @@ class Linear(AdaptedLayer):
 
     def _arguments(self, name: str, x: Tensor) -> dict[str, Any]:
         """What the operations take of an adapter, for x."""
-        a, b, e = self._factors_in_use(name, x)
+        update: Any = self._update_in_use(name, x)
         return {
-            "a": a,
-            "b": b,
-            "e": e,
-            "scale": self._scale(name),
+            "a": update.a,
+            "b": update.b,
+            "e": update.e,
+            "scale": update.scale,
             "dropout": self._dropout(name),
             "probe": self.probes[name],
             "slot": self.slots[name],

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.quantization_utils import (
     ForwardOnlyQuantizationBackend,
     QuantizationBackend,
@@ -16,9 +16,6 @@ from torch import Tensor, nn
 
 from .offload import hook_of
 from .requantised import Former, set_weight, weight_of
-
-if TYPE_CHECKING:
-    from .base import AdaptedLayer
 
 # Formats whose modules compute ``W x + bias`` and nothing else.
 _LINEAR_BACKENDS = frozenset({"bnb 8bit", "bnb 4bit", "hqq", "torchao", "aqlm", "eetq", "gptq", "awq", "inc"})
@@ -54,9 +51,14 @@ def restore_layout(base: nn.Module) -> None:
 
 
 def changed_weight(
-    layer: AdaptedLayer, delta: Tensor, adapter_name: str, *, check_finite: bool = False
+    layer: BaseTunerLayer,
+    quantization: QuantizationBackend | None,
+    delta: Tensor,
+    adapter_name: str,
+    *,
+    check_finite: bool = False,
 ) -> Former | None:
-    """Adds ``delta``, of the shape of the base weight, to it; to an offloaded one where it is kept.
+    """Adds ``delta``, of the shape of the base weight of ``layer``, to it; also where that is offloaded.
 
     Returns:
         What a quantised base layer held before; None for every other one.
@@ -68,17 +70,22 @@ def changed_weight(
     weight = getattr(base, "weight", None)
     if isinstance(weight, Tensor) and weight.is_meta and not delta.is_meta and hook_of(base) is not None:
         with onload_layer(layer):
-            return _change(layer, base, delta, adapter_name, check_finite=check_finite)
-    return _change(layer, base, delta, adapter_name, check_finite=check_finite)
+            return _change(quantization, base, delta, adapter_name, check_finite=check_finite)
+    return _change(quantization, base, delta, adapter_name, check_finite=check_finite)
 
 
 def _change(
-    layer: AdaptedLayer, base: nn.Module, delta: Tensor, adapter_name: str, *, check_finite: bool
+    quantization: QuantizationBackend | None,
+    base: nn.Module,
+    delta: Tensor,
+    adapter_name: str,
+    *,
+    check_finite: bool,
 ) -> Former | None:
     weight: Any = getattr(base, "weight", None)
     # bitsandbytes' layer of 8 bits may keep its numbers and quantise them at each call.
     in_full = getattr(weight, "has_fp16_weights", False)
-    backend = None if in_full else layer.quantization
+    backend = None if in_full else quantization
     if backend is None and not ((in_full or is_plain(weight)) and weight.is_floating_point()):
         _refuse(adapter_name, type(weight).__name__, getattr(weight, "dtype", None))
     if backend is not None and not backend.supports_merge:

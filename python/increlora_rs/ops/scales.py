@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..layers.base import AdaptedLayer
+
+class Layer(Protocol):
+    """What is read of an adapted layer."""
+
+    adapters: Any
+    configs: dict[str, Any]
+    lora_alpha: dict[str, float]
+    structure: Any
+
+    def rank(self, adapter_name: str) -> int:
+        """The rank."""
+
+    def tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        """The parameters."""
 
 
 class Ranks(Mapping[str, int]):
@@ -20,17 +32,17 @@ class Ranks(Mapping[str, int]):
         layer: The layer.
     """
 
-    def __init__(self, layer: AdaptedLayer) -> None:
+    def __init__(self, layer: Layer) -> None:
         self._layer = layer
 
     def __getitem__(self, name: str) -> int:
         return self._layer.rank(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._layer.lora_E)
+        return iter(self._layer.adapters)
 
     def __len__(self) -> int:
-        return len(self._layer.lora_E)
+        return len(self._layer.adapters)
 
     def __repr__(self) -> str:
         return repr(dict(self))
@@ -63,7 +75,7 @@ class Scales(MutableMapping[str, float]):
         layer: The layer, whose ``lora_alpha``, ``configs`` and ranks are read.
     """
 
-    def __init__(self, layer: AdaptedLayer) -> None:
+    def __init__(self, layer: Layer) -> None:
         self._layer = layer
         self._scales: dict[str, _Scale] = {}
 
@@ -75,13 +87,15 @@ class Scales(MutableMapping[str, float]):
             tensor = torch.tensor([factor], dtype=torch.float64, device="cpu")
         else:
             tensor = known.tensor.fill_(factor)
-        divisor = None if config.scaling == "rank" else config.divisor(layer.rank(name))
+        divisor = None if config.scale_follows_rank else config.divisor(layer.rank(name))
         self._scales[name] = _Scale(factor, tensor, alpha, divisor, config.use_rslora)
 
     def in_graph(self, name: str) -> Tensor:
         """A scale that follows the rank, for a graph, which knows no rank: float64 (1) on the CPU."""
-        scale, e = self._scales[name], self._layer.factors(name)[2]
-        divisor = torch.ones(1, dtype=torch.float64, device="cpu") * e.shape[0]
+        scale, layer = self._scales[name], self._layer
+        # Not as a number: a graph must not know it.
+        rank = layer.structure.rank_of(layer.tensors(name))
+        divisor = torch.ones(1, dtype=torch.float64, device="cpu") * rank
         return scale.tensor * scale.alpha / (divisor.sqrt() if scale.root else divisor)
 
     def _unscaled(self, name: str) -> float:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ..saved.reading import Factors, read
+from ..saved.reading import SavedModule, read
 from ..support.budget import told
 from ..support.sites import in_order, places
 
@@ -176,16 +176,16 @@ def module_table(
     rows = []
     for name, module in adapter.modules.items():
         values = singular_values(module)
-        shape = (int(module.b.shape[0]), int(module.a.shape[1]))
+        shape = (module.site.out, module.site.features)
         rows.append(ModuleRow(name, shape, module.rank, math.hypot(*values), values))
     return ModuleTable(rows, adapter.budget, adapter.parameters)
 
 
-def singular_values(module: Factors) -> list[float]:
-    """The ``rank`` leading singular values of ``s B diag(E) A``, in float64, descending."""
-    a, b, e = (factor.cpu().to(torch.float64) for factor in (module.a, module.b, module.e))
-    # With B diag(E) = Q R and A' = P T, Q and P orthonormal, the values are those of the small R T'.
-    left = torch.linalg.qr(b * (module.scale * e.view(-1)), mode="r").R
+def singular_values(module: SavedModule) -> list[float]:
+    """The ``rank`` leading singular values of the update, in float64, descending."""
+    a, b = (factor.cpu() for factor in module.lora(torch.float64))
+    # With B = Q R and A' = P T, Q and P orthonormal, the values are those of the small R T'.
+    left = torch.linalg.qr(b, mode="r").R
     right = torch.linalg.qr(a.T, mode="r").R
     values: list[float] = torch.linalg.svdvals(left @ right.T).tolist()
     return values

@@ -1,4 +1,4 @@
-"""An IncreLoRA adapter as a plain LoRA, for whatever loads LoRA adapters: exact, or of a smaller rank."""
+"""An adapter as a plain LoRA, for whatever loads LoRA adapters: exact, or of a smaller rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..support.files import refuse_own_directory, staged
 from ..support.lowrank import svd_of_product
 from ..support.names import rank_pattern
 from .lora_format import lora_tensors
-from .reading import Adapter, Factors, read
+from .reading import SavedAdapter, read
 
 # What vLLM takes as --max-lora-rank; an adapter may have any rank up to it.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -65,7 +65,7 @@ def export_lora(
     as the experts are stand in ``target_parameters``: in ``target_modules`` PEFT would take them for these.
 
     Args:
-        model_or_adapter_dir: A model with an IncreLoRA adapter, or a directory that
+        model_or_adapter_dir: A model with an adapter of one of the methods, or a directory that
             ``save_pretrained`` wrote; the base model is not needed.
         out_dir: Where to write ``adapter_config.json`` and ``adapter_model.safetensors``.
         layout: "uniform": every module zero-padded to one rank, which PEFT, vLLM, TGI and llama.cpp
@@ -96,13 +96,13 @@ def export_lora(
     rank = _rank(adapter, layout, rank, vllm_rank)
     _check_dtype(dtype)
     tensors = {key: _cast(key, tensor, dtype) for key, tensor in _others(adapter).items()}
-    factors, errors, error = _cut({name: _baked(m) for name, m in adapter.modules.items()}, rank)
+    factors, errors, error = _cut({name: m.lora() for name, m in adapter.modules.items()}, rank)
     for name, (a, b) in factors.items():
         if layout == "uniform":
             a, b = _padded(a, b, rank)
         module = adapter.modules[name]
         for key, tensor in lora_tensors(name, a, b, module.kind).items():
-            tensors[key] = _cast(key, tensor, dtype or module.a.dtype)
+            tensors[key] = _cast(key, tensor, dtype or module.dtype)
     ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
     config = _config(adapter, layout, ranks, rank, _taken_for_experts(adapter))
     with staged(target) as stage:
@@ -111,7 +111,7 @@ def export_lora(
     return Export(config, errors, error)
 
 
-def _refuse_unlike_lora(adapter: Adapter) -> None:
+def _refuse_unlike_lora(adapter: SavedAdapter) -> None:
     unlike = [name for name in adapter.modules if name in adapter.config.unlike_lora]
     if unlike:
         raise ValueError(
@@ -121,14 +121,14 @@ def _refuse_unlike_lora(adapter: Adapter) -> None:
         )
 
 
-def _others(adapter: Adapter) -> dict[str, Tensor]:
+def _others(adapter: SavedAdapter) -> dict[str, Tensor]:
     """Further tensors; not the weights of adapted embeddings, which PEFT saves too, though frozen, and
     which vLLM would refuse."""
     weights = {f"base_model.model.{name}.base_layer.weight" for name in adapter.modules}
     return {key: tensor for key, tensor in adapter.others.items() if key not in weights}
 
 
-def _rank(adapter: Adapter, layout: str, rank: int | None, vllm_rank: bool) -> int:
+def _rank(adapter: SavedAdapter, layout: str, rank: int | None, vllm_rank: bool) -> int:
     """The rank of the export, the largest one in the compact layout."""
     if layout not in ("uniform", "compact"):
         raise ValueError(f"layout={layout!r} is unknown; it must be 'uniform' or 'compact'.")
@@ -157,12 +157,6 @@ def _rank(adapter: Adapter, layout: str, rank: int | None, vllm_rank: bool) -> i
 def _check_dtype(dtype: torch.dtype | None) -> None:
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype={dtype!r} must be a floating-point torch.dtype, or None.")
-
-
-def _baked(module: Factors) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank) with E and the scale in B, float32 or wider."""
-    wide = torch.promote_types(module.a.dtype, torch.float32)
-    return module.a.to(wide), module.b.to(wide) * (module.e.to(wide).view(-1) * module.scale)
 
 
 def _cut(
@@ -204,7 +198,7 @@ def _cast(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.contiguous()
 
 
-def _taken_for_experts(adapter: Adapter) -> list[str] | None:
+def _taken_for_experts(adapter: SavedAdapter) -> list[str] | None:
     """The modules whose names are those of fused experts to PEFT, in a base model that has such; else None.
 
     Raises:
@@ -225,7 +219,7 @@ def _taken_for_experts(adapter: Adapter) -> list[str] | None:
 
 
 def _config(
-    adapter: Adapter, layout: str, ranks: dict[str, int], rank: int, taken: list[str] | None
+    adapter: SavedAdapter, layout: str, ranks: dict[str, int], rank: int, taken: list[str] | None
 ) -> LoraConfig:
     ours = adapter.config
     targets, parameters = _target_modules(ours.target_modules), None

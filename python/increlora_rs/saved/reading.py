@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import (
     CONFIG_NAME,
     SAFETENSORS_WEIGHTS_NAME,
@@ -21,50 +23,67 @@ from peft.utils import (
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from ..contract.structure import check_factors
-from ..methods.increlora.config import IncreLoraConfig
+from ..contract.config import MethodConfig
+from ..contract.structure import SizeMismatchError, check_finite
+from ..ops.update import LowRank
 from ..support.budget import Budget
 from ..support.files import load_weights
 from ..support.names import short
-from ..support.peft_type import PEFT_TYPE
-from ..support.sites import Kind
+from ..support.sites import Kind, Site
 from .lora_format import lora_key, matrices
 
-# Adapters that can be read: what they are called, and their type.
-_KINDS = {IncreLoraConfig: ("IncreLoRA", PEFT_TYPE), LoraConfig: ("LoRA", PeftType.LORA)}
 # A weight by its full name: the number of a layer is in it, which an end of a name has not.
 _WEIGHT = re.compile(r"^\w+(\.\w+)*\.\d+\.(\w+\.)+weight$")
-_FACTOR = re.compile(r"^(?P<name>.+)\.lora_(?P<factor>[ABE])(\.weight)?$")
 
 
 @dataclass
-class Factors:
-    """One module's update: ``scale * B diag(E) A``, with A (rank, in), B (out, rank), E (rank, 1)."""
+class SavedModule:
+    """One module's update.
 
-    a: Tensor
-    b: Tensor
-    e: Tensor
-    scale: float
-    kind: Kind = "linear"
+    Args:
+        update: It, its scale in it.
+        site: What it is of.
+        rank: Its rank.
+        dtype: Of the parameters.
+    """
+
+    update: Any
+    site: Site
+    rank: int
+    dtype: torch.dtype
 
     @property
-    def rank(self) -> int:
-        """Number of components."""
-        return int(self.e.shape[0])
+    def kind(self) -> Kind:
+        """What the module is."""
+        return self.site.kind
+
+    def lora(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """A (rank, in) and B (out, rank) with the scale in B, in ``dtype`` (None: float32 or wider).
+
+        Raises:
+            ValueError: the update is that of no LoRA.
+        """
+        factors: tuple[Tensor, Tensor] | None = self.update.lora(dtype)
+        if factors is None:
+            raise ValueError(
+                f"model_or_adapter_dir: the update of module {self.site.name!r} is that of no LoRA; merge "
+                "the adapter into its base model with merge_and_unload()."
+            )
+        return factors
 
 
 @dataclass
-class Adapter:
+class SavedAdapter:
     """A trained adapter.
 
     Args:
         config: Its configuration.
-        modules: Factors by full module name, sorted, ``layer.9`` before ``layer.10``.
+        modules: By full module name, sorted, ``layer.9`` before ``layer.10``.
         others: Further saved tensors (biases, ``modules_to_save``), by their key.
     """
 
-    config: IncreLoraConfig
-    modules: dict[str, Factors] = field(default_factory=dict)
+    config: Any
+    modules: dict[str, SavedModule] = field(default_factory=dict)
     others: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -84,28 +103,20 @@ class Adapter:
 
     @property
     def _budget(self) -> Budget:
-        sizes = [(int(module.b.shape[0]), int(module.a.shape[1])) for module in self.modules.values()]
-        return Budget.of(self.config, sizes)
+        return Budget.of(
+            self.config, [(module.site.out, module.site.features) for module in self.modules.values()]
+        )
 
 
-@dataclass
-class LoraAdapter:
-    """A trained plain LoRA, as :class:`Adapter`; E is 1 everywhere."""
-
-    config: LoraConfig
-    modules: dict[str, Factors] = field(default_factory=dict)
-    others: dict[str, Tensor] = field(default_factory=dict)
-
-
-def read(source: nn.Module | str | os.PathLike[str], adapter_name: str = "default") -> Adapter:
+def read(source: nn.Module | str | os.PathLike[str], adapter_name: str = "default") -> SavedAdapter:
     """The adapter of a model, or of a directory that ``save_pretrained`` wrote.
 
     Raises:
-        ValueError: there is no IncreLoRA adapter, or it is damaged.
+        ValueError: there is no adapter of one of the methods, or it is damaged.
         FileNotFoundError: the directory, or a file of it, is missing.
         TypeError: ``source`` is neither a model nor a path.
     """
-    config, tensors = _stored(source, adapter_name, IncreLoraConfig)
+    config, tensors = _stored(source, adapter_name, MethodConfig)
     return _assemble(config, tensors)
 
 
@@ -113,7 +124,7 @@ def read_lora(
     source: nn.Module | str | os.PathLike[str],
     adapter_name: str = "default",
     check: Callable[[LoraConfig], None] = lambda config: None,
-) -> LoraAdapter:
+) -> SavedAdapter:
     """The plain LoRA of a model, or of a directory that ``save_pretrained`` wrote.
 
     Args:
@@ -126,7 +137,7 @@ def read_lora(
         FileNotFoundError, TypeError: as for :func:`read`.
     """
     config, tensors = _stored(source, adapter_name, LoraConfig, check)
-    lora = LoraAdapter(config)
+    lora = SavedAdapter(config)
     found: dict[str, dict[str, Tensor]] = {}
     embeddings = set()
     for key, tensor in tensors.items():
@@ -145,11 +156,11 @@ def read_lora(
             "be converted."
         )
     for name in sorted(found, key=_natural):
-        a, b = _factors(name, found[name], "AB")
+        a, b = _factors(name, found[name], ("A", "B"), "lora_")
         a, b, kind = matrices(a, b, name in embeddings)
-        e = a.new_ones(a.shape[0], 1)
-        _check_matrices(name, a, b, e)
-        lora.modules[name] = Factors(a, b, e, _lora_scale(config, name, int(a.shape[0])), kind)
+        rank, site = _lora_site(name, a, b, kind)
+        update = LowRank(a, b, a.new_ones(rank, 1), _lora_scale(config, name, rank))
+        lora.modules[name] = SavedModule(update, site, rank, a.dtype)
     if not lora.modules:
         raise ValueError("model_or_adapter_dir: the adapter holds no module with lora_A and lora_B.")
     for name in layers_of_parameters(config):
@@ -214,14 +225,25 @@ def _of_model(
 ) -> tuple[Any, dict[str, Tensor]]:
     configs: Any = getattr(model, "peft_config", {})
     config = configs.get(adapter_name)
-    if getattr(config, "peft_type", None) != _KINDS[kind][1]:
+    if config is None or not _is_of(kind, type(config), config.peft_type):
         raise ValueError(
-            f"model_or_adapter_dir: the model has no {_KINDS[kind][0]} adapter {adapter_name!r}; its "
-            f"adapters are {list(configs)}."
+            f"model_or_adapter_dir: the model has no {_called(kind)} {adapter_name!r}; its adapters are "
+            f"{list(configs)}."
         )
     check(config)
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     return config, {key: tensor.detach() for key, tensor in tensors.items()}
+
+
+def _is_of(wanted: type[LoraConfig], kind: type[LoraConfig] | None, peft_type: Any) -> bool:
+    """Is an adapter with configurations ``kind`` one that is ``wanted``: one of ours, or a plain LoRA?"""
+    if wanted is LoraConfig:
+        return bool(peft_type == PeftType.LORA)
+    return kind is not None and issubclass(kind, wanted)
+
+
+def _called(kind: type[LoraConfig]) -> str:
+    return "LoRA adapter" if kind is LoraConfig else "adapter of increlora_rs"
 
 
 def _of_directory(
@@ -242,53 +264,79 @@ def _of_directory(
         raise ValueError(
             f"model_or_adapter_dir: {config_file} is not the configuration of an adapter: {error!r}."
         ) from error
-    wanted = _KINDS[kind][1]
-    if peft_type != wanted:
+    found = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
+    if not _is_of(kind, found, peft_type):
+        ours = (
+            c.method.peft_type.value
+            for c in PEFT_TYPE_TO_CONFIG_MAPPING.values()
+            if issubclass(c, MethodConfig)
+        )
+        wanted = [PeftType.LORA.value] if kind is LoraConfig else list(ours)
         raise ValueError(
             f"model_or_adapter_dir: {folder} holds an adapter of type {peft_type!r}; only "
-            f"{wanted.value!r} can be read here."
+            f"{', '.join(map(repr, wanted))} can be read here."
         )
-    config = kind.from_pretrained(str(folder))
+    config = found.from_pretrained(str(folder))
     check(config)
     return config, load_weights(weights_file)
 
 
-def _assemble(config: IncreLoraConfig, tensors: dict[str, Tensor]) -> Adapter:
-    adapter = Adapter(config)
+def _assemble(config: MethodConfig, tensors: dict[str, Tensor]) -> SavedAdapter:
+    adapter, structure = SavedAdapter(config), config.method.structure
+    factor = re.compile(rf"^(?P<name>.+)\.(?P<factor>{'|'.join(structure.names)})(\.weight)?$")
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        match = _FACTOR.match(key)
+        match = factor.match(key)
         if match is None:
             adapter.others[key] = tensor
         else:
             found.setdefault(short(match["name"]), {})[match["factor"]] = tensor
     for name in sorted(found, key=_natural):
-        a, b, e = _factors(name, found[name], "ABE")
-        _check_matrices(name, a, b, e)
-        scale = config.scale(config.alpha_of(name), int(e.shape[0]))
-        adapter.modules[name] = Factors(a, b, e, scale, config.kind_of(name))
+        parameters = dict(zip(structure.names, _factors(name, found[name], structure.names), strict=True))
+        site = config.site_of(name, parameters)
+        structure.check(name, parameters, site, config)
+        rank = int(structure.rank_of(parameters))
+        scale = config.scale(config.alpha_of(name), rank)
+        update = structure.update(
+            parameters | structure.frozen(site, config), site, config, scale, training=False
+        )
+        adapter.modules[name] = SavedModule(update, site, rank, next(iter(parameters.values())).dtype)
     if not adapter.modules:
-        raise ValueError("model_or_adapter_dir: the adapter holds no module with lora_A, lora_B, lora_E.")
+        raise ValueError(
+            f"model_or_adapter_dir: the adapter holds no module with {', '.join(structure.names)}."
+        )
     return adapter
 
 
-def _factors(name: str, factors: dict[str, Tensor], wanted: str) -> list[Tensor]:
+def _factors(name: str, factors: dict[str, Tensor], wanted: Sequence[str], prefix: str = "") -> list[Tensor]:
     """The factors of one module in the order of ``wanted``."""
     missing = sorted(set(wanted) - set(factors))
     if missing:
         raise ValueError(
-            f"model_or_adapter_dir: module {name!r} has no lora_{missing[0]}; the adapter is damaged."
+            f"model_or_adapter_dir: module {name!r} has no {prefix}{missing[0]}; the adapter is damaged."
         )
-    return [factors[letter] for letter in wanted]
+    return [factors[factor] for factor in wanted]
 
 
-def _check_matrices(name: str, a: Tensor, b: Tensor, e: Tensor) -> None:
+def _lora_site(name: str, a: Tensor, b: Tensor, kind: Kind) -> tuple[int, Site]:
+    """The rank and the module of a plain LoRA's matrices.
+
+    Raises:
+        ValueError: they are none, do not fit each other, or are not finite.
+    """
     if a.dim() != 2 or b.dim() != 2:
         raise ValueError(
             f"model_or_adapter_dir: lora_A and lora_B of module {name!r} have shapes "
             f"{tuple(a.shape)} and {tuple(b.shape)}; they must be matrices."
         )
-    check_factors(name, a, b, e, int(a.shape[1]), int(b.shape[0]))
+    rank = int(a.shape[0])
+    if b.shape[1] != rank or 0 in (*a.shape, *b.shape):
+        raise SizeMismatchError(
+            f"size mismatch: lora_B of module {name!r} has shape {tuple(b.shape)} in the adapter, but its "
+            f"lora_A has {tuple(a.shape)}, with a rank of 1 or more; the adapter is damaged."
+        )
+    check_finite(name, {"lora_A": a, "lora_B": b})
+    return rank, Site(name, kind, int(b.shape[0]), int(a.shape[1]))
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

@@ -1,15 +1,45 @@
-"""Where a module stands in its model: the number of its layer, and what it is called there."""
+"""What a module is and where it stands in its model: its kind, its size, the number of its layer."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 OUTSIDE = "-"
 _LAYER = re.compile(r"\.(\d+)\.")
 # A convolution's kind is the size of its kernel.
 Kind = Literal["linear", "embedding"] | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module that is adapted.
+
+    Args:
+        name: Full module name.
+        kind: What it is; GPT-2's ``Conv1D`` is linear, too.
+        out: Size of what comes out: features, channels of a convolution, numbers of an embedding.
+        features: Size of what goes in: features, channels times the size of the kernel, number of embeddings.
+        padding: An embedding's padding_idx.
+    """
+
+    name: str
+    kind: Kind
+    out: int
+    features: int
+    padding: int | None = None
+
+    @property
+    def family(self) -> str:
+        """ "linear", "embedding" or "convolution"."""
+        return self.kind if isinstance(self.kind, str) else "convolution"
+
+    @property
+    def largest_rank(self) -> int:
+        """min(in, out): no update has a higher rank."""
+        return min(self.out, self.features)
 
 
 def places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -57,7 +87,7 @@ def _shortest(kinds: list[str]) -> dict[str, str]:
 
 
 def module_kinds(kinds: Mapping[str, Kind]) -> dict[str, str | list[int]]:
-    """``IncreLoraConfig.module_kinds`` of kinds by module name: those that are not linear, for JSON."""
+    """``module_kinds`` of a configuration, of kinds by module name: those that are not linear, for JSON."""
     return {
         name: list(kind) if isinstance(kind, tuple) else kind
         for name, kind in kinds.items()

@@ -30,7 +30,7 @@ class Assigned:
         """Takes what is there now."""
         adapters = [(module.layer, module.adapter) for module in self._modules]
         factors = [
-            held[name] for layer, name in adapters for held in (layer.lora_A, layer.lora_B, layer.lora_E)
+            getattr(layer, factor)[name] for layer, name in adapters for factor in layer.structure.names
         ]
         self._places = [factor._parameters for factor in factors]
         self._parameters: list[nn.Parameter | None] = [place.get("weight") for place in self._places]

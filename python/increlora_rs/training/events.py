@@ -113,7 +113,7 @@ class SizeListeners:
         found = []
         for module, (old_rows, old_rank), (rows, rank) in zip(self._modules, before, now, strict=True):
             growth = cause == "growth"
-            kept = module.layer.rescaled_by_growth(module.adapter, old_rank, rank) if growth else 1.0
+            kept = module.rescaled_by_growth(old_rank, rank) if growth else 1.0
             sizes = ((old_rows, rows, 1.0), (old_rows, rows, 1.0), (old_rank, rank, kept))
             for (parameter, dim, _), (old, new, factor) in zip(module.parameters, sizes, strict=True):
                 if old != new:

@@ -103,7 +103,7 @@ def trainable_adapter(model: nn.Module, wanted: str | None) -> str:
     trainable: dict[str, None] = {}
     for module in model.modules():
         if isinstance(module, AdaptedLayer):
-            adapters = (AdaptedModule("", module, name) for name in module.lora_A)
+            adapters = (AdaptedModule("", module, name) for name in module.adapters)
             trainable.update({one.adapter: None for one in adapters if any(_trained(one))})
     if wanted is not None:
         if wanted not in trainable:

@@ -238,7 +238,7 @@ class HeldTensor:
             older = [i for i in range(self.size - size) if births[size + i] != step]
             new[:, older] = 0.0
         if self.factor == 2:
-            old = old * self.module.layer.rescaled_by_growth(self.module.adapter, size, self.size)
+            old = old * self.module.rescaled_by_growth(size, self.size)
         return torch.cat([old, new], dim)
 
     def current(self) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,12 +66,20 @@ class AdaptedModule:
 
     def first_learners(self) -> list[nn.Parameter]:
         """The factor that starts at 0, and so is the first to get a gradient; none where all are random."""
-        config = self.layer.configs[self.adapter]
-        if config.init_lora_weights is False:
-            return []
-        if config.init_lora_weights == "svd":
-            return [self.e]
-        return [self.a if self.layer.kind == "embedding" else self.b]
+        layer = self.layer
+        tensors: Any = layer.tensors(self.adapter)
+        return [
+            tensors[name] for name in layer.structure.first_learners(layer.site, layer.configs[self.adapter])
+        ]
+
+    @property
+    def _structure(self) -> Any:
+        return self.layer.structure
+
+    def rescaled_by_growth(self, old_rank: int, rank: int) -> float:
+        """What a growth from ``old_rank`` to ``rank`` multiplies the old rows of E by."""
+        config, alpha = self.layer.configs[self.adapter], self.layer.lora_alpha[self.adapter]
+        return self.layer.structure.rescaled_by_growth(config, alpha, old_rank, rank)
 
     def start(self) -> None:
         """Marks all rows as there from the start."""
@@ -84,12 +93,16 @@ class AdaptedModule:
     ) -> None:
         """Makes more components active; :meth:`follow` comes after."""
         before = self.rank
-        self.layer.grow(self.adapter, components, generator, directions)
-        self._rescaled *= self.layer.rescaled_by_growth(self.adapter, before, self.rank)
+        self._structure.grow(self.layer, self.adapter, components, generator, directions)
+        self._rescaled *= self.rescaled_by_growth(before, self.rank)
 
     def set_reserve(self, components: int, generator: torch.Generator | None = None) -> None:
         """Draws, or drops, components in reserve; :meth:`follow` comes after."""
-        self.layer.set_reserve(self.adapter, components, generator)
+        self._structure.set_reserve(self.layer, self.adapter, components, generator)
+
+    def add_reserve(self, a: Tensor, b: Tensor) -> None:
+        """Puts given components in reserve: A (n, in), B (out, n)."""
+        self._structure.add_reserve(self.layer, self.adapter, a, b)
 
     def reserve_factors(self) -> list[Tensor]:
         """Copies of the components in reserve: A (n, in), B (out, n)."""

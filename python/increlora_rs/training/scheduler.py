@@ -588,7 +588,7 @@ class RankScheduler:
             module.e_births = list(saved["e_births"][k])
             # A saved adapter has no reserve; a state_dict of the model does.
             if module.rank == saved["ranks"][k] == module.rows:
-                module.layer.add_reserve(self._adapter, *saved["reserve"][k])
+                module.add_reserve(*saved["reserve"][k])
         births = [len(module.row_births) for module in self._modules]
         self._expected = list(zip(saved["ranks"], births, strict=True))
         # Those of the model may come after the optimizer's state, and a backward pass before the next look.

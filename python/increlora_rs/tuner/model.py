@@ -19,28 +19,25 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..contract.structure import SizeMismatchError, check_factors
+from ..contract.config import MethodConfig
 from ..layers import AdaptedLayer, TransposedLinear, layer_class, quantization_of
 from ..layers.found import adapted_layers
 from ..layers.offload import onloaded
 from ..layers.parents import bar_fast_paths, check_parent, open_fast_paths
-from ..methods.increlora.config import IncreLoraConfig
 from ..ops.probe import Probe
 from ..support.experts import Parameter, expert_layers, is_router, left_out, names_one_of, warn_of_left_out
-from ..support.names import rank_pattern, short
-from ..support.sites import Kind, module_kinds
+from ..support.names import short
 from .weighted import WeightedSum, combined_config
 
 _PREFIX = "base_model.model."
-_OLD_FACTOR = re.compile(r"\.lora_[ABE]$")
 
 
 # PEFT adds the head of these to the user's ``modules_to_save`` when the adapter is in the model already.
 _HEAD_NAMED_LATE = ("TOKEN_CLS", "QUESTION_ANS")
 
 
-class IncreLoraModel(LoraModel):
-    """A model with IncreLoRA adapters; made by ``peft.get_peft_model``.
+class MethodModel(LoraModel):
+    """A model with adapters of one of the methods; made by ``peft.get_peft_model``.
 
     Args:
         model: The model to adapt.
@@ -61,7 +58,7 @@ class IncreLoraModel(LoraModel):
             layers = adapted_layers(model, name) if other is given and name != adapter_name else {}
             if layers:
                 # A twin of an adapter that is there, as TRL's trainers make one: of its ranks as they are.
-                given.rank_pattern = rank_pattern({short(n): m.rank(name) for n, m in layers.items()})
+                given.note_ranks({short(n): m.rank(name) for n, m in layers.items()})
         if not given.inference_mode:
             # The ranks that an adapter reaches stand in its configuration: the user's own, which may
             # serve for another model, is told of the modules only.
@@ -79,9 +76,11 @@ class IncreLoraModel(LoraModel):
         bar_fast_paths(model, AdaptedLayer)
         layers = adapted_layers(model, adapter_name)
         config.fan_in_fan_out = any(isinstance(layer, TransposedLinear) for layer in layers.values())
-        config.module_kinds = module_kinds({short(name): _kind(layer) for name, layer in layers.items()})
-        config.expert_names = sorted(expert_layers(model))
-        config.unlike_lora = sorted(short(name) for name, layer in layers.items() if not layer.is_lora)
+        config.note(
+            [layer.site for layer in layers.values()],
+            unlike_lora=[short(name) for name, layer in layers.items() if not layer.is_lora],
+            experts=expert_layers(model),
+        )
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         _check_no_lora(model)
@@ -103,7 +102,7 @@ class IncreLoraModel(LoraModel):
 
     def _create_and_replace(
         self,
-        lora_config: IncreLoraConfig,
+        lora_config: MethodConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -114,7 +113,7 @@ class IncreLoraModel(LoraModel):
     ) -> None:
         config = lora_config
         _check_not_trained_as_a_whole(config, current_key)
-        r, alpha = config.initial_rank_of(current_key), config.alpha_of(current_key)
+        r, alpha = config.rank_at(current_key), config.alpha_of(current_key)
         try:
             if isinstance(target, AdaptedLayer):
                 target.update_layer(adapter_name, r, alpha, config=config, probe=self._probe)
@@ -129,7 +128,7 @@ class IncreLoraModel(LoraModel):
                 )
             quantization = quantization_of(base, **get_quantization_kwargs(self.model))
             module = layer_class(base, quantization)(
-                target, adapter_name, config, r, alpha, self._probe, quantization
+                target, adapter_name, config, r, alpha, self._probe, quantization, current_key
             )
         except ValueError as error:
             raise ValueError(f"target_modules: {current_key}: {error}") from error
@@ -212,12 +211,12 @@ class IncreLoraModel(LoraModel):
         layers = {
             name: layer
             for name, layer in self.model.named_modules()
-            if isinstance(layer, AdaptedLayer) and any(adapter in layer.lora_A for adapter in adapters)
+            if isinstance(layer, AdaptedLayer) and any(adapter in layer.adapters for adapter in adapters)
         }
         sums = {name: wish.of(layer) for name, layer in layers.items()}
         ranks = {name: int(e.shape[0]) for name, (_, _, e) in sums.items()}
         configs = {name: self.peft_config[name] for name in adapters}
-        self.peft_config[adapter_name] = combined_config(configs, ranks, rank_pattern(ranks))
+        self.peft_config[adapter_name] = combined_config(configs, ranks)
         trained = {id(parameter) for parameter in self.parameters() if parameter.requires_grad}
         try:
             self.inject_adapter(self.model, adapter_name)
@@ -226,8 +225,10 @@ class IncreLoraModel(LoraModel):
             raise
         for name, factors in sums.items():
             layer = layers[name]
-            for parameter, value in zip(layer.factors(adapter_name), factors, strict=True):
-                parameter.data = value.clone(memory_format=torch.contiguous_format)
+            values = layer.structure.of_low_rank(*factors) or {}
+            parameters = dict(zip(layer.structure.names, layer.factors(adapter_name), strict=True))
+            for factor, value in values.items():
+                parameters[factor].data = value.clone(memory_format=torch.contiguous_format)
         # Injecting an adapter makes the active ones trainable.
         for parameter in self.parameters():
             parameter.requires_grad_(id(parameter) in trained)
@@ -262,25 +263,25 @@ class IncreLoraModel(LoraModel):
         ranks = {}
         for name, layer in adapted_layers(model, adapter_name).items():
             ranks[short(name)] = layer.rank(adapter_name)
-            keys = factor_keys(name, adapter_name)
+            keys = factor_keys(name, adapter_name, layer)
             # A state_dict that was handed over may hold a part of the modules.
-            if all(key in selected for key in keys):
-                factors = [selected[key] for key in keys]
-                if factors[0].is_meta:
-                    factors = [factor.detach() for factor in layer.active_factors(adapter_name)]
-                _check_gathered(short(name), *factors[:2])
-                factors = _without_reserve(short(name), *factors)
-                selected.update(zip(keys, factors, strict=True))
-                ranks[short(name)] = int(factors[-1].shape[0])
-        config.rank_pattern = rank_pattern(ranks)
+            if all(key in selected for key in keys.values()):
+                factors = {factor: selected[key] for factor, key in keys.items()}
+                if next(iter(factors.values())).is_meta:
+                    present = layer.present(adapter_name)
+                    factors = {factor: present[factor].detach() for factor in keys}
+                factors = layer.structure.to_save(short(name), factors)
+                selected.update({keys[factor]: tensor for factor, tensor in factors.items()})
+                ranks[short(name)] = int(layer.structure.rank_of(factors))
+        config.note_ranks(ranks)
         return selected
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         raise ValueError(
             "path_initial_model_for_weight_conversion is for LoRA that changes the base weights (PiSSA, "
-            "OLoRA, CorDA, LoRA-GA), which IncreLoRA does not; leave it out. The adapter as a plain LoRA is "
-            "what increlora_rs.export_lora writes."
+            "OLoRA, CorDA, LoRA-GA), which this method does not; leave it out. The adapter as a plain LoRA "
+            "is what increlora_rs.export_lora writes."
         )
 
     @classmethod
@@ -293,30 +294,32 @@ class IncreLoraModel(LoraModel):
             ValueError: the tensors are not those of this model's adapter, or are not finite.
         """
         # Adapters of 0.1.0 name the factors as parameters.
-        state_dict = {_OLD_FACTOR.sub(r"\g<0>.weight", key): tensor for key, tensor in state_dict.items()}
+        old = re.compile(rf"\.({'|'.join(config.method.structure.names)})$")
+        state_dict = {old.sub(r"\g<0>.weight", key): tensor for key, tensor in state_dict.items()}
         mapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
         layers = adapted_layers(model, adapter_name)
         expected: set[str] = set()
-        ranks: list[tuple[AdaptedLayer, int]] = []
+        shapes: list[tuple[AdaptedLayer, dict[str, tuple[int, ...]]]] = []
         for name, layer in layers.items():
-            keys = factor_keys(name, adapter_name)
-            expected.update(keys)
-            missing = [key for key in keys if key not in mapped]
+            keys, structure = factor_keys(name, adapter_name, layer), layer.structure
+            expected.update(keys.values())
+            missing = [key for key in keys.values() if key not in mapped]
             if missing:
                 raise ValueError(
                     f"the adapter has no tensor {missing[0]!r} for the adapted module {short(name)!r}; "
                     "it was saved from another base model, or with other target_modules."
                 )
-            a, b, e = (mapped[key] for key in keys)
-            sizes = (layer.in_features, layer.out_features)
-            if ignores_mismatched_sizes.get():
-                # PEFT leaves out, with a warning, what does not fit.
-                sizes = (int(a.shape[-1]), int(b.shape[0]))
-            check_factors(short(name), a, b, e, *sizes)
-            ranks.append((layer, int(e.shape[0])))
-        extra = sorted(k for k in mapped if re.search(r"\.lora_[ABE](\.|$)", k) and k not in expected)
+            factors = {factor: mapped[key] for factor, key in keys.items()}
+            # PEFT leaves out, with a warning, what does not fit.
+            loose = ignores_mismatched_sizes.get()
+            site = config.site_of(short(name), factors) if loose else layer.site
+            rank = None if structure.growing or loose else layer.rank(adapter_name)
+            structure.check(short(name), factors, site, config, rank)
+            shapes.append((layer, {factor: tuple(tensor.shape) for factor, tensor in factors.items()}))
+        factor = re.compile(rf"\.({'|'.join(config.method.structure.names)})(\.|$)")
+        extra = sorted(key for key in mapped if factor.search(key) and key not in expected)
         if extra:
             raise ValueError(
                 f"the adapter has {len(extra)} tensors, {extra[0]!r} the first, that belong to no "
@@ -324,8 +327,8 @@ class IncreLoraModel(LoraModel):
                 "target_modules."
             )
         # Only now that all is right: an adapter that the load was to replace must survive a refusal.
-        for layer, rank in ranks:
-            layer.resize(adapter_name, rank)
+        for layer, sizes in shapes:
+            layer.take_sizes(adapter_name, sizes)
         return mapped
 
 
@@ -333,41 +336,9 @@ class IncreLoraModel(LoraModel):
 ignores_mismatched_sizes: ContextVar[bool] = ContextVar("ignores_mismatched_sizes", default=False)
 
 
-def factor_keys(name: str, adapter_name: str) -> list[str]:
-    """The keys of A, B and E of module ``name`` in a model's ``state_dict``."""
-    return [f"{name}.lora_{factor}.{adapter_name}.weight" for factor in "ABE"]
-
-
-def _kind(layer: AdaptedLayer) -> Kind:
-    if layer.kind == "convolution":
-        return tuple(layer.get_base_layer().kernel_size)
-    return "embedding" if layer.kind == "embedding" else "linear"
-
-
-def _without_reserve(name: str, a: Tensor, b: Tensor, e: Tensor) -> list[Tensor]:
-    """The active components of a module that is to be saved.
-
-    Raises:
-        ValueError: the three are of different ranks.
-    """
-    rank, rows = e.shape[0], a.shape[0]
-    if b.shape[1] != rows or not 1 <= rank <= rows:
-        raise SizeMismatchError(
-            f"size mismatch: module {name!r} has lora_A of shape {tuple(a.shape)}, lora_B of "
-            f"{tuple(b.shape)} and lora_E of {tuple(e.shape)}, which are of different ranks, so nothing was "
-            "saved. What gave them new values must give them to all three, as load_state_dict() does."
-        )
-    return [a[:rank].contiguous(), b[:, :rank].contiguous(), e]
-
-
-def _check_gathered(name: str, a: Tensor, b: Tensor) -> None:
-    if a.dim() != 2 or b.dim() != 2 or not a.numel() or not b.numel():
-        raise ValueError(
-            f"the adapter of module {name!r} cannot be saved: lora_A has shape {tuple(a.shape)} and lora_B "
-            f"{tuple(b.shape)} in this process, as parts of a parameter that DeepSpeed ZeRO-3 or FSDP has "
-            "split. Gather the parameters, as accelerator.get_state_dict(model) does, and give them to "
-            "save_pretrained as state_dict."
-        )
+def factor_keys(name: str, adapter_name: str, layer: AdaptedLayer) -> dict[str, str]:
+    """The keys of the parameters of module ``name`` in a model's ``state_dict``, by their names."""
+    return {factor: f"{name}.{factor}.{adapter_name}.weight" for factor in layer.structure.names}
 
 
 def _check_not_split(base: nn.Module, model: nn.Module, name: str) -> None:
@@ -389,7 +360,7 @@ def _check_no_lora(model: nn.Module) -> None:
             )
 
 
-def _check_not_trained_as_a_whole(config: IncreLoraConfig, name: str) -> None:
+def _check_not_trained_as_a_whole(config: MethodConfig, name: str) -> None:
     """Raises where PEFT would wrap a module that holds the adapted one: it takes the end of any name."""
     parts = name.split(".")
     around = [".".join(parts[: k + 1]) for k in range(len(parts))]
@@ -403,7 +374,7 @@ def _check_not_trained_as_a_whole(config: IncreLoraConfig, name: str) -> None:
                 )
 
 
-def _leave_out_routers(model: nn.Module, config: IncreLoraConfig, out: list[Parameter]) -> None:
+def _leave_out_routers(model: nn.Module, config: MethodConfig, out: list[Parameter]) -> None:
     """Excludes, so that a saved adapter excludes them too, the routers that "all-linear" would take."""
     routers = [parameter.module for parameter in out if is_router(model.get_submodule(parameter.module))]
     given = config.exclude_modules

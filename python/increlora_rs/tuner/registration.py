@@ -1,4 +1,4 @@
-"""Makes IncreLoRA a method of PEFT: its classes, a save that is atomic and leaves a history and a model
+"""Makes the methods known to PEFT: their classes, a save that is atomic and leaves a history and a model
 card, a load that names the file."""
 
 from __future__ import annotations
@@ -21,33 +21,49 @@ try:
 except ImportError:  # Internals of both; without them Transformers renames nothing.
     transformers_weight_conversion = None
 
+from ..contract.config import MethodConfig
+from ..methods import METHODS
 from ..methods.increlora.config import IncreLoraConfig
 from ..reports.card import write_section
 from ..saved.history_file import write_history
 from ..support.files import check_weights_file, staged
-from ..support.peft_type import PEFT_TYPE
-from .model import IncreLoraModel, ignores_mismatched_sizes
+from .model import MethodModel, ignores_mismatched_sizes
+
+
+class IncreLoraModel(MethodModel):
+    """A model with IncreLoRA adapters; made by ``peft.get_peft_model``.
+
+    Args:
+        model: The model to adapt.
+        config: The configuration, or a dictionary of configurations by adapter name.
+        adapter_name: Name of the adapter.
+        low_cpu_mem_usage: Create the adapter's weights on the meta device, for loading.
+
+    Raises:
+        ValueError: a target module is unknown, of an unsupported type, or too small for its rank.
+    """
 
 
 def register() -> None:
-    """Registers the method with PEFT; calling it again does nothing.
+    """Registers the methods with PEFT; calling it again does nothing.
 
     Raises:
-        ImportError: PEFT has a method of this name that is not ours.
+        ImportError: PEFT has a method of such a name that is not ours.
     """
-    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(PEFT_TYPE)
-    if known is None:
-        register_peft_method(
-            name=PEFT_TYPE.value.lower(),
-            config_cls=IncreLoraConfig,
-            model_cls=IncreLoraModel,
-            prefix=IncreLoraModel.prefix,
-        )
-    elif known.__module__ != IncreLoraConfig.__module__:
-        raise ImportError(
-            f"PEFT already has a method {PEFT_TYPE.value} ({known.__module__}.{known.__name__}); remove one "
-            "of the two packages."
-        )
+    for method in METHODS:
+        known = PEFT_TYPE_TO_CONFIG_MAPPING.get(method.peft_type)
+        if known is None:
+            register_peft_method(
+                name=method.name,
+                config_cls=method.config,
+                model_cls=IncreLoraModel if method.config is IncreLoraConfig else MethodModel,
+                prefix=MethodModel.prefix,
+            )
+        elif known.__module__ != method.config.__module__:
+            raise ImportError(
+                f"PEFT already has a method {method.peft_type.value} ({known.__module__}.{known.__name__}); "
+                "remove one of the two packages."
+            )
     if not hasattr(peft.PeftModel.save_pretrained, "_increlora_atomic"):
         peft.PeftModel.save_pretrained = _atomic(peft.PeftModel.save_pretrained)
         peft.PeftModel.load_adapter = _checked(peft.PeftModel.load_adapter)
@@ -59,7 +75,7 @@ def register() -> None:
 
 
 def _atomic(save: Any) -> Any:
-    """``PeftModel.save_pretrained`` that, where an IncreLoRA adapter is saved, writes beside the
+    """``PeftModel.save_pretrained`` that, where an adapter of ours is saved, writes beside the
     target first and then replaces file by file: interrupted, it leaves the old adapter whole.
 
     Weights and configuration need not be replaced together: loading takes ranks from the weights. Only a
@@ -105,8 +121,9 @@ def _with_old_names(build: Any) -> Any:
     ) -> Any:
         mapping = build(weight_conversions, adapter_name, peft_config=peft_config, **kwargs)
         # Without any, Transformers takes the names as they are.
-        if mapping and getattr(peft_config, "peft_type", None) == PEFT_TYPE:
-            old = rf"(\.lora_[ABE]\.{re.escape(adapter_name)})$"
+        if mapping and isinstance(peft_config, MethodConfig):
+            names = "|".join(peft_config.method.structure.names)
+            old = rf"(\.({names})\.{re.escape(adapter_name)})$"
             mapping = [*mapping, WeightRenaming(old, r"\1.weight")]
         return mapping
 
@@ -129,8 +146,8 @@ def _described(write_card: Any) -> Any:
 
 
 def _adapters(model: Any) -> list[str]:
-    """Names of the model's IncreLoRA adapters."""
-    return [name for name, config in model.peft_config.items() if config.peft_type == PEFT_TYPE]
+    """Names of the model's adapters of our methods."""
+    return [name for name, config in model.peft_config.items() if isinstance(config, MethodConfig)]
 
 
 def _checked(load: Any) -> Any:
@@ -140,7 +157,7 @@ def _checked(load: Any) -> Any:
     @functools.wraps(load)
     def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         known = self.peft_config.get(adapter_name)
-        if known is not None and known.peft_type == PEFT_TYPE:
+        if isinstance(known, MethodConfig):
             folder = os.path.join(str(model_id), kwargs.get("subfolder") or "")
             check_weights_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
         before = ignores_mismatched_sizes.set(bool(kwargs.get("ignore_mismatched_sizes", False)))

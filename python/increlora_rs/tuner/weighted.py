@@ -13,10 +13,11 @@ import torch
 from peft.utils import merge_utils
 from torch import Tensor
 
+from ..contract.config import MethodConfig
 from ..layers import AdaptedLayer
-from ..methods.increlora.config import IncreLoraConfig
 from ..support import arguments
 from ..support.lowrank import Svd, svd_of_product
+from ..support.names import rank_pattern
 
 # Those that thin out the updates themselves; the rest of PEFT's add factor to factor.
 _THINNED = ("ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
@@ -72,7 +73,7 @@ class WeightedSum:
     def of(self, layer: AdaptedLayer) -> Components:
         """The sum of the adapters that ``layer`` has: A (rank, in), B (out, rank), E (rank, 1), for a
         scale of 1."""
-        parts = [part for part in zip(self.adapters, self.weights, strict=True) if part[0] in layer.lora_A]
+        parts = [part for part in zip(self.adapters, self.weights, strict=True) if part[0] in layer.adapters]
         exact = [_scaled(layer, name, weight) for name, weight in parts]
         if len(self.adapters) == 1:
             return exact[0]
@@ -98,8 +99,8 @@ class WeightedSum:
 
 
 def _scaled(layer: AdaptedLayer, name: str, weight: float) -> Components:
-    a, b, e = (factor.detach() for factor in layer.active_factors(name))
-    return a, b, e * (weight * layer.scaling[name])
+    update: Any = layer.update(name)
+    return update.a.detach(), update.b.detach(), update.e.detach() * (weight * update.scale)
 
 
 def _concatenated(components: list[Components]) -> Components:
@@ -107,11 +108,9 @@ def _concatenated(components: list[Components]) -> Components:
     return torch.cat(a), torch.cat(b, dim=1), torch.cat(e)
 
 
-def combined_config(
-    configs: Mapping[str, IncreLoraConfig], ranks: Mapping[str, int], pattern: dict[str, int]
-) -> IncreLoraConfig:
+def combined_config(configs: Mapping[str, MethodConfig], ranks: Mapping[str, int]) -> MethodConfig:
     """Configuration of the sum of the adapters with ``configs`` by name: scale 1, and the given ranks by
-    module name, as ``rank_pattern`` too.
+    module name.
 
     Raises:
         ValueError: one of them trains more than its adapter.
@@ -125,17 +124,9 @@ def combined_config(
                     "up; train it without."
                 )
     first = next(iter(configs.values()))
-    r = math.ceil(sum(ranks.values()) / len(ranks))
-    changes: dict[str, Any] = {
-        "r": r,
-        "lora_alpha": r,
-        "init_r": 1,
-        "max_r": None,
-        "budget_unit": "rank",
-        "scaling": "budget",
-        "preserve_output": True,
+    changes = first.of_sum(ranks) | {
         "use_rslora": False,
-        "rank_pattern": pattern,
+        "rank_pattern": rank_pattern(dict(ranks)),
         "alpha_pattern": {},
         "inference_mode": False,
     }
@@ -145,5 +136,5 @@ def combined_config(
     return dataclasses.replace(first, **changes)
 
 
-def _selection(config: IncreLoraConfig) -> list[Any]:
+def _selection(config: MethodConfig) -> list[Any]:
     return [getattr(config, name) for name in _SELECTION]

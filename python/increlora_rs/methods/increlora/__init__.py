@@ -1,1 +1,13 @@
 """IncreLoRA (arXiv 2308.12043): ranks that grow where an importance says it pays."""
+
+from ...contract.method import Method
+from ..components import Components
+from .config import IncreLoraConfig
+
+METHOD = Method(
+    name="increlora",
+    title="IncreLoRA",
+    config=IncreLoraConfig,
+    structure=Components(),
+    paper="https://arxiv.org/abs/2308.12043",
+)

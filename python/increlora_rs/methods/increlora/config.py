@@ -2,75 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, ClassVar, Literal
 
-import numpy as np
-from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 
+from ...contract.config import MethodConfig
 from ...support import arguments
-from ...support.files import check_weights_file
-from ...support.peft_type import PEFT_TYPE
-from ...support.sites import Kind
-
-if TYPE_CHECKING:
-    from ...support.history import GrowthHistory
-
-# Options of LoraConfig that mean here what they mean there. Every other one raises unless it is left
-# at its default, also one that a later PEFT may add.
-_SUPPORTED = frozenset(
-    {
-        "task_type",
-        "peft_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "r",
-        "target_modules",
-        "exclude_modules",
-        "lora_alpha",
-        "lora_dropout",
-        "fan_in_fan_out",
-        "bias",
-        "use_rslora",
-        "modules_to_save",
-        "trainable_token_indices",
-        "init_lora_weights",
-        "layers_to_transform",
-        "layers_pattern",
-        "rank_pattern",
-        "alpha_pattern",
-    }
-)
-
-
-def changed_options(config: LoraConfig, known: Collection[str]) -> Iterator[tuple[str, Any, Any]]:
-    """LoraConfig's options outside ``known`` that are not at their default: name, value, default."""
-    for option in dataclasses.fields(LoraConfig):
-        if option.name in known or not option.init:
-            continue
-        if option.default is not dataclasses.MISSING:
-            default = option.default
-        elif option.default_factory is not dataclasses.MISSING:
-            default = option.default_factory()
-        else:
-            continue
-        value = getattr(config, option.name)
-        # PEFT leaves empty sets in the configurations of mixtures of experts.
-        unset = value is None or (not default and value in ([], {}, set(), ()))
-        if not unset and value != default:
-            yield option.name, value, default
+from ...support.history import GrowthHistory
+from ...support.names import rank_pattern
 
 
 @dataclass
-class IncreLoraConfig(LoraConfig):
+class IncreLoraConfig(MethodConfig):
     """Configuration of IncreLoRA (arXiv 2308.12043), in place of ``peft.LoraConfig``.
 
     Args:
@@ -121,12 +67,6 @@ class IncreLoraConfig(LoraConfig):
             "parameters": the numbers that components train, in + out + 1 each, ``r`` times their sum over the
             modules in all: what rank ``r`` everywhere would train. Modules are then chosen by their score for
             each parameter, and growth ends when no component fits any more.
-        module_kinds: Kept by the library, for the export of a saved adapter: "embedding", or the size of
-            a convolution's kernel, by full module name.
-        expert_names: Kept by the library, for the export: the last parts of module names, such as "up_proj",
-            that PEFT takes for layers of fused experts in this base, whatever they are; None: not known.
-        unlike_lora: Kept by the library, for the export: full names of the adapted convolutions that PEFT's
-            LoRA would compute in another way, for it takes no ``dilation`` and no ``padding_mode``.
 
     The other arguments are LoraConfig's: ``target_modules``, ``lora_alpha``, ``lora_dropout``,
     ``bias``, ``use_rslora``, ``modules_to_save``, ``trainable_token_indices``, ``exclude_modules``,
@@ -140,10 +80,11 @@ class IncreLoraConfig(LoraConfig):
         TypeError: an argument has a wrong type.
     """
 
+    inits: ClassVar[tuple[Any, ...]] = (True, False, "gaussian", "svd")
+
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Initial rank by module; kept up to date as ranks grow."}
     )
-    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "lora_alpha by module."})
     init_r: int = field(default=1, metadata={"help": "Rank of every module at the start."})
     max_r: int | None = field(default=None, metadata={"help": "Rank past which no module grows."})
     total_step: int | None = field(default=None, metadata={"help": "Optimizer steps in all."})
@@ -189,37 +130,11 @@ class IncreLoraConfig(LoraConfig):
     budget_unit: Literal["rank", "parameters"] = field(
         default="rank", metadata={"help": "What the budget counts: components, or their parameters."}
     )
-    module_kinds: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "Kept by the library: modules that are embeddings, or convolutions of a kernel."},
-    )
-    expert_names: list[str] | None = field(
-        default=None,
-        metadata={"help": "Kept by the library: names that LoRA's readers take for those of fused experts."},
-    )
-
-    unlike_lora: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Kept by the library: modules that a LoRA would compute in another way."},
-    )
 
     def __post_init__(self) -> None:
         # Not a field, for it has a file of its own: how the ranks of the model with this adapter grew.
         self.growth: GrowthHistory | None = None
-        self._take_plain_numbers()
-        self._refuse_unsupported()
-        # Before PEFT's own checks, which answer to the inits that LoraConfig knows.
-        arguments.choice("init_lora_weights", self.init_lora_weights, (True, False, "gaussian", "svd"))
-        self._check_modules()
-        if self.rank_pattern is None:
-            self.rank_pattern = {}
-        if self.alpha_pattern is None:
-            self.alpha_pattern = {}
         super().__post_init__()
-        self.peft_type = PEFT_TYPE
-        self._check_ranks()
-        self._check_schedule()
-        self._check_choices()
 
     @classmethod
     def paper(cls, **kwargs: Any) -> IncreLoraConfig:
@@ -248,19 +163,6 @@ class IncreLoraConfig(LoraConfig):
         }
         return cls(**(values | kwargs))
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> Any:
-        """Reads the configuration of a saved adapter; see ``peft.PeftConfig.from_pretrained``.
-
-        Raises:
-            ValueError: the adapter's weights lie beside it and are damaged.
-        """
-        folder = os.path.join(str(pretrained_model_name_or_path), subfolder or "")
-        check_weights_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-
     @property
     def uses_reserve(self) -> bool:
         """Are components kept in reserve (``advance_learning``, None resolved)?"""
@@ -282,61 +184,45 @@ class IncreLoraConfig(LoraConfig):
             return 0.1 if self.init_lora_weights == "svd" else 0.0
         return self.orth_reg_weight
 
-    def initial_rank_of(self, module: str) -> int:
-        """``rank_pattern``'s rank for a full module name, else ``init_r``."""
+    def rank_at(self, module: str) -> int:
+        """The rank of a module at the start: ``rank_pattern``'s, else ``init_r``."""
         key = get_pattern_key(self.rank_pattern.keys(), module)
         return self.rank_pattern.get(key, self.init_r)
-
-    def alpha_of(self, module: str) -> float:
-        """``alpha_pattern``'s alpha for a full module name, else ``lora_alpha``."""
-        key = get_pattern_key(self.alpha_pattern.keys(), module)
-        default: float = self.lora_alpha
-        return self.alpha_pattern.get(key, default)
-
-    def kind_of(self, module: str) -> Kind:
-        """What a module, by its full name, is: ``module_kinds``' kind, else "linear"."""
-        kind = self.module_kinds.get(module, "linear")
-        return tuple(kind) if isinstance(kind, (list, tuple)) else kind
-
-    def scale(self, lora_alpha: float, rank: int) -> float:
-        """The scale s_k of a module of ``rank`` active components."""
-        return lora_alpha / self.divisor(rank)
 
     def divisor(self, rank: int) -> float:
         """What alpha is divided by for a module of ``rank`` active components."""
         divisor = float(self.r if self.scaling == "budget" else max(rank, 1))
         return divisor**0.5 if self.use_rslora else divisor
 
-    def _register_custom_module(self, mapping: dict[Any, Any]) -> None:
-        """LoRA layers of one's own, which would not grow.
+    @property
+    def scale_follows_rank(self) -> bool:
+        """With ``scaling="rank"``, which divides alpha by the module's own rank."""
+        return self.scaling == "rank"
 
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            f"custom_modules={mapping!r} is not supported by IncreLoraConfig; leave such modules out of "
-            "target_modules, or use LoraConfig."
-        )
+    def note_ranks(self, ranks: Mapping[str, int]) -> None:
+        """Keeps ``rank_pattern`` up to date."""
+        self.rank_pattern = rank_pattern(dict(ranks))
 
-    def _take_plain_numbers(self) -> None:
-        """NumPy's numbers become Python's, which the configuration file can hold."""
-        for option in dataclasses.fields(self):
-            value = getattr(self, option.name, None)
-            if isinstance(value, np.generic):
-                setattr(self, option.name, value.item())
-            elif isinstance(value, dict):
-                plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in value.items()}
-                setattr(self, option.name, plain)
+    def of_sum(self, ranks: Mapping[str, int]) -> dict[str, Any]:
+        """Every module at scale 1, the budget their average rank."""
+        r = math.ceil(sum(ranks.values()) / len(ranks))
+        return {
+            "r": r,
+            "lora_alpha": r,
+            "init_r": 1,
+            "max_r": None,
+            "budget_unit": "rank",
+            "scaling": "budget",
+            "preserve_output": True,
+        }
 
-    def _refuse_unsupported(self) -> None:
-        for name, value, default in changed_options(self, _SUPPORTED):
-            raise ValueError(
-                f"{name}={value!r} is not supported by IncreLoraConfig; leave it at {default!r}, or use "
-                "LoraConfig."
-            )
+    def check(self) -> None:
+        """Checks ranks, schedule and choices."""
+        self._check_ranks()
+        self._check_schedule()
+        self._check_choices()
 
     def _check_ranks(self) -> None:
-        arguments.integer("r", self.r, at_least=1)
         arguments.integer("init_r", self.init_r, at_least=1)
         arguments.integer("max_r", self.max_r, at_least=1, optional=True)
         arguments.integer("add_r", self.add_r, at_least=1)
@@ -350,12 +236,6 @@ class IncreLoraConfig(LoraConfig):
                 f"max_r={self.max_r} is below r={self.r}, so the budget can never be reached; give at "
                 "least r."
             )
-        arguments.number("lora_alpha", self.lora_alpha, above=0.0)
-        arguments.number("lora_dropout", self.lora_dropout, at_least=0.0, below=1.0)
-        for key, rank in arguments.pattern("rank_pattern", self.rank_pattern):
-            arguments.integer(f"rank_pattern[{key!r}]", rank, at_least=1)
-        for key, alpha in arguments.pattern("alpha_pattern", self.alpha_pattern):
-            arguments.number(f"alpha_pattern[{key!r}]", alpha, above=0.0)
 
     def _check_schedule(self) -> None:
         arguments.integer("total_step", self.total_step, at_least=1, optional=True)
@@ -375,43 +255,14 @@ class IncreLoraConfig(LoraConfig):
         if self.importance_window != "auto":
             arguments.integer("importance_window", self.importance_window, at_least=1, optional=True)
 
-    def _check_modules(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), str):
-                arguments.regex(name, getattr(self, name))
-            else:
-                arguments.collection(name, getattr(self, name), str, "a string or a list of strings")
-        arguments.collection("modules_to_save", self.modules_to_save, str, "a list of strings")
-        if not isinstance(self.module_kinds, dict):
-            raise TypeError(f"module_kinds={self.module_kinds!r} must be a dictionary; leave it out.")
-        for name, kind in self.module_kinds.items():
-            kernel = isinstance(kind, (list, tuple)) and all(type(size) is int for size in kind)
-            if not isinstance(name, str) or not (kernel or kind == "embedding"):
-                raise ValueError(
-                    f"module_kinds[{name!r}]={kind!r} must be 'embedding' or the size of a kernel, by module "
-                    "name; leave it out: the library keeps it."
-                )
-        arguments.collection("expert_names", self.expert_names, str, "a list of strings")
-        arguments.collection("unlike_lora", self.unlike_lora, str, "a list of strings")
-        tokens = self.trainable_token_indices
-        for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
-            arguments.collection(
-                "trainable_token_indices", indices, int, "a list of token numbers, or of such lists by module"
-            )
-        if not isinstance(self.layers_to_transform, int):
-            arguments.collection(
-                "layers_to_transform", self.layers_to_transform, int, "a layer number or a list of them"
-            )
-
     def _check_choices(self) -> None:
         arguments.choice("scaling", self.scaling, ("budget", "rank"))
         arguments.choice("importance_norm", self.importance_norm, ("sqrt", "mean"))
         arguments.choice("importance", self.importance, ("sensitivity", "gradient"))
         arguments.choice("budget_unit", self.budget_unit, ("rank", "parameters"))
         arguments.choice("init_new", self.init_new, ("random", "gradient", None))
-        arguments.choice("bias", self.bias, ("none", "all", "lora_only"))
         arguments.choice("advance_learning", self.advance_learning, (True, False, None))
-        for name in ("restart_warmup", "preserve_output", "use_rslora", "fan_in_fan_out"):
+        for name in ("restart_warmup", "preserve_output"):
             arguments.choice(name, getattr(self, name), (True, False))
         if self.advance_learning and self.init_lora_weights != "svd":
             raise ValueError(

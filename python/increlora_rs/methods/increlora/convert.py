@@ -13,7 +13,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
-from ...saved.reading import Factors, LoraAdapter, layers_of_parameters, read_lora
+from ...contract.config import changed_options
+from ...saved.reading import SavedAdapter, SavedModule, layers_of_parameters, read_lora
 from ...support import arguments
 from ...support.budget import Budget
 from ...support.experts import expert_layers, expert_layers_of_base
@@ -21,7 +22,7 @@ from ...support.files import refuse_own_directory, staged
 from ...support.lowrank import Svd, svd_of_product
 from ...support.names import rank_pattern
 from ...support.sites import module_kinds
-from .config import IncreLoraConfig, changed_options
+from .config import IncreLoraConfig
 
 # What an adapter is on; how it learns is the caller's choice.
 _OF_THE_BASE = (
@@ -103,7 +104,7 @@ def convert_lora(
     for name, svd in updates.items():
         part, scale = svd.first(ranks[name]), config.scale(config.alpha_of(name), ranks[name])
         # float16 and bfloat16 would not hold orthonormal factors well enough.
-        dtype = torch.promote_types(lora.modules[name].a.dtype, torch.float32)
+        dtype = torch.promote_types(lora.modules[name].dtype, torch.float32)
         for factor, tensor in (("A", part.v), ("B", part.u), ("E", part.s.view(-1, 1) / scale)):
             tensors[f"base_model.model.{name}.lora_{factor}.weight"] = tensor.to(dtype).contiguous()
     with staged(target) as stage:
@@ -136,19 +137,20 @@ def _expert_names(source: nn.Module | str | os.PathLike[str], lora: LoraConfig) 
     return None if of_base is None else sorted(of_base)
 
 
-def _average_rank(lora: LoraAdapter, ranks: dict[str, int], options: dict[str, Any]) -> int:
+def _average_rank(lora: SavedAdapter, ranks: dict[str, int], options: dict[str, Any]) -> int:
     """The least budget that holds the ranks."""
-    sizes = [(int(module.b.shape[0]), int(module.a.shape[1])) for module in lora.modules.values()]
+    sizes = [(module.site.out, module.site.features) for module in lora.modules.values()]
     of_rank_1 = Budget.of(IncreLoraConfig(r=1, budget_unit=options.get("budget_unit", "rank")), sizes)
     return math.ceil(of_rank_1.spent(ranks.values()) / of_rank_1.total)
 
 
-def _update(module: Factors) -> Svd:
-    return svd_of_product(module.b.double() * module.scale, module.a)
+def _update(module: SavedModule) -> Svd:
+    update = module.update
+    return svd_of_product(update.b.double() * update.scale, update.a)
 
 
 def _config(
-    lora: LoraAdapter, r: int, ranks: dict[str, int], expert_names: list[str] | None, options: dict[str, Any]
+    lora: SavedAdapter, r: int, ranks: dict[str, int], expert_names: list[str] | None, options: dict[str, Any]
 ) -> IncreLoraConfig:
     for name in (*_OF_THE_BASE, "rank_pattern", "expert_names"):
         if name in options:

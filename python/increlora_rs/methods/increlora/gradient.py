@@ -111,7 +111,8 @@ class GradientScores(Scores):
 
     def _triples(self, k: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
         module = self._modules[k]
-        a, b, _ = module.layer.active_factors(module.adapter)
+        update: Any = module.layer.update(module.adapter)
+        a, b = update.a, update.b
         return _core.sketched_triples(*self._sums[k], self._sketches[k].psi, a.detach(), b.detach(), count)
 
     def directions(self, k: int, components: int) -> tuple[Tensor, Tensor] | None:

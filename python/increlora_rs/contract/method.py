@@ -1,0 +1,40 @@
+"""A method: its configuration, how it builds updates, and what it changes while they are trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from peft.utils.peft_types import PeftType
+
+from ..support.peft_type import member
+from .structure import Structure
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method; its configuration's ``method`` is set to it.
+
+    Args:
+        name: Its name: in capitals PEFT's type, and the row in every table.
+        title: Its name as the paper writes it.
+        config: The class of its configurations.
+        structure: How the update of a module is built.
+        policy: What changes between backward pass and optimizer; None: nothing.
+        paper: Address of the paper.
+    """
+
+    name: str
+    title: str
+    config: Any
+    structure: Structure
+    policy: Any = None
+    paper: str = ""
+
+    def __post_init__(self) -> None:
+        self.config.method = self
+
+    @property
+    def peft_type(self) -> PeftType:
+        """PEFT's type."""
+        return member(self.name)
