@@ -14,6 +14,7 @@ require_matching_torch()
 from ._core import RESERVE_E  # noqa: E402
 from .methods.increlora.config import IncreLoraConfig  # noqa: E402
 from .methods.increlora.convert import convert_lora  # noqa: E402
+from .methods.lora_mini import LoraMiniConfig  # noqa: E402
 from .reports.plots import plot_growth, plot_ranks, plot_scores  # noqa: E402
 from .reports.tables import module_table, rank_table  # noqa: E402
 from .saved.export import Export, export_lora  # noqa: E402
@@ -37,6 +38,7 @@ __all__ = [
     "IncreLoraCallback",
     "IncreLoraConfig",
     "IncreLoraModel",
+    "LoraMiniConfig",
     "RankScheduler",
     "Resize",
     "attach",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from ..support import arguments
+from ..support.budget import Budget
 from ..support.files import check_weights_file
 from ..support.names import rank_pattern
 from ..support.sites import Kind, Site, module_kinds
@@ -192,6 +193,14 @@ class MethodConfig(LoraConfig):
         """A module as the saved adapter alone tells it."""
         out, features = self.method.structure.sizes(parameters, self, module)
         return Site(module, self.kind_of(module), out, features)
+
+    def budget(self, sizes: Sequence[tuple[int, int]], ranks: Iterable[int]) -> Budget:
+        """What the ranks of modules of the sizes (out, in) may take; what they do where no budget is set."""
+        return Budget(sum(ranks), [1] * len(sizes), "rank")
+
+    def describe_ranks(self, sizes: Sequence[tuple[int, int]], ranks: Sequence[int]) -> str:
+        """The total of the ranks, in words."""
+        return f"total {sum(ranks)}"
 
     def of_sum(self, ranks: Mapping[str, int]) -> dict[str, Any]:
         """What a weighted sum of adapters changes of the configuration, so that scales are 1; the ranks are

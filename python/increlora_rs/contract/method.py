@@ -21,6 +21,7 @@ class Method:
         config: The class of its configurations.
         structure: How the update of a module is built.
         policy: What changes between backward pass and optimizer; None: nothing.
+        summary: What an adapter of it is, in a sentence that goes on with its ranks: the model card's.
         paper: Address of the paper.
     """
 
@@ -29,6 +30,7 @@ class Method:
     config: Any
     structure: Structure
     policy: Any = None
+    summary: str = "A LoRA"
     paper: str = ""
 
     def __post_init__(self) -> None:

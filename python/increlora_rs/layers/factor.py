@@ -19,17 +19,14 @@ class Constant(nn.Module):
         weight: The values.
     """
 
-    weight: Tensor
-
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.register_buffer("weight", weight, persistent=False)
+        # No buffer: DistributedDataParallel would send it around in every forward pass.
+        self.weight = weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> Constant:
-        kept = self.weight
         super()._apply(fn, recurse)
-        if self.weight.dtype != kept.dtype:
-            self.weight = kept.to(self.weight.device)
+        self.weight = self.weight.to(fn(self.weight).device)
         return self
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ..layers.found import adapted_layers
-from ..support.budget import Budget
 from ..support.names import short
 from .tables import RankTable
 
@@ -21,7 +20,7 @@ _MOST_KINDS = 10
 
 
 def write_section(card: Path, model: Any, adapters: Sequence[str]) -> None:
-    """Writes to ``card`` the section on the given IncreLoRA adapters of ``model``, in place of one that
+    """Writes to ``card`` the section on the given adapters of ``model``, in place of one that
     is there, else at the end; the other text stays."""
     lines = [line for name in adapters for line in _adapter(model, name)]
     section = "\n".join([_BEGIN, "", *lines, _END])
@@ -38,16 +37,17 @@ def _adapter(model: Any, name: str) -> list[str]:
     config = model.peft_config[name]
     layers = adapted_layers(model, name)
     ranks = {short(full): layer.rank(name) for full, layer in layers.items()}
-    budget = Budget.of(config, [(layer.out_features, layer.in_features) for layer in layers.values()])
+    sizes = [(layer.out_features, layer.in_features) for layer in layers.values()]
+    method, paper = config.method, config.method.paper
+    number = paper.rpartition("/")[2]
     folder = "path/to/this/folder" + ("" if name == "default" else f"/{name}")
-    title = "## IncreLoRA adapter" + ("" if name == "default" else f" `{name}`")
+    title = f"## {method.title} adapter" + ("" if name == "default" else f" `{name}`")
     return [
         title,
         "",
-        "A LoRA whose ranks grew during training, by the importance of each module "
-        f"([arXiv 2308.12043](https://arxiv.org/abs/2308.12043)): {len(ranks)} modules, ranks "
-        f"{min(ranks.values())} to {max(ranks.values())}, total {budget.told(list(ranks.values()))} "
-        f"({'' if budget.unit == 'rank' else 'those of '}`r={config.r}` on average).",
+        f"{method.summary} ([arXiv {number}]({paper})): {len(ranks)} modules, ranks "
+        f"{min(ranks.values())} to {max(ranks.values())}, "
+        f"{config.describe_ranks(sizes, list(ranks.values()))}.",
         "",
         "Load it onto the base model:",
         "",
@@ -66,7 +66,7 @@ def _adapter(model: Any, name: str) -> list[str]:
         "",
         f"In a shell the same is `increlora-rs export {folder} lora`.",
         "",
-        *_ranks(ranks, budget.total),
+        *_ranks(ranks, config.budget(sizes, ranks.values()).total),
         "",
     ]
 

@@ -103,9 +103,9 @@ class SavedAdapter:
 
     @property
     def _budget(self) -> Budget:
-        return Budget.of(
-            self.config, [(module.site.out, module.site.features) for module in self.modules.values()]
-        )
+        sizes = [(module.site.out, module.site.features) for module in self.modules.values()]
+        budget: Budget = self.config.budget(sizes, [module.rank for module in self.modules.values()])
+        return budget
 
 
 def read(source: nn.Module | str | os.PathLike[str], adapter_name: str = "default") -> SavedAdapter:

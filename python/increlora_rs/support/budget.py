@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..methods.increlora.config import IncreLoraConfig
-
 
 @dataclass(frozen=True)
 class Budget:
-    """The budget of an adapter, in the unit of ``config.budget_unit``.
+    """The budget of an adapter, in the unit of ``budget_unit``.
 
     Args:
         total: The budget.
@@ -24,11 +22,11 @@ class Budget:
     unit: str
 
     @classmethod
-    def of(cls, config: IncreLoraConfig, sizes: Iterable[tuple[int, int]]) -> Budget:
-        """The budget for modules of the given sizes (out, in): what rank ``config.r`` everywhere takes."""
-        in_parameters = config.budget_unit == "parameters"
+    def of(cls, r: int, unit: str, sizes: Iterable[tuple[int, int]]) -> Budget:
+        """The budget for modules of the given sizes (out, in): what rank ``r`` everywhere takes."""
+        in_parameters = unit == "parameters"
         costs = [out + features + 1 if in_parameters else 1 for out, features in sizes]
-        return cls(config.r * sum(costs), costs, config.budget_unit)
+        return cls(r * sum(costs), costs, unit)
 
     def __str__(self) -> str:
         return amount(self.total, self.unit)

@@ -9,5 +9,6 @@ METHOD = Method(
     title="IncreLoRA",
     config=IncreLoraConfig,
     structure=Components(),
+    summary="A LoRA whose ranks grew during training, by the importance of each module",
     paper="https://arxiv.org/abs/2308.12043",
 )

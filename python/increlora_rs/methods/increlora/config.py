@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -11,6 +11,7 @@ from peft.utils.other import get_pattern_key
 
 from ...contract.config import MethodConfig
 from ...support import arguments
+from ...support.budget import Budget
 from ...support.history import GrowthHistory
 from ...support.names import rank_pattern
 
@@ -202,6 +203,16 @@ class IncreLoraConfig(MethodConfig):
     def note_ranks(self, ranks: Mapping[str, int]) -> None:
         """Keeps ``rank_pattern`` up to date."""
         self.rank_pattern = rank_pattern(dict(ranks))
+
+    def budget(self, sizes: Sequence[tuple[int, int]], ranks: Iterable[int]) -> Budget:
+        """What rank ``r`` everywhere takes, in the unit of ``budget_unit``."""
+        return Budget.of(self.r, self.budget_unit, sizes)
+
+    def describe_ranks(self, sizes: Sequence[tuple[int, int]], ranks: Sequence[int]) -> str:
+        """The total beside the budget."""
+        budget = self.budget(sizes, ranks)
+        of_what = "" if budget.unit == "rank" else "those of "
+        return f"total {budget.told(ranks)} ({of_what}`r={self.r}` on average)"
 
     def of_sum(self, ranks: Mapping[str, int]) -> dict[str, Any]:
         """Every module at scale 1, the budget their average rank."""

@@ -16,7 +16,6 @@ from torch import nn
 from ...contract.config import changed_options
 from ...saved.reading import SavedAdapter, SavedModule, layers_of_parameters, read_lora
 from ...support import arguments
-from ...support.budget import Budget
 from ...support.experts import expert_layers, expert_layers_of_base
 from ...support.files import refuse_own_directory, staged
 from ...support.lowrank import Svd, svd_of_product
@@ -140,7 +139,7 @@ def _expert_names(source: nn.Module | str | os.PathLike[str], lora: LoraConfig) 
 def _average_rank(lora: SavedAdapter, ranks: dict[str, int], options: dict[str, Any]) -> int:
     """The least budget that holds the ranks."""
     sizes = [(module.site.out, module.site.features) for module in lora.modules.values()]
-    of_rank_1 = Budget.of(IncreLoraConfig(r=1, budget_unit=options.get("budget_unit", "rank")), sizes)
+    of_rank_1 = IncreLoraConfig(r=1, budget_unit=options.get("budget_unit", "rank")).budget(sizes, ())
     return math.ceil(of_rank_1.spent(ranks.values()) / of_rank_1.total)
 
 

@@ -50,7 +50,7 @@ def caps_of(config: IncreLoraConfig, modules: Sequence[AdaptedModule]) -> npt.ND
 
 def budget_of(config: IncreLoraConfig, modules: Sequence[AdaptedModule]) -> Budget:
     """What the ranks of the modules may take in all."""
-    return Budget.of(config, [(module.layer.out_features, module.layer.in_features) for module in modules])
+    return config.budget([(module.layer.out_features, module.layer.in_features) for module in modules], ())
 
 
 def new_schedule(
