@@ -37,8 +37,8 @@ class LoraMiniConfig(MethodConfig):
         lora_alpha: The scale is ``lora_alpha / r``; with ``use_rslora=True`` over the root of r.
         aux_init: What the frozen halves are. "scaled": ``A_aux ~ N(0, 1 / in)`` and ``B_aux ~ N(0, 1 /
             lora_b)``, which keep the variance of what passes. "orthonormal": orthonormal rows and columns, of
-            the same mean square. "published": both N(0, 1), as the authors' code has them; activations grow by
-            some sqrt(in), gradients by sqrt(out), and the learning rate has to fall with them.
+            the same mean square. "published": both N(0, 1), as the authors' code has them; activations grow
+            by some sqrt(in), gradients by sqrt(out), and the learning rate has to fall with them.
         aux_seed: What they are drawn from, the same on every device, 0 or more. It is saved, they are not.
         init_lora_weights: True: ``A`` Kaiming uniform, ``B`` 0. False: both random, so that a fresh adapter
             is not the identity (for tests). The authors' code has both at 0, where no gradient ever reaches
