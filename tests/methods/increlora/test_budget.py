@@ -12,7 +12,6 @@ import pytest
 import torch
 from increlora_rs import IncreLoraConfig, attach, export_lora, growth_history, module_table, rank_table
 from increlora_rs.reports.plots import draw_growth, draw_ranks
-from increlora_rs.support.budget import Budget
 from torch import nn
 
 WIDTHS = (8, 40, 40, 8, 6)
@@ -284,7 +283,7 @@ def test_a_weighted_sum_of_adapters_counts_in_rank(saved):
 
 def test_costs_are_of_a_row_a_column_and_a_number():
     config = IncreLoraConfig(r=5, budget_unit="parameters")
-    budget = Budget.of(config, [(3, 4), (10, 2)])
+    budget = config.budget([(3, 4), (10, 2)], ())
     assert (budget.costs, budget.total) == ([8, 13], 105)
     assert budget.spent([1, 2]) == 34
     assert str(budget) == "105 parameters"
