@@ -18,7 +18,7 @@ from ..contract.config import MethodConfig
 from ..ops.modes import watched
 from ..ops.probe import Probe
 from ..ops.scales import Ranks, Scales
-from ..ops.update import Update
+from ..ops.update import Call, Update
 from ..resizing.parameter import resize
 from ..support.sites import Site
 from .call import drops_plainly, is_plain_call
@@ -340,6 +340,10 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
                 )
         scale = self._scale(name)
         return self.structure.update(tensors, self.site, self.configs[name], scale, training=training)
+
+    def _call(self, name: str, inplace: bool = False) -> Call:
+        """How the update of an adapter is called."""
+        return Call(self._dropout(name), self.probes[name], self.slots[name], inplace)
 
     def _dropout(self, name: str) -> float:
         dropout = self.lora_dropout[name]

@@ -40,7 +40,7 @@ from .assigned import Assigned
 from .bystanders import Bystanders
 from .distributed import average_, shared_seed
 from .events import Cause, GrowthEvent, SizeListeners
-from .fit import check_attachable, schedulers_of, trainable_adapter, unwrapped_optimizer
+from .fit import ATTACHED, check_attachable, trainable_adapter, unwrapped_optimizer
 from .modules import adapted_modules
 from .nested_step import StepDepth
 
@@ -121,14 +121,21 @@ def _check_free(optimizer: torch.optim.Optimizer) -> None:
             )
 
 
-def _take_sizes(model: nn.Module, _: Any) -> None:
+class _TakeSizes:
     """After a load: buckets of the sizes of before would leave the next gradients to each process alone.
 
-    A function, so that copies and pickles of the model take no scheduler along.
+    It keeps the scheduler as long as the model is there; copies and pickles of the model take none along.
     """
-    for scheduler in schedulers_of(model):
-        if scheduler._probe.reloaded:
-            scheduler._rebuild_buckets()
+
+    def __init__(self, scheduler: RankScheduler | None = None) -> None:
+        self._scheduler = scheduler
+
+    def __call__(self, model: nn.Module, _: Any) -> None:
+        if self._scheduler is not None and self._scheduler._probe.reloaded:
+            self._scheduler._rebuild_buckets()
+
+    def __reduce__(self) -> tuple[type[_TakeSizes], tuple[()]]:
+        return _TakeSizes, ()
 
 
 class RankScheduler:
@@ -194,7 +201,8 @@ class RankScheduler:
             self._restore(saved)
         self._group[saved_state.KEY] = saved_state.HELD
         self._probe = self._modules[0].layer.probes[self._adapter]
-        self._scores.attach(self._probe, self)
+        self._probe.attach(self._scores.gauge)
+        ATTACHED[self] = self._probe
         self._probe.reloaded = False
         for slot, module in enumerate(self._modules):
             module.layer.probes[self._adapter] = self._probe
@@ -207,7 +215,7 @@ class RankScheduler:
             self._optimizer.register_step_post_hook(self._after_step),
             self._optimizer.register_state_dict_post_hook(self._save),
             self._optimizer.register_load_state_dict_post_hook(self._after_load),
-            self._model.register_load_state_dict_post_hook(_take_sizes),
+            self._model.register_load_state_dict_post_hook(_TakeSizes(self)),
         ]
         self._listeners = SizeListeners(self._model, self._modules)
         self._bystanders = Bystanders(self._model, self._modules)
@@ -300,6 +308,7 @@ class RankScheduler:
         self._drop_reserves()
         self._rebuild_buckets()
         self._probe.detach()
+        ATTACHED.pop(self, None)
         self._group.pop(saved_state.KEY, None)
         self._tell("detach")
 
@@ -379,20 +388,22 @@ class RankScheduler:
             return
         self._check_loaded()
         self._scores.note_step()
-        smooth, weight = self._probe.importance is not None, self._config.orthogonality_weight
+        smooth = self._probe.armed and self._scores.gauge.fused
+        weight = self._config.orthogonality_weight
         grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         if smooth or weight > 0.0:
             if smooth:
-                average_(self._scores.importance)
+                average_(self._scores.gauge.total)
             self._plan.take_gradients_(
                 smooth=smooth,
                 weight=weight,
                 loss_scale=self._scores.loss_scale() if smooth and grad_scale is None else None,
                 grad_scale=grad_scale,
                 found_inf=found_inf,
-                stream=stream(self._scores.importance.device),
+                stream=stream(self._scores.device),
             )
-        self._scores.take_step(grad_scale, found_inf)
+        if self._probe.armed:
+            self._scores.take_step(grad_scale, found_inf)
         # A fused optimizer under a scaler is called, and does nothing, where gradients overflowed; others
         # are not called.
         if found_inf is not None and bool(found_inf):
@@ -434,7 +445,7 @@ class RankScheduler:
         """Asks the backward passes of the next step for the importance, if a growth will need it."""
         following = self.step + 1
         wanted = self._may_grow and self._scores.wanted(self.schedule.next_event(following) - following)
-        self._scores.arm(self._probe, wanted)
+        self._probe.arm(wanted)
 
     # Growth.
 

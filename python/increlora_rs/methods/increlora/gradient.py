@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import _core
-from ...gauges.sketch import Sketch, length_of, pairs_of, sketches_of
-from ...ops.probe import Probe
+from ...gauges import Sketches
 from ...training.distributed import average_, from_first_, in_any_process
 from ...training.modules import AdaptedModule
 from .config import IncreLoraConfig
@@ -52,49 +51,34 @@ class GradientScores(Scores):
         super().__init__(modules, config, scaler)
         self._keeps_directions = config.follows_gradient
         self._sigma = np.zeros(len(modules))
-        # One list for ever: the layers know it.
-        self._sketches: list[Sketch] = []
+        wide = torch.promote_types(modules[0].a.dtype, torch.float32)
+        sizes = [(module.layer.out_features, module.layer.in_features) for module in modules]
+        # One object for ever: the layers know it.
+        self.gauge = self._sketches = Sketches(torch.zeros(0, dtype=wide, device=self.device), sizes)
         self._directions: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._armed = False
 
     def start(self, seed: int, components: int) -> None:
         """Draws the sketches' random matrices, the same for the same seed; the sketches become 0."""
-        sizes = [(module.layer.out_features, module.layer.in_features) for module in self._modules]
         k = _OVERSAMPLING + components
-        rows = k, _ROWS_A_COLUMN * k + 1
-        wide = torch.promote_types(self._modules[0].a.dtype, torch.float32)
-        device = self.importance.device
         self._components = components
-        self._step = torch.zeros(length_of(sizes, rows), dtype=wide, device=device)
-        self._sum = torch.zeros_like(self._step)
-        self._steps = torch.zeros(1, dtype=torch.float64, device=device)
-        self._sketches[:] = sketches_of(self._step, sizes, rows, seed)
-        self._sums = pairs_of(self._sum, sizes, rows)
-
-    def attach(self, probe: Probe, scheduler: Any) -> None:
-        """Gives the layers the sketches to add to."""
-        super().attach(probe, scheduler)
-        probe.sketches = self._sketches
-
-    def arm(self, probe: Probe, wanted: bool) -> None:
-        """Asks the next backward passes for the sketches, or no longer."""
-        self._armed = wanted
-        probe.arm(None, sketching=wanted)
+        self._sketches.draw((k, _ROWS_A_COLUMN * k + 1), seed)
+        self._sum = torch.zeros_like(self._sketches.total)
+        self._steps = torch.zeros(1, dtype=torch.float64, device=self.device)
+        self._sums = self._sketches.pairs(self._sum)
 
     def take_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Takes the step's sketches into their sum; one that is not finite is left out."""
-        if not self._armed:
-            return
-        average_(self._step)
+        step = self._sketches.total
+        average_(step)
         scale = self.loss_scale()
         if grad_scale is None and scale is not None:
             grad_scale = torch.tensor(scale, dtype=torch.float64)
-        _core.take_sketches_(self._step, self._sum, self._steps, scale=grad_scale, found_inf=found_inf)
+        _core.take_sketches_(step, self._sum, self._steps, scale=grad_scale, found_inf=found_inf)
 
     def reached(self, optimizer: torch.optim.Optimizer) -> npt.NDArray[np.bool_]:
         """Which modules a gradient has reached since the last growth, in the window's steps."""
         held = torch.stack([left.any() | right.any() for left, right in self._sums])
-        return in_any_process(held.cpu(), self.importance.device)
+        return in_any_process(held.cpu(), self.device)
 
     def at_growth(self) -> npt.NDArray[np.float64]:
         """The scores for a growth, the same in every process; the sketches start anew."""
@@ -112,8 +96,8 @@ class GradientScores(Scores):
     def _triples(self, k: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
         module = self._modules[k]
         update: Any = module.layer.update(module.adapter)
-        a, b = update.a, update.b
-        return _core.sketched_triples(*self._sums[k], self._sketches[k].psi, a.detach(), b.detach(), count)
+        a, b = update.a.detach(), update.b.detach()
+        return _core.sketched_triples(*self._sums[k], self._sketches.given(k)[1], a, b, count)
 
     def directions(self, k: int, components: int) -> tuple[Tensor, Tensor] | None:
         """Unit vectors for new components of module ``k``, as columns (out, n) of B and rows (n, in) of A,
@@ -123,7 +107,7 @@ class GradientScores(Scores):
         """
         if not self._directions:
             return None
-        sigma, u, v = (part.to(self.importance.device) for part in self._directions[k])
+        sigma, u, v = (part.to(self.device) for part in self._directions[k])
         for part in (sigma, u, v):
             from_first_(part)
         n = min(components, int((sigma > 0.0).sum()))
@@ -138,15 +122,11 @@ class GradientScores(Scores):
         super().detach()
         self._sketches.clear()
         self._sums, self._directions = [], []
-        self._step = self._sum = self._step.new_zeros(0)
-
-    def forget_step(self) -> None:
-        """Drops what the backward passes since the last step added."""
-        self._step.zero_()
+        self._sum = self._sum.new_zeros(0)
 
     def state(self) -> dict[str, Any]:
         """Copies of the vectors, for a checkpoint; of the sketches those that hold anything."""
-        held = {"step": self._step, "sum": self._sum}
+        held = {"step": self._sketches.total, "sum": self._sum}
         vectors = {name: vector.clone() for name, vector in held.items() if bool(vector.any())}
         sketches = {"steps": self._steps.clone(), **vectors}
         return super().state() | {"sigma": self._sigma.tolist(), "sketches": sketches}
@@ -159,6 +139,6 @@ class GradientScores(Scores):
         sketches = saved["sketches"]
         self._sigma = np.array(saved["sigma"])
         self._steps.copy_(sketches["steps"])
-        for name, vector in (("step", self._step), ("sum", self._sum)):
+        for name, vector in (("step", self._sketches.total), ("sum", self._sum)):
             if name in sketches:
                 vector.copy_(sketches[name])

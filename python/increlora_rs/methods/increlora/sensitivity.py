@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import _core
-from ...ops.probe import Probe
+from ...gauges import Gauge, Sensitivity
 from ...support.untraced import untraced
 from ...training.distributed import from_first_, in_any_process
 from ...training.modules import AdaptedModule
@@ -30,10 +30,12 @@ class Scores:
 
     def __init__(self, modules: Sequence[AdaptedModule], config: IncreLoraConfig, scaler: Any | None) -> None:
         self._modules = modules
-        device = modules[0].a.device
-        self.importance = torch.zeros(len(modules), dtype=torch.float64, device=device)
-        self._mean = torch.zeros_like(self.importance)
-        self._uncertainty = torch.zeros_like(self.importance)
+        self.device = device = modules[0].a.device
+        # What the backward passes of a step are asked for.
+        self.gauge: Gauge = Sensitivity.of(len(modules), device)
+        self._importance = self.gauge.total
+        self._mean = torch.zeros_like(self._importance)
+        self._uncertainty = torch.zeros_like(self._importance)
         sizes = torch.tensor(
             [module.layer.in_features * module.layer.out_features for module in modules],
             dtype=torch.float64,
@@ -51,16 +53,8 @@ class Scores:
     def start(self, seed: int, components: int) -> None:
         """Before the first step: draws what is random, for growths by so many components."""
 
-    def attach(self, probe: Probe, scheduler: Any) -> None:
-        """Gives the layers what they add to."""
-        probe.attach(scheduler, self.importance)
-
-    def arm(self, probe: Probe, wanted: bool) -> None:
-        """Asks the next backward passes for the importance, or no longer."""
-        probe.arm(self.importance if wanted else None)
-
     def take_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Before the optimizer acts: takes in what :meth:`plan` does not."""
+        """Before the optimizer acts, where the gauge was armed: takes in what :meth:`plan` does not."""
 
     def at_growth(self) -> npt.NDArray[np.float64]:
         """The scores that a growth chooses by, the same in every process."""
@@ -74,7 +68,7 @@ class Scores:
         counted = (self._mean != 0.0).cpu()
         for k in torch.nonzero(~counted).flatten().tolist():
             counted[k] = has_learned(self._modules[k], optimizer)
-        return in_any_process(counted, self.importance.device)
+        return in_any_process(counted, self.device)
 
     def directions(self, k: int, components: int) -> tuple[Tensor, Tensor] | None:
         """What new components of module ``k`` start from; None: random numbers."""
@@ -89,7 +83,7 @@ class Scores:
         return _core.StepPlan(
             [module.a for module in modules],
             [module.b for module in modules],
-            self.importance,
+            self._importance,
             self._norm,
             self._mean,
             self._uncertainty,
@@ -127,7 +121,7 @@ class Scores:
 
     def forget_step(self) -> None:
         """Drops what the backward passes since the last step added."""
-        self.importance.zero_()
+        self.gauge.total.zero_()
 
     def detach(self) -> None:
         """Gives the scaler its own ``update`` back, unless another scheduler has taken it since."""
@@ -137,13 +131,13 @@ class Scores:
     def state(self) -> dict[str, Any]:
         """Copies of the vectors, for a checkpoint."""
         return {
-            "importance": self.importance.clone(),
+            "importance": self._importance.clone(),
             "mean": self._mean.clone(),
             "uncertainty": self._uncertainty.clone(),
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Takes what :meth:`state` gave."""
-        self.importance.copy_(saved["importance"])
+        self._importance.copy_(saved["importance"])
         self._mean.copy_(saved["mean"])
         self._uncertainty.copy_(saved["uncertainty"])
