@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import re
 import warnings
 from pathlib import Path
@@ -222,10 +223,10 @@ def test_a_state_without_a_schedulers_is_announced():
 # Earlier states.
 
 
-def from_version_1(kind):
-    """A fresh training with the model of a checkpoint that the first release made, and that checkpoint's
-    optimizer state."""
-    saved = torch.load(FIXTURES / f"optimizer_v1_{kind}.pt", weights_only=True)
+def from_version(version, kind):
+    """A fresh training with the model of a checkpoint that an earlier release made after 7 or 8 steps, and
+    that checkpoint's optimizer state."""
+    saved = torch.load(FIXTURES / f"optimizer_v{version}_{kind}.pt", weights_only=True)
     model, optimizer, scheduler = begin(kind)
     for module in adapted_modules(model, "default"):
         a, b, e = saved["adapter"][module.name]
@@ -237,29 +238,42 @@ def from_version_1(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_state_of_version_1_goes_on_to_the_budget_without_a_warning(kind):
-    model, optimizer, scheduler, state = from_version_1(kind)
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_state_of_an_earlier_version_goes_on_to_the_budget_without_a_warning(version, kind):
+    model, optimizer, scheduler, state = from_version(version, kind)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.load_state_dict(state)
-        assert scheduler.step == state["param_groups"][0][saved_state.KEY]["step"]
+        assert scheduler.restored
+        assert scheduler.step in (7, 8)
         run(model, optimizer, scheduler.step, STEPS)
     assert scheduler.total_rank == scheduler.budget
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_state_of_version_1_and_the_same_one_saved_anew_go_on_alike(kind):
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_state_of_an_earlier_version_and_the_same_one_saved_anew_go_on_alike(version, kind):
     results = []
     for anew in (False, True):
-        model, optimizer, scheduler, state = from_version_1(kind)
+        model, optimizer, scheduler, state = from_version(version, kind)
         optimizer.load_state_dict(state)
         if anew:
             state = optimizer.state_dict()
-            model, optimizer, scheduler, _ = from_version_1(kind)
+            model, optimizer, scheduler, _ = from_version(version, kind)
             optimizer.load_state_dict(state)
         run(model, optimizer, scheduler.step, STEPS)
         results.append(result(model, scheduler))
     assert_same(*results)
+
+
+def test_scores_and_history_of_an_earlier_version_are_those_that_it_saved():
+    _, optimizer, scheduler, state = from_version(2, "gradient")
+    saved = json.loads(state["param_groups"][0][saved_state.KEY])
+    optimizer.load_state_dict(state)
+    assert list(scheduler.scores.values()) == saved["scores"]["sigma"]
+    assert scheduler.history.tolist() == [
+        (step, saved["modules"][k], rank, score) for step, k, rank, score in saved["history"]
+    ]
 
 
 # Checkpoints on disk.
