@@ -14,6 +14,7 @@ require_matching_torch()
 from ._core import RESERVE_E  # noqa: E402
 from .methods.increlora.config import IncreLoraConfig  # noqa: E402
 from .methods.increlora.convert import convert_lora  # noqa: E402
+from .methods.increlora.growth import Growth  # noqa: E402
 from .reports.plots import plot_growth, plot_ranks, plot_scores  # noqa: E402
 from .reports.tables import module_table, rank_table  # noqa: E402
 from .saved.export import Export, export_lora  # noqa: E402
@@ -27,6 +28,7 @@ from .training.scheduler import RankScheduler, attach  # noqa: E402
 from .tuner.model import IncreLoraModel  # noqa: E402
 from .tuner.registration import register  # noqa: E402
 
+IncreLoraConfig.policy_cls = Growth
 register()
 
 __version__ = version("increlora_rs")

@@ -175,7 +175,7 @@ def gradients(*, compiled, backend="aot_eager", checkpointed=False, around=False
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
     scheduler = attach(model, optimizer_of(model), total_steps=10)
-    scheduler._probe.arm(scheduler._scores.importance)
+    scheduler.session.probe.arm(scheduler.policy.gauge.total)
     net = torch.compile(model, backend=backend, fullgraph=True) if compiled else model
     torch.manual_seed(9)
     x = torch.randn(40, 9).to(dtype or torch.float32).requires_grad_()
@@ -183,7 +183,7 @@ def gradients(*, compiled, backend="aot_eager", checkpointed=False, around=False
         out = net(x)
     out.float().square().mean().backward()
     own = [p.grad for p in model.parameters() if p.requires_grad]
-    return [out.detach(), x.grad, scheduler._scores.importance, *own]
+    return [out.detach(), x.grad, scheduler.policy.gauge.total, *own]
 
 
 CASES = {
@@ -232,12 +232,12 @@ def test_two_forward_passes_before_their_backward_passes():
     for compiled, results in ((False, expected), (True, got)):
         model = adapted(init_lora_weights=False, importance="sensitivity")
         scheduler = attach(model, optimizer_of(model), total_steps=10)
-        scheduler._probe.arm(scheduler._scores.importance)
+        scheduler.session.probe.arm(scheduler.policy.gauge.total)
         net = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         first, second = net(batch(1)[0]), net(batch(2)[0])
         second.square().mean().backward()
         first.square().mean().backward()
-        results += [scheduler._scores.importance, *[p.grad for p in model.parameters() if p.requires_grad]]
+        results += [scheduler.policy.gauge.total, *[p.grad for p in model.parameters() if p.requires_grad]]
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -248,11 +248,11 @@ def test_importance_is_not_computed_where_it_is_not_asked_for():
     net = torch.compile(model, backend="aot_eager", fullgraph=True)
     seen = []
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for asked in (scheduler._scores.importance, None, scheduler._scores.importance):
-            scheduler._scores.importance.zero_()
-            scheduler._probe.arm(asked)
+        for asked in (scheduler.policy.gauge.total, None, scheduler.policy.gauge.total):
+            scheduler.policy.gauge.total.zero_()
+            scheduler.session.probe.arm(asked)
             net(batch(0)[0]).square().mean().backward()
-            seen.append(scheduler._scores.importance.clone())
+            seen.append(scheduler.policy.gauge.total.clone())
     assert seen[0].min() > 0
     assert not seen[1].any()
     assert torch.equal(seen[2], seen[0])

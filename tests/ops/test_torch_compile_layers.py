@@ -98,10 +98,10 @@ def test_gradients_and_importance_are_those_of_eager_mode():
     for compiled in (False, True):
         model = adapted(init_lora_weights=False, importance="sensitivity")
         scheduler = attach(model, torch.optim.SGD(model.parameters(), 0.1), total_steps=STEPS)
-        scheduler._probe.arm(scheduler._scores.importance)
+        scheduler.session.probe.arm(scheduler.policy.gauge.total)
         net = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         net(batch(0)[0]).square().sum().backward()
-        importance = scheduler._scores.importance.clone()
+        importance = scheduler.policy.gauge.total.clone()
         assert (importance > 0).all()
         found.append([importance, *[p.grad for p in model.parameters() if p.requires_grad]])
     for ours, theirs in zip(*found, strict=True):

@@ -190,7 +190,7 @@ def test_an_average_of_all_steps_is_that_of_the_rows_since_their_birth(training)
     scheduler = attach(model, optimizer, total_steps=12)
     keep_average(scheduler, averaged)
     averaged.update_parameters(model)
-    layer = scheduler._modules[0]
+    layer = scheduler.session.modules[0]
     sums, count = layer.b.detach().clone(), 1
     for number in range(1, 9):
         step(model, optimizer, number)
@@ -278,7 +278,7 @@ def test_components_in_reserve_are_averaged_and_dropped_at_the_end(training, pla
         step(model, optimizer, number)
         averaged.update_parameters(model)
     before = averaged.eval()(plain_input)
-    assert any(module.rows > module.rank for module in scheduler._modules)
+    assert any(module.rows > module.rank for module in scheduler.session.modules)
     scheduler.detach()
     assert sizes(averaged) == sizes(model)
     assert torch.equal(averaged(plain_input), before)

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import math
 import re
 import warnings
 from pathlib import Path
@@ -11,7 +12,7 @@ import peft
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from increlora_rs import IncreLoraConfig, attach, load_checkpoint
+from increlora_rs import IncreLoraConfig, attach, growth_history, load_checkpoint
 from increlora_rs.training import checkpoint as saved_state
 from increlora_rs.training.modules import adapted_modules
 from test_distributed import torchrun
@@ -216,7 +217,7 @@ def test_a_state_without_a_schedulers_is_announced():
     run(model, optimizer, 0, 2)
     state = api.get_optimizer_state_dict(model, optimizer)
     model, optimizer, _ = begin()
-    with pytest.warns(UserWarning, match="holds none of an IncreLoRA scheduler"):
+    with pytest.warns(UserWarning, match="holds none of a scheduler"):
         api.set_optimizer_state_dict(model, optimizer, state)
 
 
@@ -274,6 +275,33 @@ def test_scores_and_history_of_an_earlier_version_are_those_that_it_saved():
     assert scheduler.history.tolist() == [
         (step, saved["modules"][k], rank, score) for step, k, rank, score in saved["history"]
     ]
+
+
+def without(name, state):
+    group = state["param_groups"][0]
+    saved = json.loads(group[saved_state.KEY])
+    del saved[name]
+    group[saved_state.KEY] = json.dumps(saved)
+
+
+def test_a_state_without_all_scores_gives_the_ranks_and_the_scores_of_those_that_grew():
+    model, optimizer, scheduler, state = from_version(2, "gradient")
+    without("growth", state)
+    optimizer.load_state_dict(state)
+    history = growth_history(model)
+    assert (history.first_ranks, history.steps, history.ranks) == ([1, 1], [6], [[1, 2]])
+    unknown, score = history.scores[0]
+    assert math.isnan(unknown)
+    assert score == scheduler.history["importance"][0]
+
+
+def test_a_state_that_names_no_importance_is_one_of_the_sensitivity():
+    _, optimizer, scheduler, state = from_version(2, "sensitivity")
+    without("importance", state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(state)
+    assert all(scheduler.scores.values())
 
 
 # Checkpoints on disk.
@@ -408,7 +436,7 @@ def test_a_checkpoint_without_a_schedulers_state_is_announced(tmp_path):
     run(model, optimizer, 0, 2)
     dcp.save(LAYOUTS["flat at the top"](model, optimizer), checkpoint_id=tmp_path)
     model, optimizer, _ = begin()
-    with pytest.warns(UserWarning, match="holds none of an IncreLoRA scheduler"):
+    with pytest.warns(UserWarning, match="holds none of a scheduler"):
         load_checkpoint(model, tmp_path, optimizer)
 
 

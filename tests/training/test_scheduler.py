@@ -202,7 +202,7 @@ def test_growth_logs_one_line(caplog):
     model = adapted(tinit=5, deltaT=5, top_h=2)
     optimizer = adamw(model)
     attach(model, optimizer, total_steps=100)
-    with caplog.at_level("INFO", logger="increlora_rs.training.scheduler"):
+    with caplog.at_level("INFO", logger="increlora_rs"):
         train(model, optimizer, 1, 10)
     assert caplog.messages == ["step 10: 2 modules grew, total rank 6 of 12"]
 
@@ -644,7 +644,7 @@ def test_a_state_without_a_schedulers_is_announced():
     optimizer = adamw(model)
     state = optimizer.state_dict()
     attach(model, optimizer, total_steps=60)
-    with pytest.warns(UserWarning, match="holds none of an IncreLoRA scheduler"):
+    with pytest.warns(UserWarning, match="holds none of a scheduler"):
         optimizer.load_state_dict(state)
 
 
@@ -787,7 +787,7 @@ def test_overflowed_steps_that_a_linear_schedule_counted_leave_it_linear():
         linear.step()
         optimizer.zero_grad()
     assert scheduler.step == 32
-    assert scheduler._restart.was_linear
+    assert scheduler.policy.warmup.was_linear
 
 
 # The state in the optimizer.

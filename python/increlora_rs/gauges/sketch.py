@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,3 +99,22 @@ def length_of(sizes: Sequence[tuple[int, int]], rows: tuple[int, int]) -> int:
 def _normal(like: Tensor, shape: tuple[int, int], seed: int, side: str) -> Tensor:
     drawn = torch.randn(shape, generator=generator(seed, "sketch", side, *shape), dtype=torch.float64)
     return drawn.to(device=like.device, dtype=like.dtype)
+
+
+class SketchGauge:
+    """The sketches of all modules, in one vector."""
+
+    def __init__(self, modules: int, device: torch.device) -> None:
+        # One list for ever: the layers know it.
+        self.sketches: list[Sketch] = []
+        self.total = torch.zeros(0, device=device)
+        self._importance = torch.zeros(modules, dtype=torch.float64, device=device)
+
+    def attach(self, probe: Any, scheduler: Any) -> None:
+        """Gives the layers what they add to."""
+        probe.attach(scheduler, self._importance)
+        probe.sketches = self.sketches
+
+    def arm(self, probe: Any, wanted: bool) -> None:
+        """Asks the next backward passes for it, or no longer."""
+        probe.arm(None, sketching=wanted)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..gauges.sketch import Sketch
+from ..support.history import GrowthHistory
 
 # Backward passes after which a missing scheduler is noticed, and an optimizer that takes no step.
 _UNATTENDED_PASSES = 50
@@ -35,6 +36,7 @@ class Probe:
         reloaded: Did a layer take another rank from a checkpoint since the scheduler looked?
         sketches: With ``importance="gradient"`` the sketch of each module's gradient, else None.
         sketching: Are the backward passes to add to them?
+        history: How the ranks of the adapter grew; it stays when the training is over.
         copies: The probes of the copies of the model that were made so far, of copies of copies too.
     """
 
@@ -47,6 +49,7 @@ class Probe:
     reloaded: bool = False
     sketches: list[Sketch] | None = None
     sketching: bool = False
+    history: GrowthHistory | None = None
     copies: list[ReferenceType[Probe]] = field(default_factory=list, repr=False, compare=False)
 
     @property

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..support.warning import warn
 from .bystanders import note
 from .events import GrowthEvent
 from .held import Held, held_by
@@ -89,13 +89,12 @@ class _Follower:
                 continue
             held.follow(event.step, [resizes.get(id(p)) for p, _, _ in held.module.parameters])
         if restarted:
-            warnings.warn(
+            warn(
                 f"an adapter of other ranks was loaded without its average: the averages of {len(restarted)} "
                 f"modules, {next(iter(restarted))!r} the first, start anew from what was loaded. To go on "
-                "with an average, load that of the same checkpoint, too",
-                UserWarning,
-                stacklevel=2,
+                "with an average, load that of the same checkpoint, too"
             )
 
     def _held(self) -> list[Held]:
-        return held_by(self._average, self._scheduler._model, self._scheduler._modules, self._parameters)
+        session = self._scheduler.session
+        return held_by(self._average, session.model, session.modules, self._parameters)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any
 from weakref import ReferenceType, WeakSet
@@ -12,6 +11,7 @@ from weakref import ReferenceType, WeakSet
 from torch import nn
 
 from ..ops.probe import Probe
+from ..support.warning import warn
 from .held import Held, HeldLayer, HeldTensor, held_by
 from .modules import AdaptedModule
 
@@ -65,12 +65,10 @@ class Bystanders:
         for average in _living():
             if id(average) not in self._told and self._lags(average, before):
                 self._told.add(id(average))
-                warnings.warn(
+                warn(
                     f"step {step}: {type(average).__name__} averages this adapter but did not grow with it: "
                     "its next update will fail, or broadcast rows. Call increlora_rs.keep_average(scheduler, "
-                    "average) after attach, or use IncreLoraCallback(averages=[average])",
-                    UserWarning,
-                    stacklevel=2,
+                    "average) after attach, or use IncreLoraCallback(averages=[average])"
                 )
 
     def _new_copies(self) -> bool:

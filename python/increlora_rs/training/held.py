@@ -312,9 +312,9 @@ class HeldLayer:
 
     def _set(self, values: list[Tensor | None]) -> None:
         layer, adapter, module = self.copy.layer, self.copy.adapter, self.module
-        config, trained = layer.configs[adapter], module.layer.configs[module.adapter]
         # What is saved beside the adapter.
-        config.growth, config.rank_pattern = trained.growth, trained.rank_pattern
+        layer.configs[adapter].rank_pattern = module.layer.configs[module.adapter].rank_pattern
+        layer.probes[adapter].history = module.layer.probes[module.adapter].history
         if all(value is None for value in values):
             return
         kept = [

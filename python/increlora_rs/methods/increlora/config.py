@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from peft import LoraConfig
@@ -19,7 +19,7 @@ from ...support.peft_type import PEFT_TYPE
 from ...support.sites import Kind
 
 if TYPE_CHECKING:
-    from ...support.history import GrowthHistory
+    from ...contract.policy import Policy
 
 # Options of LoraConfig that mean here what they mean there. Every other one raises unless it is left
 # at its default, also one that a later PEFT may add.
@@ -140,6 +140,9 @@ class IncreLoraConfig(LoraConfig):
         TypeError: an argument has a wrong type.
     """
 
+    # What changes while it trains; set by the package.
+    policy_cls: ClassVar[type[Policy]]
+
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Initial rank by module; kept up to date as ranks grow."}
     )
@@ -204,8 +207,6 @@ class IncreLoraConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
-        # Not a field, for it has a file of its own: how the ranks of the model with this adapter grew.
-        self.growth: GrowthHistory | None = None
         self._take_plain_numbers()
         self._refuse_unsupported()
         # Before PEFT's own checks, which answer to the inits that LoraConfig knows.
