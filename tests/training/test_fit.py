@@ -34,14 +34,14 @@ def test_lora_fa_is_told_by_what_it_freezes(model):
 def test_lora_fa_is_refused_though_nothing_is_frozen(model):
     optimizer = create_lorafa_optimizer(model, r=3, lora_alpha=3, lr=1e-3)
     for module in modules(model):
-        module.a.requires_grad_(True)
+        module.factors[0].requires_grad_(True)
     with pytest.raises(ValueError, match=r"LoraFAOptimizer trains B alone"):
         attach(model, optimizer, total_steps=20)
 
 
 @pytest.mark.parametrize("factor", ["a", "b", "e"])
 def test_a_frozen_factor_is_named(model, factor):
-    getattr(modules(model)[1], factor).requires_grad_(False)
+    modules(model)[1].factors["abe".index(factor)].requires_grad_(False)
     optimizer = torch.optim.AdamW(trainable(model))
     with pytest.raises(ValueError, match=rf"^model: lin1\.lora_{factor.upper()}\S*: frozen"):
         attach(model, optimizer, total_steps=20)
@@ -51,14 +51,14 @@ def test_after_many_names_the_number_of_the_others_is_told(make_bert):
     config = IncreLoraConfig(r=3, target_modules=["query", "key", "value"])
     model = get_peft_model(make_bert(), config)
     for module in modules(model):
-        module.b.requires_grad_(False)
+        module.factors[1].requires_grad_(False)
     with pytest.raises(ValueError, match=r"lora_B\S* and 3 more: frozen"):
         attach(model, torch.optim.AdamW(trainable(model)), total_steps=20)
 
 
 @pytest.mark.parametrize("factor", ["a", "b", "e"])
 def test_a_factor_that_the_optimizer_does_not_hold_is_named(model, factor):
-    missing = getattr(modules(model)[1], factor)
+    missing = modules(model)[1].factors["abe".index(factor)]
     optimizer = torch.optim.AdamW([p for p in trainable(model) if p is not missing])
     with pytest.raises(ValueError, match=rf"of 'lin1' \(lin1\.lora_{factor.upper()}[^,]*\); make it"):
         attach(model, optimizer, total_steps=20)
@@ -66,7 +66,7 @@ def test_a_factor_that_the_optimizer_does_not_hold_is_named(model, factor):
 
 def test_an_adapter_none_of_which_is_trainable_counts_as_none(model):
     for module in modules(model):
-        for parameter in (module.a, module.b, module.e):
+        for parameter in module.factors:
             parameter.requires_grad_(False)
     with pytest.raises(ValueError, match="0 trainable IncreLoRA adapters"):
         attach(model, torch.optim.AdamW(model.parameters()), total_steps=20)
@@ -74,7 +74,7 @@ def test_an_adapter_none_of_which_is_trainable_counts_as_none(model):
 
 def test_a_module_that_is_frozen_whole_is_left_alone(model):
     optimizer = torch.optim.AdamW(trainable(model))
-    for parameter in (modules(model)[0].a, modules(model)[0].b, modules(model)[0].e):
+    for parameter in modules(model)[0].factors:
         parameter.requires_grad_(False)
     assert attach(model, optimizer, total_steps=20).budget == 6
 

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from ..gauges import Gauge
+from ..support.history import GrowthHistory
 
 # Backward passes after which a missing scheduler is noticed, and an optimizer that takes no step.
 _UNATTENDED_PASSES = 50
-
-
 _IDLE_PASSES = 1000
 
 
@@ -36,6 +35,7 @@ class Probe:
         unattended: Backward passes since the scheduler's optimizer took a step, or ever without one.
         layers: Number of layers that share the probe.
         reloaded: Did a layer take another rank from a checkpoint since the scheduler looked?
+        history: How the ranks of the adapter grew; it stays when the training is over.
         copies: The probes of the copies of the model that were made so far, of copies of copies too.
     """
 
@@ -46,6 +46,7 @@ class Probe:
     unattended: int = 0
     layers: int = 0
     reloaded: bool = False
+    history: GrowthHistory | None = None
     copies: list[ReferenceType[Probe]] = field(default_factory=list, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:

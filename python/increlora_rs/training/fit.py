@@ -146,7 +146,7 @@ def _refuse_frozen(modules: Sequence[AdaptedModule], optimizer: torch.optim.Opti
         more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
         raise ValueError(
             f"model: {', '.join(frozen[:3])}{more}: frozen (requires_grad=False), while other factors of the "
-            "same modules are trained. Such an adapter cannot grow, for A, B and E of a new component are "
+            "same modules are trained. Such an adapter cannot grow, for all factors of a new component are "
             "trained together. Call requires_grad_(True) on them and make the optimizer then; one of "
             "peft.optimizers.create_lorafa_optimizer freezes A: use AdamW or create_loraplus_optimizer."
         )
@@ -161,17 +161,17 @@ def _refuse_computed_or_shared(modules: Sequence[AdaptedModule]) -> None:
     """Raises ValueError where a factor is no parameter of its module alone."""
     owners: dict[int, str] = {}
     for module in modules:
-        for factor, (parameter, _, _) in zip("ABE", module.parameters, strict=True):
+        for factor, parameter in zip(module.structure.names, module.factors, strict=True):
             if not isinstance(parameter, nn.Parameter):
                 raise ValueError(
-                    f"model: lora_{factor} of {module.name!r} is computed, as by torch.nn.utils.parametrize, "
+                    f"model: {factor} of {module.name!r} is computed, as by torch.nn.utils.parametrize, "
                     "weight_norm or spectral_norm, and what is computed cannot grow; take that off before "
                     "attach, or put it on the base layer."
                 )
             owner = owners.setdefault(id(parameter), module.name)
             if owner != module.name:
                 raise ValueError(
-                    f"model: {owner!r} and {module.name!r} share one parameter, lora_{factor}, and modules "
+                    f"model: {owner!r} and {module.name!r} share one parameter, {factor}, and modules "
                     "grow each by itself; give each a parameter of its own."
                 )
 

@@ -5,12 +5,14 @@ import itertools
 import json
 import logging
 import re
+from functools import partial
 
 import numpy as np
 import peft
 import pytest
 import torch
 from increlora_rs import IncreLoraConfig, attach, export_lora, growth_history, module_table, rank_table
+from increlora_rs.methods.increlora.growth import Growth
 from increlora_rs.reports.plots import draw_growth, draw_ranks
 from torch import nn
 
@@ -111,18 +113,20 @@ def test_growth_is_over_at_growth_end(given, end):
     assert scheduler.budget - scheduler.spent < min(COSTS)
 
 
+def chosen_by(scores):
+    return partial(Growth, choose_by=lambda _: scores)
+
+
 def test_ranks_differ_from_those_of_a_budget_in_rank_by_the_cost():
     # Equal scores: the cheapest module and then the first of the next, where in rank the first two grow.
     model = adapted(tinit=4, deltaT=5, top_h=2)
     optimizer = adamw(model)
-    scheduler = attach(model, optimizer, total_steps=100)
-    scheduler._scores.at_growth = lambda: np.ones(4)
+    scheduler = attach(model, optimizer, total_steps=100, policy=chosen_by(np.ones(4)))
     train(model, optimizer, 1, 5)
     assert list(scheduler.ranks.values()) == [2, 1, 1, 2]
     model = adapted(tinit=4, deltaT=5, top_h=2, budget_unit="rank")
     optimizer = adamw(model)
-    scheduler = attach(model, optimizer, total_steps=100)
-    scheduler._scores.at_growth = lambda: np.ones(4)
+    scheduler = attach(model, optimizer, total_steps=100, policy=chosen_by(np.ones(4)))
     train(model, optimizer, 1, 5)
     assert list(scheduler.ranks.values()) == [2, 2, 1, 1]
 
@@ -130,8 +134,8 @@ def test_ranks_differ_from_those_of_a_budget_in_rank_by_the_cost():
 def test_a_score_that_outweighs_its_cost_still_grows():
     model = adapted(tinit=4, deltaT=5, top_h=1)
     optimizer = adamw(model)
-    scheduler = attach(model, optimizer, total_steps=100)
-    scheduler._scores.at_growth = lambda: np.array([0.0, 81.0, 1.0, 0.1]) * 1.1
+    scores = np.array([0.0, 81.0, 1.0, 0.1]) * 1.1
+    scheduler = attach(model, optimizer, total_steps=100, policy=chosen_by(scores))
     train(model, optimizer, 1, 5)
     assert list(scheduler.ranks.values()) == [1, 2, 1, 1]
 

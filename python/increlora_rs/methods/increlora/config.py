@@ -12,7 +12,6 @@ from peft.utils.other import get_pattern_key
 from ...contract.config import MethodConfig
 from ...support import arguments
 from ...support.budget import Budget
-from ...support.history import GrowthHistory
 from ...support.names import rank_pattern
 
 
@@ -131,11 +130,6 @@ class IncreLoraConfig(MethodConfig):
     budget_unit: Literal["rank", "parameters"] = field(
         default="rank", metadata={"help": "What the budget counts: components, or their parameters."}
     )
-
-    def __post_init__(self) -> None:
-        # Not a field, for it has a file of its own: how the ranks of the model with this adapter grew.
-        self.growth: GrowthHistory | None = None
-        super().__post_init__()
 
     @classmethod
     def paper(cls, **kwargs: Any) -> IncreLoraConfig:
