@@ -101,7 +101,8 @@ class Method:
         if type(config) is LoraConfig:
             return {}
         own = set(vars(type(config))["__annotations__"]) - _BY_MODULE
-        return {name: getattr(config, name) for name in sorted(own)}
+        names = (option.name for option in dataclasses.fields(config))
+        return {name: getattr(config, name) for name in sorted(names) if name in own}
 
     def _callbacks(self, config: PeftConfig, setting: Setting) -> list[TrainerCallback]:
         if isinstance(config, AdaLoraConfig):

@@ -117,6 +117,7 @@ def chosen_by(scores):
     return partial(Growth, choose_by=lambda _: scores)
 
 
+@pytest.mark.filterwarnings("ignore:the budget may not be reached")
 def test_ranks_differ_from_those_of_a_budget_in_rank_by_the_cost():
     # Equal scores: the cheapest module and then the first of the next, where in rank the first two grow.
     model = adapted(tinit=4, deltaT=5, top_h=2)
@@ -131,6 +132,7 @@ def test_ranks_differ_from_those_of_a_budget_in_rank_by_the_cost():
     assert list(scheduler.ranks.values()) == [2, 2, 1, 1]
 
 
+@pytest.mark.filterwarnings("ignore:the budget may not be reached")
 def test_a_score_that_outweighs_its_cost_still_grows():
     model = adapted(tinit=4, deltaT=5, top_h=1)
     optimizer = adamw(model)
@@ -179,6 +181,7 @@ def test_ranks_past_the_budget_are_told_in_parameters():
         attach(model, adamw(model), total_steps=100)
 
 
+@pytest.mark.filterwarnings("ignore:the budget may not be reached")
 def test_a_growth_is_logged_in_both_units(caplog):
     model = adapted(tinit=4, deltaT=5, top_h=1)
     optimizer = adamw(model)
