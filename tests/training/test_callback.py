@@ -272,7 +272,7 @@ def test_a_model_without_an_adapter_raises_before_the_first_step(make_bert, tmp_
         train_dataset=Rows(8),
         callbacks=[IncreLoraCallback()],
     )
-    with pytest.raises(ValueError, match="0 trainable IncreLoRA adapters"):
+    with pytest.raises(ValueError, match="0 trainable adapters of increlora_rs"):
         trainer.train()
 
 

@@ -503,7 +503,7 @@ def test_a_checkpoint_with_the_model_twice_is_refused(tmp_path):
 
 def test_a_model_without_an_adapter_is_refused(tmp_path):
     saved_model(tmp_path)
-    with pytest.raises(ValueError, match="model: it has no IncreLoRA adapter"):
+    with pytest.raises(ValueError, match="model: it has no adapter of increlora_rs"):
         load_checkpoint(nn.Linear(2, 2), tmp_path)
 
 

@@ -68,7 +68,7 @@ def test_an_adapter_none_of_which_is_trainable_counts_as_none(model):
     for module in modules(model):
         for parameter in module.factors:
             parameter.requires_grad_(False)
-    with pytest.raises(ValueError, match="0 trainable IncreLoRA adapters"):
+    with pytest.raises(ValueError, match="0 trainable adapters of increlora_rs"):
         attach(model, torch.optim.AdamW(model.parameters()), total_steps=20)
 
 

@@ -467,7 +467,7 @@ def test_an_optimizer_without_the_adapters_parameters_raises():
 
 def test_a_model_without_an_adapter_raises():
     model = Chain(WIDTHS)
-    with pytest.raises(ValueError, match="0 trainable IncreLoRA adapters"):
+    with pytest.raises(ValueError, match="0 trainable adapters of increlora_rs"):
         attach(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=60)
 
 
@@ -475,7 +475,7 @@ def test_two_trainable_adapters_raise():
     model = adapted()
     model.add_adapter("second", IncreLoraConfig(r=2, target_modules=TARGETS))
     model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(ValueError, match="2 trainable IncreLoRA adapters"):
+    with pytest.raises(ValueError, match="2 trainable adapters of increlora_rs"):
         attach(model, adamw(model), total_steps=60)
 
 

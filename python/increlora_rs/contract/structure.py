@@ -87,6 +87,10 @@ class Structure(ABC):
         """
         return parameters
 
+    def acting(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What of a trained adapter's parameters makes its update: for export and tables."""
+        return parameters
+
     def first_learners(self, site: Site, config: Any) -> tuple[str, ...]:
         """The parameters that get a gradient in the first step; none where all do."""
         return ()

@@ -28,6 +28,8 @@ class Probe:
     """What the layers of one adapter share with their scheduler.
 
     Args:
+        title: Name of the adapter's method.
+        expected: Does the method need a scheduler?
         gauge: What the backward passes can be asked for, if anything.
         armed: Are the next ones asked for it?
         switch: ``armed`` for compiled graphs, which read it when they run: a bool scalar on the CPU.
@@ -39,6 +41,8 @@ class Probe:
         copies: The probes of the copies of the model that were made so far, of copies of copies too.
     """
 
+    title: str = "IncreLoRA"
+    expected: bool = True
     gauge: Gauge | None = None
     armed: bool = False
     switch: Tensor | None = None
@@ -84,20 +88,20 @@ class Probe:
 
     def count_backward(self, slot: int) -> None:
         """Notices a training without a scheduler, or with another optimizer than its; one warning."""
-        if slot != 0:
+        if slot != 0 or not self.expected:
             return
         self.unattended += 1
         if self.attached and self.unattended == _IDLE_PASSES:
             warnings.warn(
-                f"{_IDLE_PASSES} backward passes through an IncreLoRA adapter, but the optimizer that its "
-                "scheduler is attached to took no step: its ranks stay as they are. If the optimizer was "
+                f"{_IDLE_PASSES} backward passes through an adapter of {self.title}, but the optimizer that "
+                "its scheduler is attached to took no step: its ranks stay as they are. If the optimizer was "
                 "made anew, call detach() and increlora_rs.attach(model, new_optimizer, ...).",
                 UserWarning,
                 stacklevel=2,
             )
         elif not self.attached and self.unattended == _UNATTENDED_PASSES:
             warnings.warn(
-                f"{_UNATTENDED_PASSES} backward passes through an IncreLoRA adapter and no scheduler "
+                f"{_UNATTENDED_PASSES} backward passes through an adapter of {self.title} and no scheduler "
                 "attached: its ranks stay as they are. Give Trainer "
                 "callbacks=[increlora_rs.IncreLoraCallback()], or call "
                 "increlora_rs.attach(model, optimizer, total_steps=...) before training.",

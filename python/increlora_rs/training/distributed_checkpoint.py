@@ -237,8 +237,8 @@ def _prefix(growing: list[str], saved: _Saved) -> str:
     """What stands before the model's names in the checkpoint, as ``model.``"""
     if not growing:
         raise ValueError(
-            "model: it has no IncreLoRA adapter; make it with get_peft_model and the configuration of the "
-            "training whose checkpoint is loaded."
+            "model: it has no adapter of increlora_rs; make it with get_peft_model and the configuration of "
+            "the training whose checkpoint is loaded."
         )
     first = growing[0]
     candidates = [

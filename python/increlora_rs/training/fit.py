@@ -97,7 +97,7 @@ def _refuse(optimizer: Any) -> None:
 
 
 def trainable_adapter(model: nn.Module, wanted: str | None) -> str:
-    """Name of the one trainable IncreLoRA adapter of ``model``, or ``wanted`` if it is one.
+    """Name of the one trainable adapter of ``model``, or ``wanted`` if it is one.
 
     Raises:
         ValueError: there is none, or there are several.
@@ -110,14 +110,14 @@ def trainable_adapter(model: nn.Module, wanted: str | None) -> str:
     if wanted is not None:
         if wanted not in trainable:
             raise ValueError(
-                f"adapter_name={wanted!r} is no trainable IncreLoRA adapter of the model; trainable are "
+                f"adapter_name={wanted!r} is no trainable adapter of the model; trainable are "
                 f"{list(trainable)}."
             )
         return wanted
     if len(trainable) != 1:
         raise ValueError(
-            f"model: it has {len(trainable)} trainable IncreLoRA adapters {list(trainable)}; ranks grow in "
-            "exactly one: make it with get_peft_model(model, IncreLoraConfig(...)), load it with "
+            f"model: it has {len(trainable)} trainable adapters of increlora_rs {list(trainable)}; a "
+            "scheduler is for one: make it with get_peft_model(model, IncreLoraConfig(...)), load it with "
             "is_trainable=True, or name it by adapter_name."
         )
     return next(iter(trainable))

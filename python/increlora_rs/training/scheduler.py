@@ -43,7 +43,7 @@ def attach(
     ``IncreLoraCallback`` instead. It puts hooks on the optimizer; the training loop stays as it is.
 
     Args:
-        model: A model with one trainable IncreLoRA adapter, with or without DistributedDataParallel.
+        model: A model with one trainable adapter, with or without DistributedDataParallel.
         optimizer: The torch optimizer that holds the adapter's parameters (an
             ``AcceleratedOptimizer`` is unwrapped).
         total_steps: Optimizer steps of the training; None: ``config.total_step``. Needed unless
@@ -63,7 +63,7 @@ def attach(
         The scheduler: ``ranks``, ``total_rank``, ``budget``, ``scores``, ``history``, ``detach()``.
 
     Raises:
-        ValueError: the model has no trainable IncreLoRA adapter, or several; the optimizer does not
+        ValueError: the model has no trainable adapter of ours, or several; the optimizer does not
             hold its parameters, or is LBFGS; the number of steps is unknown, or ``lr_schedule`` is; a
             scheduler is attached to the adapter or the optimizer already; the adapter is merged, sharded
             over processes, or has another scale than its configuration; a resumed state is of other modules

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,8 @@ from torch import Tensor
 from ... import _core
 from ...contract.policy import AdaptedModule, Plan, Step
 from ...ops.device import stream
-from ...resizing.optimizer_starts import adam_betas, holder, weights_of
+from ...resizing.optimizer_starts import adam_betas, weights_of
+from ..learning_rate import decoupled_decay, multiplier
 
 
 class RestartWarmup:
@@ -73,12 +73,12 @@ class RestartWarmup:
             group = self._optimizer.param_groups[index]
             newborns.correct(
                 step.number,
-                multiplier=_multiplier(group) if self._enabled else None,
+                multiplier=multiplier(group) if self._enabled else None,
                 lr_warmup=self._lr_warmup,
                 linear_until=self._total_steps if linear else None,
                 betas=adam_betas(self._optimizer, group),
                 adam_lead=step.lead,
-                decay=_decoupled_decay(self._optimizer, group),
+                decay=decoupled_decay(self._optimizer, group),
                 stream=stream(device),
             )
 
@@ -89,17 +89,7 @@ class RestartWarmup:
             return
         expected = (total - step) / (total - warmup) if total > warmup else 1.0
         # A schedule may count the step that it is at, or the one before, and overflowed ones or not.
-        behind = expected - _multiplier(self._optimizer.param_groups[0])
+        behind = expected - multiplier(self._optimizer.param_groups[0])
         one = 1.0 / max(total - warmup, 1)
         tolerance = 1.5 * one + 0.01
         self.was_linear = -tolerance <= behind <= tolerance + at.skipped * one
-
-
-def _multiplier(group: dict[str, Any]) -> float:
-    lr, initial = float(group["lr"]), float(group.get("initial_lr", group["lr"]))
-    return lr / initial if initial > 0.0 else 0.0
-
-
-def _decoupled_decay(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
-    decoupled = group.get("decoupled_weight_decay", isinstance(holder(optimizer), torch.optim.AdamW))
-    return float(group["lr"]) * float(group.get("weight_decay", 0.0)) if decoupled else 0.0
