@@ -46,8 +46,8 @@ def official(gate, xi):
 
 
 class Literal:
-    """The two-layer model with ``s B diag(g) A`` formed whole; AdamW on A and B, another on the gates, and the
-    L1 term in the loss."""
+    """The two-layer model with ``s B diag(g) A`` formed whole; AdamW on A and B, another on the gates,
+    and the L1 term in the loss."""
 
     def __init__(self, model, config, lr, decay, gate_lr, steps):
         self.base, self.config = {}, config
@@ -256,7 +256,7 @@ def test_logs_tell_the_open_gates(make_plain):
     assert scheduler.logs() == {"total_rank": 5, "closed_gates": pytest.approx(3 / 8)}
     assert scheduler.ranks == {"lin0": 1, "lin1": 4}
     with pytest.raises(AttributeError, match="a scheduler of 'sora' has no 'budget'"):
-        scheduler.budget
+        _ = scheduler.budget
 
 
 BAD = {
