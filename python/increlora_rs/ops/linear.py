@@ -149,7 +149,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool = False) -> bool:
-    """Can :func:`low_rank_linear` stand for the base layer: frozen, of one dtype with x, if need be by autocast?
+    """Can :func:`low_rank_linear` stand for the base layer: frozen, of one dtype with x, perhaps by autocast?
 
     ``transposed``: ``weight`` is (in, out), to be handed over as its transpose.
     """

@@ -1,5 +1,5 @@
-"""Low-rank updates of linear layers in a graph, see :mod:`increlora_rs.ops.graph`: operations that stand there
-as they are. The seed of a dropout mask is a tensor too."""
+"""Low-rank updates of linear layers in a graph, see :mod:`increlora_rs.ops.graph`: operations that stand as
+they are in it. The seed of a dropout mask is a tensor too."""
 
 from __future__ import annotations
 
