@@ -19,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 
 TARGETS = ["query", "value", "intermediate.dense"]
 ALPHA = 6
-LINEAR = frozenset({"linear"})
 ALL = frozenset({"linear", "embedding", "convolution"})
 
 
@@ -44,7 +43,8 @@ class Case:
         scale: Of lora_alpha and the module's rank at the start, what it is multiplied by.
         count: Of rank, out and in of a linear layer, the numbers that it trains.
         kinds: What it adapts.
-        training: Settings under which a training of some 12 steps does all that the method does.
+        training: Settings under which a training of 12 steps does all that the method does.
+        acts: Does something besides the optimizer change what is trained?
         grows: Do ranks change in it?
         bad: Arguments of its own that are wrong, each with what the message says of it.
     """
@@ -56,6 +56,7 @@ class Case:
     count: Callable[[int, int, int], int]
     kinds: frozenset[str]
     training: Mapping[str, Any] = field(default_factory=dict)
+    acts: bool = True
     grows: bool = False
     bad: tuple[tuple[dict[str, Any], str], ...] = ()
 
@@ -90,6 +91,7 @@ CASES = {
         scale=lambda alpha, rank: alpha / rank,
         count=lambda rank, out, features: rank * (5 + 4),
         kinds=frozenset({"linear", "convolution"}),
+        acts=False,
         bad=(
             ({"lora_a": 0}, "lora_a=0"),
             ({"lora_b": 2.5}, "lora_b=2.5"),
@@ -158,6 +160,11 @@ def run(model, optimizer, steps):
         model(**batch(step)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def ready(method, base, **settings):
+    """A model in training whose method does, in 12 steps of ``attach``, all that it does."""
+    return adapted(method, base, **{**CASES[method.name].training, **settings}).train()
 
 
 def trained(method, base, steps=4, **settings):
