@@ -124,8 +124,8 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         if r > largest:
             raise ValueError(
                 f"rank {r} is more than {largest}, the smaller of in_features={self.in_features} and "
-                f"out_features={self.out_features}; lower init_r or rank_pattern, or leave this "
-                "module out of target_modules."
+                f"out_features={self.out_features}; lower its rank, by rank_pattern for it alone, or leave "
+                "this module out of target_modules."
             )
         self.lora_alpha[adapter_name] = lora_alpha
         self.configs[adapter_name] = config
