@@ -200,7 +200,7 @@ class Gates(Policy):
             if decay > 0.0 and not is_decoupled(optimizer, group):
                 _take_off(gates, decay, step.grad_scale)
             if self._ratio(group) != 1.0 or decoupled_decay(optimizer, group) > 0.0:
-                self._kept[index] = torch._foreach_mul(gates, 1.0)
+                self._kept[index] = list(torch._foreach_mul(gates, 1.0))
 
     def after_step(self, step: Step) -> Event | None:
         """Gives the gates' update their own learning rate and no decay; then the proximal step."""

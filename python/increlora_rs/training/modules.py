@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,8 +71,12 @@ class AdaptedModule:
     @property
     def rows(self) -> int:
         """The most rows that a parameter has that grows: components, those in reserve included."""
+        return self.rows_of(self.sizes)
+
+    def rows_of(self, sizes: Sequence[int]) -> int:
+        """:attr:`rows` where the parameters have so many each."""
         growing = self.structure.growing
-        named = zip(self.structure.names, self.sizes, strict=True)
+        named = zip(self.structure.names, sizes, strict=True)
         return max((size for name, size in named if name in growing), default=self.rank)
 
     def first_learners(self) -> list[nn.Parameter]:

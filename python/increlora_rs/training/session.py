@@ -104,9 +104,10 @@ class Session:
         for slot, module in enumerate(self.modules):
             module.layer.probes[adapter] = self.probe
             module.layer.slots[adapter] = slot
-            for parameter, dim, _ in module.parameters:
-                mark_growing(parameter, dim)
-                watch(parameter)
+            for name, (parameter, dim, _) in zip(module.structure.names, module.parameters, strict=True):
+                if name in module.structure.growing:
+                    mark_growing(parameter, dim)
+                    watch(parameter)
 
     def close(self) -> None:
         """The training is over: nothing is left but the adapter."""
@@ -291,7 +292,7 @@ class Session:
         for module, rank, of_all in zip(self.modules, saved["ranks"], saved["births"], strict=True):
             for (_, _, births), steps in zip(module.parameters, of_all, strict=True):
                 births[:] = steps
-            self._expected.append((rank, max(map(len, of_all))))
+            self._expected.append((rank, module.rows_of([len(births) for births in of_all])))
         self.rebuild_buckets()
 
     def check_loaded(self) -> None:
