@@ -6,7 +6,6 @@ from increlora_rs import attach
 from method_cases import (
     CASES,
     EVERY,
-    EVERY_ATTACHED,
     adapted,
     adapted_modules,
     ready,
@@ -77,7 +76,7 @@ def test_a_plain_training_is_compiled_once_and_agrees_with_eager_mode(method):
     assert_same_training(trainable(model).values(), trainable(eager).values())
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_an_attached_training_is_compiled_once_and_agrees_with_eager_mode(method):
     ends = []
     for compiles in (False, True):
