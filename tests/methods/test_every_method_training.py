@@ -415,9 +415,8 @@ def trainer_of(method, base, folder, callbacks, **arguments):
 
 
 WAYS = {
-    "plain": {},
+    "evaluation between": {"eval_strategy": "steps", "eval_steps": 3},
     "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-    "clipping": {"max_grad_norm": 0.05},
     "checkpointing": {
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
@@ -427,7 +426,6 @@ WAYS = {
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
     },
     "bfloat16": {"bf16": True},
-    "evaluation between": {"eval_strategy": "steps", "eval_steps": 3},
 }
 
 
