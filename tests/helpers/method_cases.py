@@ -5,7 +5,6 @@ The formulas are the papers', with dW built, and never call the code under test.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
 import peft
@@ -116,21 +115,6 @@ CASES = {
 }
 
 EVERY = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-
-# A checkout whose attach knows IncreLoRA alone shows it; the mark goes when there is none.
-_ATTACHES = {"increlora"} if find_spec("increlora_rs.contract.policy") is None else set(CASES)
-ATTACHABLE = [method for method in METHODS if method.name in _ATTACHES]
-EVERY_ATTACHED = pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(
-            method,
-            id=method.name,
-            marks=[] if method in ATTACHABLE else pytest.mark.xfail(reason="attach: IncreLoRA alone"),
-        )
-        for method in METHODS
-    ],
-)
 
 
 def config_of(method, **settings):

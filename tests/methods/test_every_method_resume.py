@@ -11,11 +11,10 @@ import peft
 import pytest
 import torch
 from increlora_rs import IncreLoraCallback, attach
+from increlora_rs.methods import METHODS
 from method_cases import (
-    ATTACHABLE,
     CASES,
     EVERY,
-    EVERY_ATTACHED,
     adapted,
     adapted_modules,
     assert_equal_bits,
@@ -77,7 +76,7 @@ def test_a_plain_loop_goes_on_from_adapter_and_optimizer_bit_for_bit(method, mak
     assert_equal_bits(trainable(resumed), trainable(whole))
 
 
-@EVERY_ATTACHED
+@EVERY
 @pytest.mark.parametrize("attach_first", [True, False], ids=["attach, load", "load, attach"])
 def test_an_attached_loop_goes_on_from_adapter_and_optimizer_bit_for_bit(
     method, make_bert, tmp_path, attach_first
@@ -95,7 +94,7 @@ def test_an_attached_loop_goes_on_from_adapter_and_optimizer_bit_for_bit(
     assert {n: layer.r["default"] for n, layer in adapted_modules(resumed).items()} == scheduler.ranks
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_an_attached_loop_goes_on_from_state_dicts_in_a_fresh_model_bit_for_bit(method, make_bert):
     whole, model, resumed = (ready(method, make_bert()) for _ in range(3))
     run(whole, attached(whole)[0], range(STEPS))
@@ -109,7 +108,7 @@ def test_an_attached_loop_goes_on_from_state_dicts_in_a_fresh_model_bit_for_bit(
     assert_equal_bits(trainable(resumed), trainable(whole))
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_a_running_training_goes_back_to_an_earlier_state(method, make_bert):
     model = ready(method, make_bert())
     optimizer, scheduler = attached(model)
@@ -152,7 +151,7 @@ def train(method, base, folder, resume=False, callback=True):
     return trainer.model
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_trainer_resumes_bit_for_bit(method, make_bert, tmp_path):
     whole = train(method, make_bert(), tmp_path)
     resumed = train(method, make_bert(), tmp_path, resume=True)
@@ -166,7 +165,7 @@ def test_trainer_without_the_callback_resumes_bit_for_bit(method, make_bert, tmp
     assert_equal_bits(trainable(resumed), trainable(whole))
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_a_trainers_checkpoint_is_an_adapter(method, make_bert, tmp_path):
     train(method, make_bert(), tmp_path)
     loaded = peft.PeftModel.from_pretrained(make_bert(), tmp_path / f"checkpoint-{STEPS}")
@@ -181,7 +180,7 @@ def processes(tmp_path_factory):
     """What each of two processes got, of one launch for all methods and ways."""
     out = tmp_path_factory.mktemp("every_method")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(WORKERS / "every_method.py"), str(out), *(method.name for method in ATTACHABLE)]
+    command += [str(WORKERS / "every_method.py"), str(out), *(method.name for method in METHODS)]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -192,11 +191,8 @@ def processes(tmp_path_factory):
     return [torch.load(out / f"rank{k}.pt") for k in range(2)]
 
 
-IN_TWO = pytest.mark.parametrize("method", ATTACHABLE, ids=lambda method: method.name)
-
-
 @pytest.mark.slow
-@IN_TWO
+@EVERY
 @pytest.mark.parametrize("way", ["loop", "trainer"])
 def test_two_processes_have_the_same_bits(processes, method, way):
     first, second = (result[method.name] for result in processes)
@@ -206,7 +202,7 @@ def test_two_processes_have_the_same_bits(processes, method, way):
 
 
 @pytest.mark.slow
-@IN_TWO
+@EVERY
 @pytest.mark.parametrize("way", ["loop", "trainer"])
 def test_two_processes_resume_bit_for_bit(processes, method, way):
     result = processes[0][method.name]
@@ -215,7 +211,7 @@ def test_two_processes_resume_bit_for_bit(processes, method, way):
 
 
 @pytest.mark.slow
-@IN_TWO
+@EVERY
 def test_two_processes_equal_one_with_the_averaged_loss(processes, method):
     alone, together = every_method.train_alone(method), processes[0][method.name]["loop", "whole"]
     assert alone["ranks"] == together["ranks"]
@@ -224,7 +220,7 @@ def test_two_processes_equal_one_with_the_averaged_loss(processes, method):
 
 
 @pytest.mark.slow
-@IN_TWO
+@EVERY
 def test_two_processes_do_all_that_the_method_does(processes, method):
     ranks = processes[0][method.name]["trainer", "whole"]["ranks"]
     if CASES[method.name].grows:

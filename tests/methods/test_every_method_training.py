@@ -15,7 +15,6 @@ from increlora_rs import IncreLoraCallback, attach
 from method_cases import (
     CASES,
     EVERY,
-    EVERY_ATTACHED,
     adapted,
     adapted_modules,
     assert_equal_bits,
@@ -35,7 +34,12 @@ BUDGET = 3 * 6
 
 
 def ranks_of(model):
-    return {name: layer.r["default"] for name, layer in adapted_modules(model).items()}
+    """The components of every module that act: not those whose gate is closed."""
+    found = {}
+    for name, layer in adapted_modules(model).items():
+        structure = layer.structure
+        found[name] = structure.rank_of(structure.acting(layer.tensors("default")))
+    return found
 
 
 def attached(model, optimizer=None, **arguments):
@@ -52,7 +56,10 @@ def assert_done(method, model, scheduler, before):
         assert scheduler.total_rank == BUDGET
         assert scheduler.ranks != before
     else:
-        assert scheduler.ranks == before
+        may_fall = method.policy is not None
+        assert all(
+            rank == before[n] or (may_fall and rank < before[n]) for n, rank in scheduler.ranks.items()
+        )
         assert len(scheduler.history) == 0
     assert all(torch.isfinite(p).all() for p in trainable(model).values())
 
@@ -73,7 +80,7 @@ def test_a_plain_loop_without_attach_lowers_the_loss(method, make_bert):
     assert losses[-1] < 0.8 * losses[0]
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_an_attached_loop_does_all_that_the_method_does(method, make_bert):
     model = ready(method, make_bert())
     before = ranks_of(model)
@@ -83,7 +90,7 @@ def test_an_attached_loop_does_all_that_the_method_does(method, make_bert):
     assert_done(method, model, scheduler, before)
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_an_attached_loop_again_gives_the_same_bits(method, make_bert):
     ends = []
     for _ in range(2):
@@ -94,7 +101,7 @@ def test_an_attached_loop_again_gives_the_same_bits(method, make_bert):
     assert_equal_bits(*ends)
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_what_is_attached_to_a_method_that_does_nothing_changes_nothing(method, make_bert):
     if CASES[method.name].acts:
         pytest.skip("it does something")
@@ -104,7 +111,7 @@ def test_what_is_attached_to_a_method_that_does_nothing_changes_nothing(method, 
     assert_equal_bits(trainable(watched), trainable(plain))
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_after_detach_the_ranks_stay_and_training_goes_on(method, make_bert):
     model = ready(method, make_bert())
     optimizer, scheduler = attached(model)
@@ -125,7 +132,7 @@ OPTIMIZERS = {
 }
 
 
-@EVERY_ATTACHED
+@EVERY
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_usual_optimizers_train_it(method, make_bert, make):
     model = ready(method, make_bert())
@@ -135,7 +142,7 @@ def test_usual_optimizers_train_it(method, make_bert, make):
     assert_done(method, model, scheduler, before)
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_accumulated_micro_batches_are_the_whole_batch(method, make_bert):
     ends = []
     for parts in (1, 2):
@@ -155,7 +162,7 @@ def test_accumulated_micro_batches_are_the_whole_batch(method, make_bert):
         torch.testing.assert_close(found[name], parameter, rtol=1e-6, atol=1e-9)
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_clipping_above_all_gradients_changes_no_bit_and_below_them_something(method, make_bert):
     ends = []
     for bound in (None, 1e6, 1e-3):
@@ -183,7 +190,7 @@ def scaled_step(model, optimizer, scaler, step, overflow=False):
     optimizer.zero_grad()
 
 
-@EVERY_ATTACHED
+@EVERY
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 def test_a_loss_scaler_changes_rounding_alone(method, make_bert, fused):
     plain, scaled = (ready(method, make_bert().double()).double() for _ in range(2))
@@ -205,7 +212,7 @@ def test_a_loss_scaler_changes_rounding_alone(method, make_bert, fused):
         torch.testing.assert_close(parameter, wanted[name], rtol=1e-5, atol=1e-7)
 
 
-@EVERY_ATTACHED
+@EVERY
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 def test_a_step_whose_gradients_overflow_leaves_everything(method, make_bert, fused):
     model = ready(method, make_bert())
@@ -223,7 +230,7 @@ def test_a_step_whose_gradients_overflow_leaves_everything(method, make_bert, fu
     assert all(torch.isfinite(p).all() for p in trainable(model).values())
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_a_closure_gives_the_bits_of_a_plain_step(method, make_bert):
     plain, closed = (ready(method, make_bert()) for _ in range(2))
     run(plain, attached(plain)[0], range(STEPS))
@@ -241,7 +248,7 @@ def test_a_closure_gives_the_bits_of_a_plain_step(method, make_bert):
     assert_equal_bits(trainable(closed), trainable(plain))
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_a_step_without_gradients_is_none(method, make_bert):
     model = ready(method, make_bert())
     optimizer, scheduler = attached(model)
@@ -273,7 +280,7 @@ def test_checkpointing_gives_the_same_gradients(method, make_llama, tokens, reen
     torch.testing.assert_close(collected[1], collected[0], rtol=1e-4, atol=1e-6)
 
 
-@EVERY_ATTACHED
+@EVERY
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", ""])
 def test_a_checkpointed_training_does_all_that_the_method_does(method, make_bert, reentrant):
     model = ready(method, make_bert())
@@ -285,7 +292,7 @@ def test_a_checkpointed_training_does_all_that_the_method_does(method, make_bert
     assert_done(method, model, scheduler, before)
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_autocast_trains_it(method, make_bert):
     model = ready(method, make_bert())
     before, start = ranks_of(model), trainable(model)
@@ -301,7 +308,7 @@ def test_autocast_trains_it(method, make_bert):
     assert not [n for n, p in trainable(model).items() if torch.equal(p, start[n])]
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_the_adapter_that_is_named_is_trained_and_another_stays(method, make_bert):
     model = ready(method, make_bert())
     model.add_adapter("second", config_of(method, **CASES[method.name].training))
@@ -315,7 +322,7 @@ def test_the_adapter_that_is_named_is_trained_and_another_stays(method, make_ber
     assert scheduler.ranks == {name: layer.r["second"] for name, layer in adapted_modules(model).items()}
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_a_saved_adapter_is_trained_on(method, make_bert, tmp_path):
     model = ready(method, make_bert())
     optimizer, scheduler = attached(model)
@@ -330,7 +337,7 @@ def test_a_saved_adapter_is_trained_on(method, make_bert, tmp_path):
     assert not [n for n, p in trainable(loaded).items() if torch.equal(p, before[n])]
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_a_copy_of_a_model_in_training_is_trained_by_itself(method, make_bert):
     model = ready(method, make_bert())
     optimizer, scheduler = attached(model)
@@ -348,7 +355,7 @@ def test_a_copy_of_a_model_in_training_is_trained_by_itself(method, make_bert):
 # What attach refuses.
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_a_second_attach_is_refused_with_the_way_out(method, make_bert):
     model = ready(method, make_bert())
     optimizer, _ = attached(model)
@@ -356,7 +363,7 @@ def test_a_second_attach_is_refused_with_the_way_out(method, make_bert):
         attached(model, optimizer)
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_an_optimizer_without_the_adapters_parameters_is_refused_by_module(method, make_bert):
     model = ready(method, make_bert())
     other = torch.optim.AdamW(make_bert().parameters())
@@ -364,14 +371,14 @@ def test_an_optimizer_without_the_adapters_parameters_is_refused_by_module(metho
         attached(model, other)
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_an_unknown_adapter_is_refused_with_those_there_are(method, make_bert):
     model = ready(method, make_bert())
     with pytest.raises(ValueError, match=r"adapter_name='third'.*\['default'\]"):
         attached(model, adapter_name="third")
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_a_merged_adapter_is_refused_with_the_way_out(method, make_bert):
     model = ready(method, make_bert())
     optimizer = optimizer_of(model)
@@ -416,9 +423,8 @@ def trainer_of(method, base, folder, callbacks, **arguments):
 
 
 WAYS = {
-    "plain": {},
+    "evaluation between": {"eval_strategy": "steps", "eval_steps": 3},
     "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-    "clipping": {"max_grad_norm": 0.05},
     "checkpointing": {
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
@@ -428,11 +434,10 @@ WAYS = {
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
     },
     "bfloat16": {"bf16": True},
-    "evaluation between": {"eval_strategy": "steps", "eval_steps": 3},
 }
 
 
-@EVERY_ATTACHED
+@EVERY
 @pytest.mark.parametrize("way", WAYS)
 def test_trainer_does_all_that_the_method_does(method, make_bert, tmp_path, way):
     callback = IncreLoraCallback()
@@ -448,7 +453,7 @@ def test_trainer_does_all_that_the_method_does(method, make_bert, tmp_path, way)
     assert not [name for name in after if torch.equal(after[name], start[name])]
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_the_callback_of_a_method_that_does_nothing_changes_nothing(method, make_bert, tmp_path):
     if CASES[method.name].acts:
         pytest.skip("it does something")
@@ -460,7 +465,7 @@ def test_the_callback_of_a_method_that_does_nothing_changes_nothing(method, make
     assert_equal_bits(*ends)
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_a_trainer_trains_again_after_it_has_trained(method, make_bert, tmp_path):
     callback = IncreLoraCallback()
     trainer = trainer_of(method, make_bert(), tmp_path, [callback])
@@ -482,7 +487,7 @@ class Reporter(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-@EVERY_ATTACHED
+@EVERY
 def test_a_log_of_ranks_has_every_module(method, make_bert, tmp_path, monkeypatch):
     reporter = Reporter()
     monkeypatch.setattr(

@@ -71,13 +71,13 @@ class AdaptedModule:
     @property
     def rows(self) -> int:
         """The most rows that a parameter has that grows: components, those in reserve included."""
-        return self.rows_of(self.sizes)
+        return self.rows_of(self.rank, self.sizes)
 
-    def rows_of(self, sizes: Sequence[int]) -> int:
-        """:attr:`rows` where the parameters have so many each."""
+    def rows_of(self, rank: int, sizes: Sequence[int]) -> int:
+        """:attr:`rows` at rank ``rank`` where the parameters have these ``sizes``."""
         growing = self.structure.growing
         named = zip(self.structure.names, sizes, strict=True)
-        return max((size for name, size in named if name in growing), default=self.rank)
+        return max((size for name, size in named if name in growing), default=rank)
 
     def first_learners(self) -> list[nn.Parameter]:
         """The parameters that are the first to get a gradient; none where all are."""

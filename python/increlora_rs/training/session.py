@@ -292,7 +292,7 @@ class Session:
         for module, rank, of_all in zip(self.modules, saved["ranks"], saved["births"], strict=True):
             for (_, _, births), steps in zip(module.parameters, of_all, strict=True):
                 births[:] = steps
-            self._expected.append((rank, module.rows_of([len(births) for births in of_all])))
+            self._expected.append((rank, module.rows_of(rank, [len(births) for births in of_all])))
         self.rebuild_buckets()
 
     def check_loaded(self) -> None:
