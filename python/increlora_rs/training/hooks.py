@@ -4,15 +4,37 @@ saving and loading."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from ..support.untraced import untraced
 from .nested_step import StepDepth
 
-if TYPE_CHECKING:
-    from .session import Session
+
+class Training(Protocol):
+    """What is told."""
+
+    def begin_step(self) -> None:
+        """The optimizer's ``step`` was called."""
+
+    def take_gradients(self) -> None:
+        """Between the backward pass and the update; by a closure maybe several times in a step."""
+
+    def check_loaded(self) -> None:
+        """Before a closure's backward pass."""
+
+    def end_step(self) -> None:
+        """The optimizer's ``step`` is over."""
+
+    def save(self, state_dict: dict[str, Any]) -> None:
+        """The optimizer's state is being saved, as ``state_dict``."""
+
+    def after_load(self) -> None:
+        """The optimizer has loaded a state."""
+
+    def take_state(self) -> None:
+        """It may have, without calling its hooks."""
 
 
 class Hooks:
@@ -23,7 +45,7 @@ class Hooks:
         session: The training.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, session: Session) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, session: Training) -> None:
         self._optimizer, self._session = optimizer, session
         self._depth = StepDepth()
         self._watched: Callable[..., Any] | None = None
