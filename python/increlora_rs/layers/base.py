@@ -120,13 +120,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         probe: Probe,
     ) -> None:
         """Creates, or creates anew, the parameters of an adapter of rank ``r``."""
-        largest = self.largest_rank
-        if r > largest:
-            raise ValueError(
-                f"rank {r} is more than {largest}, the smaller of in_features={self.in_features} and "
-                f"out_features={self.out_features}; lower init_r or rank_pattern, or leave this "
-                "module out of target_modules."
-            )
+        config.check_rank(self.site, r)
         self.lora_alpha[adapter_name] = lora_alpha
         self.configs[adapter_name] = config
         self.probes[adapter_name] = probe
