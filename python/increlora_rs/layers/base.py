@@ -93,6 +93,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         self.structure = config.method.structure
+        self._method = config.method.name
         self.site = self._site(name)
         if self.site.family not in self.structure.kinds:
             raise ValueError(
@@ -384,4 +385,4 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         return True
 
     def __repr__(self) -> str:
-        return "increlora." + super().__repr__()
+        return f"{self._method}.{super().__repr__()}"
