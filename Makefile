@@ -29,10 +29,10 @@ export TOKENIZERS_PARALLELISM := false
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo bench evidence conformance docs test test-rust test-python test-isa test-gpu lint format clean
+.PHONY: help build demo bench evidence conformance conformance-all docs test test-rust test-python test-isa test-gpu lint format clean
 
 help: ## list the targets
-	@sed -n -E 's/^([a-z-]+):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n -E 's/^([a-z-]+):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -53,8 +53,11 @@ bench: build ## measure everything (some 25 minutes, on a quiet machine); BENCH=
 evidence: build ## write the tables and charts of docs/evidence.md from the results beside it
 	python docs/evidence/render.py
 
-conformance: build ## run PEFT's own tests on IncreLoraConfig, fresh and grown
+conformance: build ## run PEFT's own tests on IncreLoRA, fresh and grown, and a sample on the other methods
 	python -m conformance
+
+conformance-all: build ## run PEFT's own tests on every method
+	python -m conformance --all
 
 docs: $(INSTALLED) ## build the site into target/site; a warning is an error
 	mkdocs build --strict

@@ -1,1 +1,1 @@
-"""PEFT's own tests, run on ``IncreLoraConfig``: ``python -m conformance`` (see docs/conformance.md)."""
+"""PEFT's own tests, run on our methods: ``python -m conformance`` (see docs/conformance.md)."""

@@ -29,7 +29,7 @@ class Counts:
     def add(self, report: pytest.TestReport) -> None:
         """Counts a test once: when it was called, or when its setup or teardown says that it did not run."""
         family = FAMILIES[Path(report.location[0]).stem]
-        counts = self.by_family.setdefault(family, {"passed": 0, "failed": 0, "skipped": {}, "xfailed": {}})
+        counts = self.by_family.setdefault(family, no_outcomes())
         if report.failed:
             counts["failed"] += 1
         elif hasattr(report, "wasxfail"):
@@ -38,6 +38,11 @@ class Counts:
             _count(counts["skipped"], reason_of_skip(report))
         elif report.when == "call":
             counts["passed"] += 1
+
+
+def no_outcomes() -> dict[str, Any]:
+    """Of a family before its first test."""
+    return {"passed": 0, "failed": 0, "skipped": {}, "xfailed": {}}
 
 
 def reason_of_skip(report: pytest.TestReport) -> str:

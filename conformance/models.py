@@ -1,7 +1,7 @@
 """Tiny models of random weights, in folders named as the hub models that PEFT's tests load.
 
 ``from_pretrained("owner/name")`` takes a folder of that name where there is one, so the tests run in
-``hub()`` without a hub.
+``hub(method)`` without a hub.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers as hf
-from increlora_rs import IncreLoraConfig
+from increlora_rs.contract.method import Method
 
 from . import words
 from .archive import WORK
@@ -104,14 +104,14 @@ _WITH_WORDS = f"{_PEFT}/tiny-random-OPTForCausalLM"
 _QUOTES = "ybelkada/english_quotes_copy"
 
 
-def hub() -> Path:
-    """The folder with the models' folders; made once."""
-    folder = WORK / "hub"
+def hub(method: Method) -> Path:
+    """The folder with the models' folders, and that of an adapter of the method; made once."""
+    folder = WORK / "hub" / method.name
     for name, (model, config, arguments) in _MODELS.items():
         if not (folder / name / "config.json").exists():
             torch.manual_seed(0)
             model(config(**arguments)).save_pretrained(folder / name)
     words.save_tokenizer(folder / _WITH_WORDS)
     words.save_quotes(folder / _QUOTES)
-    IncreLoraConfig(target_modules=["q_proj"]).save_pretrained(folder / _PEFT / "tiny-opt-lora-revision")
+    method.config(target_modules=["q_proj"]).save_pretrained(folder / _PEFT / "tiny-opt-lora-revision")
     return folder

@@ -1,4 +1,4 @@
-"""The pytest plugin: in PEFT's tests ``LoraConfig`` means ``IncreLoraConfig``; their outcomes are counted."""
+"""The pytest plugin: in PEFT's tests ``LoraConfig`` means a method's configuration; outcomes are counted."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from typing import Any
 
 import peft
 import pytest
-from increlora_rs import IncreLoraConfig
+from increlora_rs.contract.config import MethodConfig
+from increlora_rs.contract.method import Method
+from increlora_rs.methods import METHODS
 from peft import PeftConfig
 
-from . import expectations
 from .counts import Counts, reason_of_skip
+from .expectations import expected_of
 from .growth import grow_new_adapters
 
 _NOT_OURS = "makes no LoraConfig"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--method", required=True, help="name of the method")
     parser.addoption("--grown", action="store_true", help="new adapters have grown unequally")
     parser.addoption("--counts", type=Path, help="JSON file for the counts")
 
@@ -30,20 +33,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # The tests import the class from here: their tables of cases, their conditions and the bodies of
     # those without a table all mean ours then.
-    peft.LoraConfig = IncreLoraConfig
+    (method,) = (method for method in METHODS if method.name == config.getoption("method"))
+    peft.LoraConfig = method.config
     # It would look models up on the hub the first time; ours lie in the working directory.
     utilities: Any = importlib.import_module("peft_tests.testing_utils")
     utilities.hub_online_once = contextlib.nullcontext
     grown = config.getoption("grown")
     if grown:
         grow_new_adapters()
-    config.pluginmanager.register(_Conformance(config.getoption("counts"), "grown" if grown else "fresh"))
+    conformance = _Conformance(method, "grown" if grown else "fresh", config.getoption("counts"))
+    config.pluginmanager.register(conformance)
 
 
 class _Conformance:
     """Selects the tests that are about LoRA, and sorts their outcomes by expectation."""
 
-    def __init__(self, counts_file: Path | None, state: str) -> None:
+    def __init__(self, method: Method, state: str, counts_file: Path | None) -> None:
+        self.config = method.config
+        self.expected = expected_of(method.name)
         self.state = state
         self.counts = Counts()
         self.counts_file = counts_file
@@ -52,26 +59,26 @@ class _Conformance:
         self.running: pytest.Item | None = None
         self.made = False
         #: Configurations that were refused while a module was imported, with the refusal.
-        self.refused: list[tuple[IncreLoraConfig, str]] = []
+        self.refused: list[tuple[MethodConfig, str]] = []
         self.own_reasons: set[str] = set()
         self._watch_configurations()
 
     def _watch_configurations(self) -> None:
-        check = IncreLoraConfig.__post_init__
+        check = self.config.__post_init__
 
         @functools.wraps(check)
-        def watched(config: IncreLoraConfig) -> None:
+        def watched(config: MethodConfig) -> None:
             self.made = True
             try:
                 check(config)
             except ValueError as error:
-                reason = expectations.refusal(error)
+                reason = self.expected.refusal(error)
                 if self.running is not None or reason is None:
                     raise
                 # One refused row of a table must not keep the module from being imported.
                 self.refused.append((config, reason))
 
-        IncreLoraConfig.__post_init__ = watched  # type: ignore[method-assign, assignment]
+        self.config.__post_init__ = watched
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
@@ -81,27 +88,27 @@ class _Conformance:
             self.trimmed.add(module.__name__)
             for table in vars(module).values():
                 if isinstance(table, list):
-                    table[:] = [row for row in table if _may_be_ours(row)]
+                    table[:] = [row for row in table if self._may_be_ours(row)]
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        kept = [item for item in items if _may_be_ours(_parameters(item))]
+        kept = [item for item in items if self._may_be_ours(_parameters(item))]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
         for item in kept:
-            if reason := expectations.excluded(item.nodeid) or self._refused_argument(item):
+            if reason := self.expected.left_out(item.nodeid) or self._refused_argument(item):
                 self.own_reasons.add(reason)
                 item.add_marker(pytest.mark.skip(reason=reason))
-            elif reason := expectations.expected_failure(item.nodeid, self.state):
+            elif reason := self.expected.failure(item.nodeid, self.state):
                 item.add_marker(pytest.mark.xfail(strict=True, reason=reason))
 
     def _refused_argument(self, item: pytest.Item) -> str | None:
         """Why a configuration among the test's parameters, made or to be made, is refused."""
         for value in _flat(_parameters(item)):
             config = value
-            if isinstance(value, dict) and _names_ours(_parameters(item)):
+            if isinstance(value, dict) and self._names_ours(_parameters(item)):
                 # What is wrong with it otherwise, or that it is something else, is the test's business.
                 with contextlib.suppress(ValueError, TypeError):
-                    config = IncreLoraConfig(**value)
+                    config = self.config(**value)
             for refused, reason in self.refused:
                 if config is refused:
                     return reason
@@ -123,25 +130,31 @@ class _Conformance:
         left_out = (
             report.skipped and not hasattr(report, "wasxfail") and reason_of_skip(report) in self.own_reasons
         )
-        if not self.made and not left_out and not _names_ours(_parameters(item)):
+        if not self.made and not left_out and not self._names_ours(_parameters(item)):
             if report.failed:
                 _turn(report, "skipped", _NOT_OURS)
             return report
         if (
             report.failed
             and call.excinfo is not None
-            and (reason := expectations.refusal(call.excinfo.value))
+            and (reason := self.expected.refusal(call.excinfo.value))
         ):
             _turn(report, "skipped", reason)
         elif report.skipped and not hasattr(report, "wasxfail"):
             given = reason_of_skip(report)
-            reason = given if given in self.own_reasons else expectations.skip(given)
+            reason = given if given in self.own_reasons else self.expected.skip(given)
             if reason is None:
                 _turn(report, "failed", f"a skip that is not expected: {given}")
             else:
                 _turn(report, "skipped", reason)
         self.counts.add(report)
         return report
+
+    def _names_ours(self, value: Any) -> bool:
+        return self.config in _methods(value)
+
+    def _may_be_ours(self, value: Any) -> bool:
+        return not _methods(value) or self._names_ours(value)
 
     def pytest_sessionfinish(self) -> None:
         if self.counts_file is not None:
@@ -170,11 +183,3 @@ def _methods(value: Any) -> set[type]:
     """The configuration classes that stand in a row of a table or among a test's parameters."""
     kinds = (part if isinstance(part, type) else type(part) for part in _flat(value))
     return {kind for kind in kinds if issubclass(kind, PeftConfig)}
-
-
-def _names_ours(value: Any) -> bool:
-    return IncreLoraConfig in _methods(value)
-
-
-def _may_be_ours(value: Any) -> bool:
-    return not _methods(value) or _names_ours(value)

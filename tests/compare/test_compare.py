@@ -22,13 +22,14 @@ from increlora_rs.compare.metrics import headline, measure, official
 from increlora_rs.compare.results import Results, read_results, run_id
 from increlora_rs.compare.summary import Spread, summarise
 from increlora_rs.compare.tasks import read_task
+from increlora_rs.methods import METHODS as OURS
 from peft import AdaLoraConfig, LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import BertConfig, LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 WORDS = ["good", "bad", "film", "a", "the", "was", "very", "plot", "song", "book"]
-METHODS = "lora,rslora,adalora,increlora,paper,increlora-random,increlora-given,lora-given"
+METHODS = "lora,rslora,adalora,increlora,lora_mini,paper,increlora-random,increlora-given,lora-given"
 TARGETS = "query,key,value"
 
 
@@ -297,6 +298,9 @@ def test_a_window_of_every_step_can_be_written():
         ("lora:tinit=3", "'tinit' is neither an option of LoraConfig"),
         ("lora:growth_end=0.3", "neither an option of LoraConfig"),
         ("lora:e_lr=2", "that have an E"),
+        ("lora_mini:e_lr=2", "that have an E"),
+        ("lora_mini:init_r=1", "neither an option of LoraMiniConfig"),
+        ("lora_mini:lora_b=1", "r=2 is above lora_a=32 or lora_b=1"),
         ("increlora:e_lr=0", "above 0"),
         ("increlora:growth_end=1.5", "growth_end=1.5"),
         ("increlora:beta1=2", "beta1"),
@@ -307,13 +311,29 @@ def test_a_wrong_method_or_option_is_told(text, told):
         [method.prepare(SETTING) for method in parse_methods(text)]
 
 
+@pytest.mark.parametrize("ours", OURS, ids=lambda method: method.name)
+def test_each_method_is_compared_by_its_name_at_the_rank_of_all(ours):
+    (method,) = parse_methods(ours.name)
+    config = method.prepare(SETTING).config
+    assert (type(config), config.r, config.lora_alpha) == (ours.config, SETTING.r, 16.0)
+    options = method.resolved(SETTING)
+    assert options == json.loads(json.dumps(options))
+
+
+def test_the_halves_of_lora_mini_are_options_that_tell_its_runs_apart():
+    (plain,), (small,) = map(parse_methods, ("lora_mini", "lora_mini:lora_a=8,lora_b=4"))
+    assert small.resolved(SETTING) == plain.resolved(SETTING) | {"lora_a": 8, "lora_b": 4}
+    assert "module_sizes" not in plain.resolved(SETTING)
+
+
 def test_a_run_is_told_apart_by_every_option_of_its_own():
     (plain,), (lora,), (adalora,) = map(parse_methods, ("increlora", "lora", "adalora"))
     assert lora.resolved(SETTING) == {}
     assert adalora.resolved(SETTING)["init_r"] == math.ceil(1.5 * SETTING.r)
     options = plain.resolved(SETTING)
     assert options == json.loads(json.dumps(options))
-    assert options["growth_end"] == IncreLoraConfig().growth_end and "rank_pattern" not in options
+    assert options["growth_end"] == IncreLoraConfig().growth_end
+    assert not {"rank_pattern", "inits"} & options.keys()
     (early,) = parse_methods("increlora:growth_end=0.25")
     assert early.resolved(SETTING) == options | {"growth_end": 0.25}
 
@@ -347,7 +367,8 @@ def test_all_methods_end_with_the_same_budget_and_parameters(command, results, c
         assert run["status"] == "done", name
         assert run["total_rank"] == run["budget"] == 2 * modules, name
         # Every module is 32 x 32: 64 numbers a component, and one more where there is an E.
-        with_e = name not in ("lora", "rslora", "lora-given")
+        # So are LoRA-Mini's halves of 32.
+        with_e = name not in ("lora", "rslora", "lora_mini", "lora-given")
         assert run["parameters"]["adapter"] == 2 * modules * (65 if with_e else 64), name
         assert run["parameters"]["head"] == 32 * 2 + 2, name
         assert len(run["epochs"]) == 2, name
@@ -359,6 +380,14 @@ def test_all_methods_end_with_the_same_budget_and_parameters(command, results, c
         assert runs[name]["ranks"] == runs["increlora"]["ranks"]
         assert runs[name]["config"]["given"] == runs["increlora"]["ranks"]
     assert "increlora-random" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_table_has_the_parameters_that_lora_mini_trains(command, results):
+    assert main(command(methods="lora,lora_mini:lora_a=8,lora_b=4")) == 0
+    lora, mini = results()
+    assert mini["total_rank"] == mini["budget"] == lora["total_rank"]
+    assert mini["parameters"]["adapter"] == mini["parameters"]["held"] == 6 * 2 * (8 + 4)
 
 
 @pytest.mark.slow

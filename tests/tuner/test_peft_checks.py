@@ -3,6 +3,7 @@
 import pytest
 import torch
 from increlora_rs import IncreLoraConfig
+from increlora_rs.methods.lora_mini import LoraMiniConfig
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora.intruders import reduce_intruder_dimension
@@ -63,6 +64,18 @@ def test_saving_parts_of_a_parameter_is_refused_by_module(adapted, tmp_path, fac
             parameter.data = torch.empty(0)
     with pytest.raises(ValueError, match=r"module 'lin1' cannot be saved: .*Gather the parameters"):
         adapted.save_pretrained(tmp_path)
+
+
+def test_saving_parts_of_a_parameter_of_any_method_is_refused(make_plain, tmp_path):
+    model = get_peft_model(make_plain(), LoraMiniConfig(r=2, target_modules=["lin1"]))
+    model.base_model.model.lin1.lora_B["default"].weight.data = torch.zeros(32)
+    with pytest.raises(ValueError, match=r"module 'lin1' cannot be saved: .*Gather the parameters"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_layer_says_of_which_method_it_is(make_plain):
+    model = get_peft_model(make_plain(), LoraMiniConfig(r=2, target_modules=["lin1"]))
+    assert repr(model.base_model.model.lin1).startswith("lora_mini.Linear(")
 
 
 def test_saving_gathered_parameters_goes_on(adapted, tmp_path):

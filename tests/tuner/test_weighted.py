@@ -4,6 +4,7 @@ import pytest
 import torch
 from increlora_rs import IncreLoraConfig, attach, export_lora
 from increlora_rs.layers.found import adapted_layers
+from increlora_rs.methods.lora_mini import LoraMiniConfig
 from increlora_rs.support.names import short
 from peft import PeftModel, get_peft_model
 from peft.utils import merge_utils
@@ -41,6 +42,18 @@ def two(make_bert, grow):
         return model.eval()
 
     return run
+
+
+@pytest.mark.parametrize("combination", ["cat", "svd", "linear", "ties_svd"])
+def test_adapters_of_a_method_without_sums_are_told_the_way_out_whatever_the_combination(
+    make_bert, combination
+):
+    config = LoraMiniConfig(r=2, target_modules=["query"])
+    model = get_peft_model(make_bert(), config)
+    model.add_adapter("other", config)
+    with pytest.raises(ValueError, match=r"none of the method; write each by increlora_rs\.export_lora"):
+        model.add_weighted_adapter(["default", "other"], WEIGHTS, "sum", combination_type=combination)
+    assert set(model.peft_config) == {"default", "other"}
 
 
 def updates(model, adapter):

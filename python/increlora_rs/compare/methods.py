@@ -2,6 +2,7 @@
 
 ``increlora:orth_reg_weight=0.1,restart_warmup=false`` is a method with options of its configuration
 replaced. One more option is the comparison's own: ``e_lr=10`` (E is trained at ten times the learning rate).
+A method of ours goes by its name: all that it has of the setting is r, alpha, dropout and targets.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, TaskType
 from transformers import TrainerCallback
 
+from ..contract.config import MethodConfig
+from ..methods import METHODS
 from ..methods.increlora.config import IncreLoraConfig
 from ..support.names import rank_pattern
 from ..training.callback import IncreLoraCallback
@@ -23,8 +26,10 @@ from .callbacks import AdaLoraCallback, RandomGrowthCallback
 
 # Whose final ranks the methods of given ranks start with.
 SOURCE = "increlora"
+#: E's name among the parameters, of a method of ours and in PEFT's AdaLoRA.
+E = "lora_E"
 _E_LR = "e_lr"
-_BY_MODULE = {"rank_pattern", "alpha_pattern", "module_kinds"}
+_BY_MODULE = {"rank_pattern", "alpha_pattern", "module_sizes"}
 
 
 @dataclass(frozen=True)
@@ -100,25 +105,36 @@ class Method:
         config = self.prepare(setting).config
         if type(config) is LoraConfig:
             return {}
-        own = set(vars(type(config))["__annotations__"]) - _BY_MODULE
-        names = (option.name for option in dataclasses.fields(config))
-        return {name: getattr(config, name) for name in sorted(names) if name in own}
+        annotated = vars(type(config))["__annotations__"]
+        own = {option.name for option in dataclasses.fields(config) if option.name in annotated} - _BY_MODULE
+        return {name: getattr(config, name) for name in sorted(own)}
 
     def _callbacks(self, config: PeftConfig, setting: Setting) -> list[TrainerCallback]:
         if isinstance(config, AdaLoraConfig):
             return [AdaLoraCallback()]
-        if not isinstance(config, IncreLoraConfig):
-            return []
-        by_lot = self.name.endswith("-random")
-        return [RandomGrowthCallback(setting.seed) if by_lot else IncreLoraCallback()]
+        if self.name.endswith("-random"):
+            return [RandomGrowthCallback(setting.seed)]
+        return [IncreLoraCallback()] if _changes_in_training(config) else []
 
     def _e_lr(self, config: PeftConfig) -> float:
         factor = self.options.get(_E_LR, 1.0)
         if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not factor > 0:
             raise ValueError(f"--methods {self}: e_lr={factor!r} must be a number above 0.")
-        if factor != 1.0 and not isinstance(config, (IncreLoraConfig, AdaLoraConfig)):
+        if factor != 1.0 and not _has_e(config):
             raise ValueError(f"--methods {self}: e_lr is for methods that have an E.")
         return float(factor)
+
+
+def _changes_in_training(config: PeftConfig) -> bool:
+    if not isinstance(config, MethodConfig):
+        return False
+    return isinstance(config, IncreLoraConfig) or config.method.policy is not None
+
+
+def _has_e(config: PeftConfig) -> bool:
+    if isinstance(config, MethodConfig):
+        return E in config.method.structure.names
+    return isinstance(config, AdaLoraConfig)
 
 
 def names() -> list[str]:
@@ -171,7 +187,15 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-# The forms. Every one ends with r components a module on average.
+# The forms. Every one ends with r components a module on average, or is given the rank r: how many parameters
+# that makes is the method's own, and stands in the table.
+
+
+def _ours(config: type[MethodConfig]) -> Callable[..., PeftConfig]:
+    def form(setting: Setting, **options: Any) -> PeftConfig:
+        return config(**({"task_type": TaskType.SEQ_CLS, "r": setting.r} | setting.shared | options))
+
+    return form
 
 
 def _lora(setting: Setting, **options: Any) -> PeftConfig:
@@ -199,8 +223,7 @@ def _adalora(setting: Setting, **options: Any) -> PeftConfig:
     return AdaLoraConfig(**(values | setting.shared | options))
 
 
-def _increlora(setting: Setting, **options: Any) -> PeftConfig:
-    return IncreLoraConfig(**({"task_type": TaskType.SEQ_CLS, "r": setting.r} | setting.shared | options))
+_increlora = _ours(IncreLoraConfig)
 
 
 def _paper(setting: Setting, **options: Any) -> PeftConfig:
@@ -224,7 +247,7 @@ _FORMS: dict[str, Callable[..., PeftConfig]] = {
     "lora": _lora,
     "rslora": _rslora,
     "adalora": _adalora,
-    "increlora": _increlora,
+    **{method.name: _ours(method.config) for method in METHODS},
     "paper": _paper,
     "increlora-random": _increlora,
     "increlora-given": _increlora_given,

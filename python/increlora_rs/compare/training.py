@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from peft import get_peft_model
 from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
     DataCollatorWithPadding,
@@ -23,10 +24,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from ..layers import AdaptedLayer
 from ..support.names import short
+from ..training.callback import IncreLoraCallback
 from .base_model import BaseModel
 from .callbacks import StepClock
-from .methods import Method, Setting
+from .methods import E, Method, Setting
 from .metrics import measure, official
 from .results import Record
 from .tasks import Task
@@ -90,13 +93,13 @@ def train(
         trainer.train()
         logged = [log for log in trainer.state.log_history if "eval_loss" in log]
         test = trainer.predict(_by_length(data["test"])).metrics if data["test"] else {}
-    ranks = final_ranks(model)
+    ranks = final_ranks(model) | _told_ranks(prepared.callbacks)
     seconds = clock.seconds[_WARM_UP:] if len(clock.seconds) > 2 * _WARM_UP else clock.seconds
     return {
         "epochs": [{name: log[f"eval_{name}"] for name in names} for log in logged],
         "losses": [log["eval_loss"] for log in logged],
         "test": {name: test[f"test_{name}"] for name in names} if test else None,
-        "parameters": count_parameters(model),
+        "parameters": count_parameters(model, ranks),
         "ranks": ranks,
         "total_rank": sum(ranks.values()),
         "budget": config["r"] * len(ranks),
@@ -119,29 +122,55 @@ def final_ranks(model: nn.Module) -> dict[str, int]:
     return {short(name): _rank(layer) for name, layer in _adapted(model).items()}
 
 
-def count_parameters(model: nn.Module) -> dict[str, int]:
+def _told_ranks(callbacks: list[Any]) -> dict[str, int]:
+    """The ranks that count, by the schedulers of methods that change them."""
+    told: dict[str, int] = {}
+    for callback in callbacks:
+        if isinstance(callback, IncreLoraCallback) and callback.scheduler is not None:
+            told |= callback.scheduler.ranks
+    return told
+
+
+def count_parameters(model: nn.Module, ranks: dict[str, int]) -> dict[str, int]:
     """Trainable numbers: ``adapter`` (those of the components that are left at the end), ``held`` (with
-    those that AdaLoRA masked but still trains) and ``head`` (the classifier)."""
+    those that are masked but still trained) and ``head`` (the classifier).
+
+    Args:
+        ranks: What is left, by module.
+    """
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     head = sum(count for name, count in trainable.items() if ".modules_to_save." in name)
     held = sum(trainable.values()) - head
-    masked = 0
-    for layer in _adapted(model).values():
-        if isinstance(layer, AdaLoraLayer):
-            factors = (layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER], layer.lora_E[_ADAPTER])
-            rank = int(layer.lora_E[_ADAPTER].numel())
-            masked += sum(factor.numel() for factor in factors) // rank * (rank - _rank(layer))
+    masked = sum(_masked(layer, ranks[short(name)]) for name, layer in _adapted(model).items())
     return {"adapter": held - masked, "held": held, "head": head}
 
 
-def _adapted(model: nn.Module) -> dict[str, Any]:
-    return {name: m for name, m in model.named_modules() if _ADAPTER in getattr(m, "lora_A", ())}
+def _adapted(model: nn.Module) -> dict[str, LoraLayer]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and _ADAPTER in module.r
+    }
 
 
-def _rank(layer: Any) -> int:
+def _rank(layer: LoraLayer) -> int:
     if isinstance(layer, AdaLoraLayer):
         return int(torch.count_nonzero(layer.lora_E[_ADAPTER]))
     return int(layer.r[_ADAPTER])
+
+
+def _masked(layer: LoraLayer, left: int) -> int:
+    """Numbers of a layer that are trained and do not count, of rank ``left`` at the end."""
+    if isinstance(layer, AdaptedLayer):
+        config = layer.configs[_ADAPTER]
+        shapes = [layer.structure.shapes(layer.site, rank, config) for rank in (layer.rank(_ADAPTER), left)]
+        held, counts = (sum(map(math.prod, of_rank.values())) for of_rank in shapes)
+        return held - counts
+    if isinstance(layer, AdaLoraLayer):
+        factors = (layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER], layer.lora_E[_ADAPTER])
+        rank = int(layer.lora_E[_ADAPTER].numel())
+        return sum(factor.numel() for factor in factors) // rank * (rank - left)
+    return 0
 
 
 def _arguments(folder: str, config: dict[str, Any]) -> TrainingArguments:
@@ -179,7 +208,7 @@ class _Trainer(Trainer):
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if self._e_lr == 1.0:
             return optimizer
-        e = {id(p) for name, p in self.model.named_parameters() if ".lora_E." in name}
+        e = {id(p) for name, p in self.model.named_parameters() if f".{E}." in name}
         for group in list(optimizer.param_groups):
             own = [p for p in group["params"] if id(p) in e]
             if own:

@@ -83,8 +83,9 @@ class Structure(ABC):
         """What is saved of the parameters of module ``name``.
 
         Raises:
-            ValueError: they do not fit each other.
+            ValueError: they do not fit each other, or are parts that several processes hold.
         """
+        check_gathered(name, parameters)
         return parameters
 
     def acting(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -132,6 +133,20 @@ class Structure(ABC):
         except IndexError:
             # A tensor of no dimension.
             return 0
+
+
+def check_gathered(name: str, parameters: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where parameters of module ``name`` are parts of what they should be."""
+    if any(tensor.dim() < 2 or not tensor.numel() for tensor in parameters.values()):
+        shapes = " and ".join(
+            f"{parameter} {tuple(tensor.shape)}" for parameter, tensor in parameters.items()
+        )
+        raise ValueError(
+            f"the adapter of module {name!r} cannot be saved: its tensors have the shapes {shapes} in this "
+            "process, as parts of a parameter that DeepSpeed ZeRO-3 or FSDP has split. Gather the "
+            "parameters, as accelerator.get_state_dict(model) does, and give them to save_pretrained as "
+            "state_dict."
+        )
 
 
 def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:

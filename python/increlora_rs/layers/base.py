@@ -93,6 +93,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         self.structure = config.method.structure
+        self._method = config.method.name
         self.site = self._site(name)
         if self.site.family not in self.structure.kinds:
             raise ValueError(
@@ -120,13 +121,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         probe: Probe,
     ) -> None:
         """Creates, or creates anew, the parameters of an adapter of rank ``r``."""
-        largest = self.largest_rank
-        if r > largest:
-            raise ValueError(
-                f"rank {r} is more than {largest}, the smaller of in_features={self.in_features} and "
-                f"out_features={self.out_features}; lower its rank, by rank_pattern for it alone, or leave "
-                "this module out of target_modules."
-            )
+        config.check_rank(self.site, r)
         self.lora_alpha[adapter_name] = lora_alpha
         self.configs[adapter_name] = config
         self.probes[adapter_name] = probe
@@ -394,4 +389,4 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         return True
 
     def __repr__(self) -> str:
-        return "increlora." + super().__repr__()
+        return f"{self._method}.{super().__repr__()}"

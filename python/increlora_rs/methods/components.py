@@ -110,8 +110,8 @@ class Components(Structure):
         Raises:
             ValueError: A, B and E are of different ranks, or parts that several processes hold.
         """
+        super().to_save(name, parameters)
         a, b, e = (parameters[factor] for factor in self.names)
-        _check_gathered(name, a, b)
         rank, rows = e.shape[0], a.shape[0]
         if b.shape[1] != rows or not 1 <= rank <= rows:
             raise SizeMismatchError(
@@ -248,13 +248,3 @@ def _point(drawn: Tensor, directions: Tensor, dim: int) -> None:
     first = drawn.narrow(1 - dim, 0, n)
     given = directions.narrow(1 - dim, 0, n).to(device=drawn.device, dtype=drawn.dtype)
     first.copy_(given * first.norm(dim=dim, keepdim=True))
-
-
-def _check_gathered(name: str, a: Tensor, b: Tensor) -> None:
-    if a.dim() != 2 or b.dim() != 2 or not a.numel() or not b.numel():
-        raise ValueError(
-            f"the adapter of module {name!r} cannot be saved: lora_A has shape {tuple(a.shape)} and lora_B "
-            f"{tuple(b.shape)} in this process, as parts of a parameter that DeepSpeed ZeRO-3 or FSDP has "
-            "split. Gather the parameters, as accelerator.get_state_dict(model) does, and give them to "
-            "save_pretrained as state_dict."
-        )

@@ -202,6 +202,8 @@ class MethodModel(LoraModel):
         for name in adapters:
             if name not in self.peft_config:
                 raise ValueError(f"adapters: there is no {name!r}; the model has {list(self.peft_config)}.")
+            # Of some methods there are no sums at all, whatever the other arguments are.
+            self.peft_config[name].of_sum({"": 1})
         if adapter_name in self.peft_config:
             raise ValueError(
                 f"adapter_name={adapter_name!r} is taken; give another, or delete_adapter it first."

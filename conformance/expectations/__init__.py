@@ -1,0 +1,11 @@
+"""Which of PEFT's tests are not run, which must fail, which skips are right, and why: a file a method."""
+
+from . import increlora, lora_mini
+from .shared import Expectations
+
+_BY_NAME = {"increlora": increlora.EXPECTATIONS, "lora_mini": lora_mini.EXPECTATIONS}
+
+
+def expected_of(method: str) -> Expectations:
+    """What is expected of the method of that name; without a file, what is expected of all."""
+    return _BY_NAME.get(method, Expectations())

@@ -1,0 +1,72 @@
+"""What is expected of IncreLoRA: components that grow, each with a number of E."""
+
+from __future__ import annotations
+
+from .shared import Expectations
+
+_SVD = "the sum of two adapters has a higher rank than each, which is what `svd` keeps"
+_E = "lists LoRA's parameters; E is trained beside them"
+
+EXPECTATIONS = Expectations(
+    states=("fresh", "grown"),
+    refusals=(
+        (
+            r"combination_type='(linear|ties|dare_ties|dare_linear|magnitude_prune)' adds the factors",
+            '`add_weighted_adapter(combination_type="{}")` raises by name: components that grew apart do not '
+            "correspond",
+        ),
+        (
+            r"adapters: '\w+' has (modules_to_save|trainable_token_indices)=",
+            "`add_weighted_adapter` of adapters with `{}` raises by name",
+        ),
+        (
+            r"(rank) \d+ is more than \d+, the smaller of in_features",
+            "a {} above min(in, out) raises by name",
+        ),
+    ),
+    excluded=(
+        (
+            r"test_mixed_adapter_batches_mlp\[LoRA mixed adapter-",
+            "asks for equal bits where a product of another size rounds otherwise",
+        ),
+        (
+            r"test_add_weighted_adapter_with_different_scaling\[dare_\w+_svd",
+            "asks for a correlation that adapters of rank 1, thinned out at random, reach by chance",
+        ),
+    ),
+    failures=(
+        ("", r"TestLayerRepr::test_repr_lora_", "asks for the class names of PEFT's LoRA layers"),
+        (
+            "",
+            r"TestRequiresGrad::test_requires_grad_(modules_to_save_(default|disabling|multiple_adapters)"
+            r"|follows_inference_mode_(modules_to_save|trainable_token_indices)"
+            r"|lora_(different_targets|same_targets|conv2d|emb_conv1d))$",
+            _E,
+        ),
+        (
+            "",
+            r"test_inject_from_state_dict_missing_keys_warning",
+            "takes A and B of a module out of what is saved, and E still names it",
+        ),
+        (
+            "",
+            r"test_save_pretrained_warns_for_unsharded_state_dict",
+            "asks for a warning where parts of a parameter are saved; that raises by name",
+        ),
+        (
+            "",
+            r"test_only_params_are_updated\[Embedding \+ transformers Conv1D 2 LoRA-",
+            "three steps move few components by less than the test asks for",
+        ),
+        (
+            "",
+            r"test_add_weighted_adapter_with_different_scaling\[svd-[\d.]+-[\d.]+-weights[034]\]",
+            _SVD,
+        ),
+        (
+            "fresh",
+            r"test_add_weighted_adapter_with_different_scaling\[magnitude_prune_svd-[\d.]+-[\d.]+-weights[034]\]",
+            _SVD,
+        ),
+    ),
+)

@@ -1,0 +1,34 @@
+"""What is expected of LoRA-Mini: a rank that stays, factors within frozen ones."""
+
+from __future__ import annotations
+
+from .shared import Expectations
+
+EXPECTATIONS = Expectations(
+    refusals=(
+        (r"r(?:ank_pattern\[.*\])?=\d+ is above lora_a=", "a rank above `lora_a` or `lora_b` raises by name"),
+        (r"it is of kind '(embedding)'", "an {} as a target module raises by name"),
+        (
+            r"a weighted sum of LoRA-Mini adapters is in general none",
+            "`add_weighted_adapter` raises by name: a sum of adapters is in general none of LoRA-Mini",
+        ),
+    ),
+    excluded=(
+        (
+            r"fsdp_wrapped_learnable_bias\[bias_peft_method_only-Vanilla MLP 3 LoRA-",
+            "asks for equal bits of logarithms near 0, which round otherwise where the bias is trained",
+        ),
+    ),
+    failures=(
+        (
+            "",
+            r"TestLayerRepr::test_repr_lora_(linear|conv1d|conv2d)$",
+            "asks for the class names of PEFT's LoRA layers",
+        ),
+        (
+            "",
+            r"test_save_pretrained_warns_for_unsharded_state_dict",
+            "asks for a warning where parts of a parameter are saved; that raises by name",
+        ),
+    ),
+)
