@@ -1,8 +1,14 @@
 """What `attach` looks at before it attaches: factors frozen or left out, optimizers that cannot do."""
 
+import copy
+import gc
+import io
+from weakref import ref
+
 import pytest
 import torch
 from increlora_rs import IncreLoraConfig, attach
+from increlora_rs.training.fit import schedulers_of
 from increlora_rs.training.modules import adapted_modules
 from peft import get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
@@ -167,3 +173,38 @@ def test_a_step_under_a_name_of_its_own_counts(model, plain_input):
         optimizer.second_step()
         optimizer.zero_grad()
     assert scheduler.total_rank == scheduler.budget
+
+
+# Who is attached.
+
+
+def test_a_scheduler_is_found_by_its_model_after_its_optimizer_is_gone(model):
+    known = ref(attach(model, torch.optim.AdamW(trainable(model)), total_steps=20))
+    gc.collect()
+    assert schedulers_of(model) == [known()]
+    known().detach()
+    assert schedulers_of(model) == []
+
+
+def test_a_scheduler_goes_with_its_model(make_plain):
+    config = IncreLoraConfig(r=3, lora_alpha=3, target_modules=["lin0", "lin1"])
+    model = get_peft_model(make_plain(), config)
+    known = ref(attach(model, torch.optim.AdamW(trainable(model)), total_steps=20))
+    del model
+    gc.collect()
+    assert known() is None
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_copy_of_the_model_has_no_scheduler(model, way):
+    attach(model, torch.optim.AdamW(trainable(model)), total_steps=20)
+    if way == "deepcopy":
+        copied = copy.deepcopy(model)
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        copied = torch.load(file, weights_only=False)
+    assert schedulers_of(copied) == []
+    attach(copied, torch.optim.AdamW(trainable(copied)), total_steps=20)
+    assert len(schedulers_of(copied)) == 1

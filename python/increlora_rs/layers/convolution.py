@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..ops.torch_ops import convolution
+from ..ops.convolution import convolution
+from ..ops.update import Call, LowRank
 from .base import AdaptedLayer
 
 
@@ -44,11 +45,8 @@ class Convolution(AdaptedLayer):
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
         update = convolution(
             self._dropped(x, name),
-            *self._factors_in_use(name, x),
+            LowRank(*self._factors_in_use(name, x), self._scale(name)),
+            Call(self._dropout(name), self.probes[name], self.slots[name]),
             base=self.get_base_layer(),
-            scale=self._scale(name),
-            dropout=self._dropout(name),
-            probe=self.probes[name],
-            slot=self.slots[name],
         )
         return y.add_(update) if inplace else (y + update).to(y.dtype)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.increlora.config import IncreLoraConfig
-from ..ops.torch_ops import embedding
+from ..ops.embedding import embedding
+from ..ops.update import Call, LowRank
 from .base import AdaptedLayer
 
 
@@ -53,12 +54,10 @@ class Embedding(AdaptedLayer):
         base = self.get_base_layer()
         update = embedding(
             x,
-            *self._factors_in_use(name, x),
-            scale=self._scale(name),
+            LowRank(*self._factors_in_use(name, x), self._scale(name)),
+            Call(0.0, self.probes[name], self.slots[name]),
             padding_idx=base.padding_idx,
             scale_grad_by_freq=base.scale_grad_by_freq,
-            probe=self.probes[name],
-            slot=self.slots[name],
         )
         # Models like Gemma scale what they look up.
         factor = self._get_embed_scale()

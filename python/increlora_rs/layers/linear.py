@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from ..ops import torch_ops
-from ..ops.linear import adapter, fits_linear, linear
-from ..ops.modes import readable
+from ..ops.linear import fits_linear
+from ..ops.update import Call, LowRank
 from .base import AdaptedLayer
 from .weight import restore_layout
 
@@ -28,27 +27,17 @@ class Linear(AdaptedLayer):
         base = self.base_layer
         if not fits_linear(x, base.weight, base.bias):
             return None
-        return linear(x, base.weight, base.bias, **self._arguments(name, x))
+        update, call = self._update(name, x)
+        return update.with_base(x, base.weight, base.bias, call)
 
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
-        arguments = self._arguments(name, x)
-        x = self._dropped(x, name)
-        if not readable(y, x, arguments["a"]):
-            return torch_ops.linear(y, x, **arguments)
-        return adapter(y, x, inplace=inplace, **arguments)
+        update, call = self._update(name, x, inplace)
+        return update.add(y, self._dropped(x, name), call)
 
-    def _arguments(self, name: str, x: Tensor) -> dict[str, Any]:
-        """What the operations take of an adapter, for x."""
-        a, b, e = self._factors_in_use(name, x)
-        return {
-            "a": a,
-            "b": b,
-            "e": e,
-            "scale": self._scale(name),
-            "dropout": self._dropout(name),
-            "probe": self.probes[name],
-            "slot": self.slots[name],
-        }
+    def _update(self, name: str, x: Tensor, inplace: bool = False) -> tuple[LowRank, Call]:
+        """The update of an adapter for x, and how it is called."""
+        update = LowRank(*self._factors_in_use(name, x), self._scale(name))
+        return update, Call(self._dropout(name), self.probes[name], self.slots[name], inplace)
 
 
 class TransposedLinear(Linear):
@@ -60,7 +49,8 @@ class TransposedLinear(Linear):
         base = self.base_layer
         if not fits_linear(x, base.weight, base.bias, transposed=True):
             return None
-        return linear(x, base.weight.t(), base.bias, **self._arguments(name, x))
+        update, call = self._update(name, x)
+        return update.with_base(x, base.weight.t(), base.bias, call)
 
     def _as_weight(self, delta: Tensor) -> Tensor:
         return delta.t()

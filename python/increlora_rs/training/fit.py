@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ..layers import AdaptedLayer
+from ..ops.probe import Probe
 from ..resizing.optimizer_starts import is_a, kinds
 from ..resizing.optimizer_state import note_wrapper
 from .distributed import refuse_sharded
@@ -179,12 +181,18 @@ def held_by(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
+# The attached schedulers, each with the probe of its adapter, which knows only that there is one. Weak: a
+# scheduler goes with its model and optimizer.
+ATTACHED: WeakKeyDictionary[Any, Probe] = WeakKeyDictionary()
+
+
 def schedulers_of(model: nn.Module) -> list[Any]:
     """The schedulers that are attached to adapters of ``model``."""
-    probes = [
+    probes = dict.fromkeys(
         p for module in model.modules() if isinstance(module, AdaptedLayer) for p in module.probes.values()
-    ]
-    return list({id(p.scheduler): p.scheduler for p in probes if p.attached}.values())
+    )
+    schedulers = {probe: scheduler for scheduler, probe in ATTACHED.items()}
+    return [schedulers[probe] for probe in probes if probe in schedulers]
 
 
 def check_attachable(modules: Sequence[AdaptedModule], optimizer: torch.optim.Optimizer) -> None:

@@ -17,7 +17,7 @@ from ..support.untraced import untraced
 from ..support.warning import warn
 from .distributed import shared_seed
 from .events import GrowthEvent
-from .fit import check_attachable, schedulers_of, trainable_adapter, unwrapped_optimizer
+from .fit import ATTACHED, check_attachable, trainable_adapter, unwrapped_optimizer
 from .hooks import hooked
 from .modules import adapted_modules
 from .session import PolicyMaker, Session
@@ -117,14 +117,21 @@ def _check_lr(lr_schedule: LrSchedule, lr_warmup_steps: int, total_steps: int | 
         )
 
 
-def _take_sizes(model: nn.Module, _: Any) -> None:
+class _TakeSizes:
     """After a load: buckets of the sizes of before would leave the next gradients to each process alone.
 
-    A function, so that copies and pickles of the model take no scheduler along.
+    It keeps the scheduler as long as the model is there; copies and pickles of the model take none along.
     """
-    for scheduler in schedulers_of(model):
-        if scheduler.session.probe.reloaded:
-            scheduler.session.rebuild_buckets()
+
+    def __init__(self, scheduler: RankScheduler | None = None) -> None:
+        self._scheduler = scheduler
+
+    def __call__(self, model: nn.Module, _: Any) -> None:
+        if self._scheduler is not None and self._scheduler.session.probe.reloaded:
+            self._scheduler.session.rebuild_buckets()
+
+    def __reduce__(self) -> tuple[type[_TakeSizes], tuple[()]]:
+        return _TakeSizes, ()
 
 
 class RankScheduler:
@@ -164,9 +171,9 @@ class RankScheduler:
         seed = shared_seed(torch.initial_seed(), device)
         plan = Plan(seed, total_steps, lr_warmup_steps, lr_schedule, optimizer, device)
         self.method = config.peft_type.value.lower()
-        self.session = Session(self, model, modules, policy or config.policy_cls, plan, self.method, scaler)
-        self._loaded = model.register_load_state_dict_post_hook(_take_sizes)
-        self._attached = True
+        self.session = Session(model, modules, policy or config.policy_cls, plan, self.method, scaler)
+        self._loaded = model.register_load_state_dict_post_hook(_TakeSizes(self))
+        ATTACHED[self] = self.session.probe
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RankScheduler:
         # A model that keeps it is copied for an average: a copy would grow nothing.
@@ -275,8 +282,7 @@ class RankScheduler:
     def detach(self) -> None:
         """Takes the hooks off the optimizer and stops growing; the adapter stays as it is, without
         components in reserve. Calling it again does nothing."""
-        if self._attached:
-            self._attached = False
+        if ATTACHED.pop(self, None) is not None:
             self._loaded.remove()
             self.session.close()
 

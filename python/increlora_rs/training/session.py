@@ -37,7 +37,6 @@ class Session:
     """What :class:`RankScheduler` is made of; called by the optimizer's hooks.
 
     Args:
-        owner: The scheduler, by which the layers know that there is one.
         model: The model, out of its wrappers.
         modules: Its adapted modules.
         make_policy: What decides.
@@ -48,7 +47,6 @@ class Session:
 
     def __init__(
         self,
-        owner: Any,
         model: nn.Module,
         modules: list[AdaptedModule],
         make_policy: PolicyMaker,
@@ -67,7 +65,6 @@ class Session:
         self._history = self._new_history([module.rank for module in modules])
         # Steps that the optimizer's state counts beyond ours, and calls that a schedule may have counted.
         self._lead = self._skipped = 0
-        self._armed = False
         # The step of the optimizer's call at hand; None: it does not count, or not yet.
         self._at: Step | None = None
         # Ranks and rows of a resumed state that the model has not been seen to have.
@@ -79,7 +76,7 @@ class Session:
         else:
             self._restore(saved)
         self._group[checkpoint.KEY] = checkpoint.HELD
-        self._attach(owner)
+        self._attach()
         self.listeners = SizeListeners(model, modules)
         self._bystanders = Bystanders(model, modules)
         self._assigned = Assigned(modules)
@@ -100,11 +97,9 @@ class Session:
         self.policy.start()
         self._follow()
 
-    def _attach(self, owner: Any) -> None:
+    def _attach(self) -> None:
         adapter = self.modules[0].adapter
-        self.probe.scheduler = owner
-        if self.policy.gauge is not None:
-            self.policy.gauge.attach(self.probe, owner)
+        self.probe.attach(self.policy.gauge)
         self.probe.reloaded = False
         for slot, module in enumerate(self.modules):
             module.layer.probes[adapter] = self.probe
@@ -150,14 +145,14 @@ class Session:
         at = Step(
             # Once, however often a closure is called.
             number=self.step + 1 if self._at is None else self.step,
-            armed=self._armed,
+            armed=self.probe.armed,
             lead=self._lead,
             skipped=self._skipped,
             grad_scale=getattr(optimizer, "grad_scale", None),
             found_inf=found_inf,
             ask_loss_scale=self._scaler.loss_scale,
         )
-        if self._armed and self.policy.gauge is not None:
+        if self.probe.armed and self.policy.gauge is not None:
             average_(self.policy.gauge.total)
         with torch.no_grad():
             self.policy.before_step(at)
@@ -201,10 +196,8 @@ class Session:
 
     def _arm(self) -> None:
         """Asks the backward passes of the next step for the gauge, if the policy wants it."""
-        gauge = self.policy.gauge
-        if gauge is not None:
-            self._armed = self.policy.wants(self.step + 1)
-            gauge.arm(self.probe, self._armed)
+        if self.policy.gauge is not None:
+            self.probe.arm(self.policy.wants(self.step + 1))
 
     def _drop_gauge(self) -> None:
         """Drops what the backward passes since the last step added."""

@@ -127,9 +127,9 @@ def train_to_the_growth(model, optimizer):
     for t in range(1, GROWTH + 1):
         if t > GROWTH - GRADIENT["importance_window"]:
             # The scheduler must not see the pass beside the training.
-            probe.sketching = False
+            probe.arm(False)
             sums = [s + g for s, g in zip(sums, weight_gradients(model, modules, t, t), strict=True)]
-            probe.sketching = True
+            probe.arm(True)
         torch.manual_seed(t)
         train(model, optimizer, t, t)
     return list(zip(modules, [total / GRADIENT["importance_window"] for total in sums], strict=True))
@@ -172,9 +172,8 @@ def test_sketches_are_of_the_window_only(window, asked):
     probe = adapted_modules(model, "default")[0].layer.probes["default"]
     seen = []
     for t in range(1, 11):
-        if probe.sketching:
+        if probe.armed:
             seen.append(t)
-        assert probe.importance is None
         train(model, optimizer, t, t)
     assert seen == list(asked)
 
@@ -563,6 +562,8 @@ def test_detaching_lets_the_sketches_go():
     model = adapted()
     scheduler = attach(model, adamw(model), total_steps=60)
     probe = adapted_modules(model, "default")[0].layer.probes["default"]
-    assert probe.sketches is not None
+    gauge = probe.gauge
+    assert gauge.total.numel() > 0
     scheduler.detach()
-    assert probe.sketches is None
+    assert probe.gauge is None
+    assert gauge.total.numel() == 0

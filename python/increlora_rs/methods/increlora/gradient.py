@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ... import _core
 from ...contract.policy import Step
-from ...gauges.sketch import SketchGauge, length_of, pairs_of, sketches_of
+from ...gauges import Sketches
 from ...training.distributed import from_first_, in_any_process
 from ...training.modules import AdaptedModule
 from .config import IncreLoraConfig
@@ -52,22 +52,21 @@ class GradientScores(Scores):
         super().__init__(modules, config)
         self._keeps_directions = config.follows_gradient
         self._sigma = np.zeros(len(modules))
-        self.gauge: SketchGauge = SketchGauge(len(modules), self._device)
+        wide = torch.promote_types(modules[0].a.dtype, torch.float32)
+        sizes = [(module.layer.out_features, module.layer.in_features) for module in modules]
+        # One object for ever: the layers know it.
+        self.gauge = self._sketches = Sketches(torch.zeros(0, dtype=wide, device=self._device), sizes)
         self._directions: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def start(self, seed: int, components: int) -> None:
         """Draws the sketches' random matrices, the same for the same seed; the sketches become 0."""
-        sizes = [(module.layer.out_features, module.layer.in_features) for module in self._modules]
         k = _OVERSAMPLING + components
-        rows = k, _ROWS_A_COLUMN * k + 1
-        wide = torch.promote_types(self._modules[0].a.dtype, torch.float32)
         self._components = components
-        self.gauge.total = torch.zeros(length_of(sizes, rows), dtype=wide, device=self._device)
-        self.gauge.sketches[:] = sketches_of(self.gauge.total, sizes, rows, seed)
-        self._sum = torch.zeros_like(self.gauge.total)
+        self._sketches.draw((k, _ROWS_A_COLUMN * k + 1), seed)
+        self._sum = torch.zeros_like(self._sketches.total)
         self._steps = torch.zeros(1, dtype=torch.float64, device=self._device)
-        self._sums = pairs_of(self._sum, sizes, rows)
-        self._sigma = np.zeros(len(sizes))
+        self._sums = self._sketches.pairs(self._sum)
+        self._sigma = np.zeros(len(self._modules))
 
     def before_step(self, step: Step) -> None:
         """Takes the step's sketches into their sum; one that is not finite is left out."""
@@ -76,7 +75,8 @@ class GradientScores(Scores):
         scale, loss_scale = step.grad_scale, step.loss_scale
         if loss_scale is not None:
             scale = torch.tensor(loss_scale, dtype=torch.float64)
-        _core.take_sketches_(self.gauge.total, self._sum, self._steps, scale=scale, found_inf=step.found_inf)
+        total = self._sketches.total
+        _core.take_sketches_(total, self._sum, self._steps, scale=scale, found_inf=step.found_inf)
 
     def reached(self, optimizer: torch.optim.Optimizer) -> npt.NDArray[np.bool_]:
         """Which modules a gradient has reached since the last growth, in the window's steps."""
@@ -100,7 +100,7 @@ class GradientScores(Scores):
         module = self._modules[k]
         a, b, _ = module.layer.active_factors(module.adapter)
         return _core.sketched_triples(
-            *self._sums[k], self.gauge.sketches[k].psi, a.detach(), b.detach(), count
+            *self._sums[k], self._sketches.given(k)[1], a.detach(), b.detach(), count
         )
 
     def directions(self, k: int, components: int) -> tuple[Tensor, Tensor] | None:
@@ -135,6 +135,6 @@ class GradientScores(Scores):
 
     def finish(self) -> None:
         """Gives the sketches' memory back."""
-        self.gauge.sketches.clear()
+        self._sketches.clear()
         self._sums, self._directions = [], []
-        self.gauge.total = self._sum = self._sum.new_zeros(0)
+        self._sum = self._sum.new_zeros(0)

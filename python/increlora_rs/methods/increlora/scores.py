@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ... import _core
 from ...contract.policy import Step
-from ...gauges.gauge import Gauge
+from ...gauges import Gauge
 from ...training.modules import AdaptedModule
 from ..smoothing import Smoothing
 from .config import IncreLoraConfig

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...gauges.sensitivity import Sensitivity
+from ...gauges import Sensitivity
 from ...training.distributed import from_first_, in_any_process
 from ...training.modules import AdaptedModule
 from ..smoothing import Smoothing
@@ -29,7 +29,7 @@ class SensitivityScores(Scores):
 
     def __init__(self, modules: Sequence[AdaptedModule], config: IncreLoraConfig) -> None:
         super().__init__(modules, config)
-        self.gauge = Sensitivity(torch.zeros(len(modules), dtype=torch.float64, device=self._device))
+        self.gauge = Sensitivity.of(len(modules), self._device)
         sizes = torch.tensor(
             [module.layer.in_features * module.layer.out_features for module in modules],
             dtype=torch.float64,
