@@ -173,7 +173,7 @@ class Gates(Policy):
 
     def __init__(self, modules, config, plan, lr=1e-3):
         super().__init__(modules, config, plan)
-        self.gates, self.lr, self.threshold = [module.e for module in modules], lr, 0.0
+        self.gates, self.lr, self.threshold = [module.factors[2] for module in modules], lr, 0.0
         (self.group,) = plan.optimizer.param_groups
 
     def before_step(self, step):
@@ -322,12 +322,12 @@ class Masks(Policy):
     def after_step(self, step):
         if step.number != 2:
             return None
-        self.modules[1].e[0] = 0.0
+        self.modules[1].factors[2][0] = 0.0
         scores = np.array([2.0, 1.0])
-        return Event([1], scores, "1 masked", resized=False, restarted=(self.modules[1].b,))
+        return Event([1], scores, "1 masked", resized=False, restarted=(self.modules[1].factors[1],))
 
     def ranks(self):
-        return [int(torch.count_nonzero(module.e)) for module in self.modules]
+        return [int(torch.count_nonzero(module.factors[2])) for module in self.modules]
 
 
 def test_an_event_goes_into_history_and_log_where_no_size_changed(make_plain, caplog):
@@ -351,7 +351,7 @@ def test_parameters_of_an_event_begin_their_optimizer_state_anew(make_plain):
     optimizer = adamw(model)
     scheduler = attach(model, optimizer, policy=Masks)
     train(model, optimizer, 1, 2)
-    (of_first, of_second) = (module.b for module in scheduler.session.modules)
+    (of_first, of_second) = (module.factors[1] for module in scheduler.session.modules)
     assert of_second not in optimizer.state
     train(model, optimizer, 3, 3)
     assert [float(optimizer.state[b]["step"]) for b in (of_first, of_second)] == [3.0, 1.0]
@@ -375,8 +375,8 @@ def test_all_have_followed_an_event_when_its_warning_is_told(make_plain):
     with pytest.raises(UserWarning, match="that was all"):
         optimizer.step()
     module = scheduler.session.modules[0]
-    assert optimizer.state[module.a]["exp_avg"].shape == module.a.shape
-    assert module.row_births == [0, 0, 1]
+    assert optimizer.state[module.factors[0]]["exp_avg"].shape == module.factors[0].shape
+    assert module.births[0] == [0, 0, 1]
     assert model.peft_config["default"].rank_pattern
     optimizer.zero_grad()
     train(model, optimizer, 2, STEPS)
@@ -431,7 +431,7 @@ def test_a_policy_of_tensors_goes_through_a_checkpoint_that_is_read_without_code
 def test_after_a_step_parameters_change_in_place_without_a_graph(make_plain):
     class Doubles(Policy):
         def after_step(self, step):
-            self.modules[0].b.mul_(2.0)
+            self.modules[0].factors[1].mul_(2.0)
 
     model = adapted(make_plain)
     optimizer = adamw(model)

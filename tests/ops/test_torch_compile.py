@@ -176,7 +176,7 @@ def gradients(*, compiled, backend="aot_eager", checkpointed=False, around=False
         for parameter in model.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
-    attach(model, optimizer_of(model), total_steps=10)
+    attach(model, optimizer_of(model), total_steps=100)
     probe = armed_probe(model)
     net = torch.compile(model, backend=backend, fullgraph=True) if compiled else model
     torch.manual_seed(9)
@@ -233,7 +233,7 @@ def test_two_forward_passes_before_their_backward_passes():
     expected, got = [], []
     for compiled, results in ((False, expected), (True, got)):
         model = adapted(init_lora_weights=False, importance="sensitivity")
-        attach(model, optimizer_of(model), total_steps=10)
+        attach(model, optimizer_of(model), total_steps=100)
         probe = armed_probe(model)
         net = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         first, second = net(batch(1)[0]), net(batch(2)[0])
