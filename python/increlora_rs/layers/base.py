@@ -3,7 +3,6 @@ loading."""
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,6 +20,7 @@ from ..ops.scales import Ranks, Scales
 from ..ops.update import Call, Update
 from ..resizing.parameter import resize
 from ..support.sites import Site
+from ..support.warning import warn
 from .call import drops_plainly, is_plain_call
 from .factor import Constant, Factor
 from .offload import hook_of, onloaded
@@ -270,7 +270,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         A quantised weight is put back as it was; the merged layer keeps it for that.
         """
         if not self.merged:
-            warnings.warn("no adapter is merged, so there is nothing to unmerge", stacklevel=2)
+            warn("no adapter is merged, so there is nothing to unmerge")
         former, self._former = self._former, None
         if former is not None and former.put_back(self.get_base_layer()):
             self.merged_adapters.clear()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from ..support.warning import warn
 
 
 class Constant(nn.Module):
@@ -102,9 +103,7 @@ class Factor(nn.Module):
 
 def _warn_of_hook() -> None:
     # Not an error: what logs or counts hooks every module of a model.
-    warnings.warn(
+    warn(
         "a hook on lora_A, lora_B or lora_E is not called, for the update is computed at once; put it on the "
-        "adapted layer, its base_layer or its lora_dropout, or on the weight by register_hook",
-        UserWarning,
-        stacklevel=3,
+        "adapted layer, its base_layer or its lora_dropout, or on the weight by register_hook"
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import nn
+
+from ..support.warning import warn
 
 # What an encoder layer hands over to one operation in evaluation, and where the way to it is barred.
 _HANDED_OVER = ("linear1", "linear2")
@@ -55,11 +55,9 @@ def check_parent(parent: nn.Module, name: str, child: nn.Module) -> None:
             "pass an update by; leave it out of target_modules, by exclude_modules if need be."
         )
     if name in _of_transformers(parent, _READ_BY_KERNELS):
-        warnings.warn(
+        warn(
             f"a {kind} with kernels of its own reads the weight of its {name} in training without calling "
-            "it, and passes the update by; train without those kernels, or leave it out of target_modules",
-            UserWarning,
-            stacklevel=2,
+            "it, and passes the update by; train without those kernels, or leave it out of target_modules"
         )
 
 
@@ -84,12 +82,10 @@ def bar_fast_paths(model: nn.Module, adapted: type[nn.Module]) -> None:
             # Its layers take nested tensors by that operation alone.
             _set(module, _NESTED, False)
     if barred:
-        warnings.warn(
+        warn(
             f"{barred} torch.nn.TransformerEncoderLayer read the weights of adapted layers in evaluation "
             "without calling them; their fast path is off while they are adapted, and rows of padding are no "
-            "longer set to 0",
-            UserWarning,
-            stacklevel=2,
+            "longer set to 0"
         )
 
 

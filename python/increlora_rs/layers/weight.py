@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from peft.utils.quantization_utils import (
 )
 from torch import Tensor, nn
 
+from ..support.warning import warn
 from .offload import hook_of
 from .requantised import Former, set_weight, weight_of
 
@@ -114,11 +114,9 @@ def _change(
             # What the last call made of the old numbers.
             base.state.reset_grads()  # type: ignore[operator, union-attr]
         return None
-    warnings.warn(
+    warn(
         f"the {backend.backend_name} weight of a {type(base).__name__} is quantised anew with the update of "
-        f"adapter {adapter_name!r} in it, and the outputs change by the rounding",
-        UserWarning,
-        stacklevel=4,
+        f"adapter {adapter_name!r} in it, and the outputs change by the rounding"
     )
     return set_weight(backend, base, (old.to(delta.dtype) + delta).to(old.dtype))
 

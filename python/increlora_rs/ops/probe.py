@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import ReferenceType, ref
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..gauges import Gauge
 from ..support.history import GrowthHistory
+from ..support.warning import warn
 
 # Backward passes after which a missing scheduler is noticed, and an optimizer that takes no step.
 _UNATTENDED_PASSES = 50
@@ -92,21 +92,17 @@ class Probe:
             return
         self.unattended += 1
         if self.attached and self.unattended == _IDLE_PASSES:
-            warnings.warn(
+            warn(
                 f"{_IDLE_PASSES} backward passes through an adapter of {self.title}, but the optimizer that "
                 "its scheduler is attached to took no step: its ranks stay as they are. If the optimizer was "
-                "made anew, call detach() and increlora_rs.attach(model, new_optimizer, ...).",
-                UserWarning,
-                stacklevel=2,
+                "made anew, call detach() and increlora_rs.attach(model, new_optimizer, ...)."
             )
         elif not self.attached and self.unattended == _UNATTENDED_PASSES:
-            warnings.warn(
+            warn(
                 f"{_UNATTENDED_PASSES} backward passes through an adapter of {self.title} and no scheduler "
                 "attached: its ranks stay as they are. Give Trainer "
                 "callbacks=[increlora_rs.IncreLoraCallback()], or call "
-                "increlora_rs.attach(model, optimizer, total_steps=...) before training.",
-                UserWarning,
-                stacklevel=2,
+                "increlora_rs.attach(model, optimizer, total_steps=...) before training."
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..support.untraced import untraced
+from ..support.warning import warn
 from .optimizer_rows import CannotFollow, Change, fits
 from .optimizer_starts import holder, known, outgrown
 
@@ -110,11 +110,9 @@ def _resize_one(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dim: 
         try:
             resized = _followed(optimizer, change)
         except CannotFollow as why:
-            warnings.warn(
+            warn(
                 f"{why}. The parameter's optimizer state starts anew; docs/optimizers.md names optimizers "
-                "that keep theirs, such as torch.optim.AdamW",
-                UserWarning,
-                stacklevel=4,
+                "that keep theirs, such as torch.optim.AdamW"
             )
             _forget(optimizer, parameter)
         else:
@@ -185,13 +183,11 @@ def _drop_misshapen(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             look.shapes[parameter] = parameter.shape
             for key, value in optimizer.state.get(parameter, {}).items():
                 if not fits(entries.get(key), value, parameter):
-                    warnings.warn(
+                    warn(
                         f"the state {key!r} of {type(optimizer).__name__} has shape {tuple(value.shape)} "
                         f"but its parameter {tuple(parameter.shape)}: it changed its rank without the "
                         "optimizer. The parameter's optimizer state starts anew; use "
-                        "increlora_rs.attach, or make the optimizer after loading an adapter",
-                        UserWarning,
-                        stacklevel=2,
+                        "increlora_rs.attach, or make the optimizer after loading an adapter"
                     )
                     _forget(optimizer, parameter)
                     break

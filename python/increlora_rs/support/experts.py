@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -14,6 +13,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
+
+from .warning import warn
 
 try:
     from peft.utils import transformers_weight_conversion as _peft
@@ -172,12 +173,10 @@ def expert_names_of(config: Any, modules: list[str]) -> list[str]:
         return sorted(of_base)
     doubtful = sorted({name.rpartition(".")[2] for name in modules} & _NAMES)
     if doubtful and not any(_BESIDE_EXPERTS.search(name) for name in modules):
-        warnings.warn(
+        warn(
             "model_or_adapter_dir: the adapter does not say what its base model is, and modules called "
             f"{doubtful} are read as fused experts where that is a mixture of experts; if so, export the "
-            "model in memory instead.",
-            UserWarning,
-            stacklevel=4,
+            "model in memory instead."
         )
         return []
     return doubtful
@@ -226,16 +225,14 @@ def _matches(config: Any, targets: Any, key: str) -> bool:
     return bool(check_target_module_exists(asked, key))
 
 
-def warn_of_left_out(parameters: list[Parameter], stacklevel: int) -> None:
+def warn_of_left_out(parameters: list[Parameter]) -> None:
     """Names parameters of experts and routers that are not adapted, and the way out."""
     # Two parts of a name: PEFT takes "experts" in modules_to_save for "shared_experts" too.
     modules = sorted({".".join(parameter.module.split(".")[-2:]) for parameter in parameters})
-    warnings.warn(
+    warn(
         "target_modules: experts and routers that are parameters, not linear layers, are not adapted and "
         f"stay as they are: {', '.join(_collapsed(parameters))}. modules_to_save={modules} trains them, "
-        f"LoraConfig(target_parameters=...) adapts them, exclude_modules={modules} ends this warning.",
-        UserWarning,
-        stacklevel=stacklevel + 1,
+        f"LoraConfig(target_parameters=...) adapts them, exclude_modules={modules} ends this warning."
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from collections import Counter
 from contextlib import nullcontext
 from contextvars import ContextVar
@@ -27,6 +26,7 @@ from ..layers.parents import bar_fast_paths, check_parent, open_fast_paths
 from ..ops.probe import Probe
 from ..support.experts import Parameter, expert_layers, is_router, left_out, names_one_of, warn_of_left_out
 from ..support.names import short
+from ..support.warning import warn
 from .weighted import WeightedSum, combined_config
 
 _PREFIX = "base_model.model."
@@ -92,7 +92,7 @@ class MethodModel(LoraModel):
             _check_targets(model, peft_config.target_modules, out)
         told: set[Parameter] = self.__dict__.setdefault("_told_left_out", set())
         if set(out) - told and not peft_config.inference_mode:
-            warn_of_left_out(out, stacklevel=2)
+            warn_of_left_out(out)
             told.update(out)
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
@@ -157,11 +157,9 @@ class MethodModel(LoraModel):
             # In a quantised layer, the new weight is another object.
             if isinstance(weight, nn.Parameter) and used[id(weight)] > 1 and layer.quantization is None:
                 base.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
-                warnings.warn(
+                warn(
                     f"the weight of {name!r} is tied to another module's, which the adapter leaves alone; to "
-                    "merge, the module gets a weight of its own",
-                    UserWarning,
-                    stacklevel=3,
+                    "merge, the module gets a weight of its own"
                 )
 
     def add_weighted_adapter(
@@ -398,11 +396,7 @@ def _check_targets(model: nn.Module, targets: Any, experts: list[Parameter]) -> 
         # Of experts there is a warning of its own.
         unknown = [target for target in unknown if not names_one_of(experts, target, model)]
     if unknown and len(unknown) < len(targets):
-        warnings.warn(
-            f"target_modules: {unknown} match no module of the base model; the other names do.",
-            UserWarning,
-            stacklevel=2,
-        )
+        warn(f"target_modules: {unknown} match no module of the base model; the other names do.")
     elif unknown:
         linear = {
             name.rsplit(".", 1)[-1]
