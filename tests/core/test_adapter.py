@@ -1,4 +1,4 @@
-"""The adapter's forward and backward (src/ops/low_rank.rs), by `_core` and by `ops.adapter`, against a
+"""The forward and backward of a low-rank update (src/ops/low_rank.rs), by `_core` and by `ops`, against a
 reference that builds dW whole and leaves the gradients to autograd, in float64.
 """
 
@@ -12,7 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from increlora_rs import _core
+from increlora_rs.gauges import Sensitivity
 from increlora_rs.ops import linear as ops
+from increlora_rs.ops.probe import Probe
 from table_ids import describe
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -109,15 +111,22 @@ def by_core(case: Case, p: float = 0.0, seed: int = 0) -> tuple[dict[str, Tensor
     return found | {"grad_x": gx, "grad_a": ga, "grad_b": gb, "grad_e": ge}, mask
 
 
+def armed_probe() -> Probe:
+    probe = Probe()
+    probe.attach(Sensitivity.of(2))
+    probe.arm(True)
+    return probe
+
+
 def by_ops(case: Case, **options) -> dict[str, Tensor]:
-    """What `ops.adapter` and its backward pass give."""
+    """What `ops.add_low_rank` and its backward pass give."""
     leaves = {name: getattr(case, name).detach().requires_grad_() for name in NAMES}
-    probe = ops.Probe(importance=torch.zeros(2, dtype=F64), scheduler=object())
+    probe = armed_probe()
     y, *rest = leaves.values()
     base = y * 1 if options.get("inplace") else y
-    out = ops.adapter(base, *rest, scale=case.scale, probe=probe, slot=1, **options)
+    out = ops.add_low_rank(base, *rest, scale=case.scale, probe=probe, slot=1, **options)
     out.backward(case.gy)
-    found = {"out": out.detach(), "importance": probe.importance[1]}
+    found = {"out": out.detach(), "importance": probe.gauge.total[1]}
     return found | {f"grad_{name}": leaf.grad for name, leaf in leaves.items()}
 
 
@@ -317,7 +326,7 @@ def test_expanded_gradients_are_taken(reduction):
     weight = 1.0 if reduction == "sum" else 1 / case.y.numel()
     case.gy = torch.full_like(case.y, weight)
     leaves = [getattr(case, name).detach().requires_grad_() for name in NAMES]
-    getattr(ops.adapter(*leaves, scale=case.scale), reduction)().backward()
+    getattr(ops.add_low_rank(*leaves, scale=case.scale), reduction)().backward()
     got = {f"grad_{name}": leaf.grad for name, leaf in zip(NAMES, leaves, strict=True)}
     assert_all_close(got, reference(case), 1e-10, ("grad_y", *GRADIENTS))
 
@@ -332,21 +341,21 @@ def test_the_gradient_of_x_is_left_out_where_nobody_needs_it():
 def test_a_frozen_x_gets_no_gradient():
     case = make_case((5, 6, 7, 2, 1))
     a = case.a.requires_grad_()
-    ops.adapter(case.y, case.x, a, case.b, case.e, scale=case.scale).backward(case.gy)
+    ops.add_low_rank(case.y, case.x, a, case.b, case.e, scale=case.scale).backward(case.gy)
     assert_close(a.grad, reference(case)["grad_a"], 1e-10, "grad_a")
 
 
 def test_y_is_overwritten_where_it_may_be():
     case = make_case((5, 6, 7, 2, 1))
     with torch.no_grad():
-        out = ops.adapter(case.y, case.x, case.a, case.b, case.e, scale=case.scale, inplace=True)
+        out = ops.add_low_rank(case.y, case.x, case.a, case.b, case.e, scale=case.scale, inplace=True)
     assert out.data_ptr() == case.y.data_ptr()
 
 
 def test_y_is_left_alone_otherwise():
     case = make_case((5, 6, 7, 2, 1))
     before = case.y.clone()
-    ops.adapter(case.y, case.x, case.a, case.b, case.e, scale=case.scale)
+    ops.add_low_rank(case.y, case.x, case.a, case.b, case.e, scale=case.scale)
     assert torch.equal(case.y, before)
 
 
@@ -367,7 +376,7 @@ def test_gradcheck_passes(inplace, dropout):
     def run(y, x, a, b, e):
         torch.manual_seed(3)
         base = y * 1.0
-        return ops.adapter(base, x, a, b, e, scale=case.scale, dropout=dropout, inplace=inplace)
+        return ops.add_low_rank(base, x, a, b, e, scale=case.scale, dropout=dropout, inplace=inplace)
 
     leaves = [getattr(case, name).requires_grad_() for name in NAMES]
     assert torch.autograd.gradcheck(run, leaves, eps=1e-6, atol=1e-7, rtol=1e-6)
@@ -376,7 +385,7 @@ def test_gradcheck_passes(inplace, dropout):
 def test_a_second_derivative_is_refused():
     case = make_case((3, 4, 5, 2, 1))
     x = case.x.requires_grad_()
-    out = ops.adapter(case.y, x, case.a.requires_grad_(), case.b, case.e, scale=case.scale)
+    out = ops.add_low_rank(case.y, x, case.a.requires_grad_(), case.b, case.e, scale=case.scale)
     (gx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gx.sum().backward()
@@ -388,7 +397,7 @@ def test_autocast_computes_in_its_dtype():
     want = case.y.clone()
     _core.adapter_forward(want, case.x.to(BF16), case.a, case.b, case.e, case.scale)
     with torch.autocast("cpu", BF16):
-        got = ops.adapter(case.y, case.x, case.a, case.b, case.e, scale=case.scale)
+        got = ops.add_low_rank(case.y, case.x, case.a, case.b, case.e, scale=case.scale)
     assert torch.equal(got, want)
 
 
@@ -554,7 +563,7 @@ def test_dropout_of_one_leaves_no_gradient():
 
 
 def ops_with_dropout(case: Case, p=0.5) -> Tensor:
-    return ops.adapter(case.y, case.x, case.a, case.b, case.e, scale=case.scale, dropout=p)
+    return ops.add_low_rank(case.y, case.x, case.a, case.b, case.e, scale=case.scale, dropout=p)
 
 
 def test_manual_seed_fixes_the_dropout_of_ops():
@@ -740,18 +749,18 @@ def test_a_refused_call_leaves_y_alone():
 )
 def test_ops_refuses_by_name(name, value, error):
     with pytest.raises(error, match=rf"(?i)\b{name}\b"):
-        ops.adapter(**forward_arguments() | {name: value})
+        ops.add_low_rank(**forward_arguments() | {name: value})
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.1, float("nan")])
 def test_ops_refuses_a_dropout_that_is_no_probability(dropout):
     with pytest.raises(ValueError, match="dropout probability"):
-        ops.adapter(**forward_arguments(), dropout=dropout)
+        ops.add_low_rank(**forward_arguments(), dropout=dropout)
 
 
 def test_ops_refuses_a_slot_that_its_probe_lacks():
     arguments = forward_arguments()
     arguments["a"].requires_grad_()
-    out = ops.adapter(**arguments, probe=ops.Probe(importance=torch.zeros(2, dtype=F64)), slot=2)
+    out = ops.add_low_rank(**arguments, probe=armed_probe(), slot=2)
     with pytest.raises(ValueError, match="slot is 2"):
         out.sum().backward()

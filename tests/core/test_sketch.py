@@ -67,7 +67,7 @@ def test_any_dtype_is_added_as_the_sketchs_own(dtypes):
 
 
 def as_sketch(parts):
-    return Sketch(**parts, collector=torch.zeros(1))
+    return Sketch(**parts)
 
 
 def by_tokens(parts):

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from increlora_rs import IncreLoraConfig, _core, attach
-from increlora_rs.ops import linear as ops
+from increlora_rs.gauges import Sensitivity
+from increlora_rs.ops.linear import add_low_rank, low_rank_linear
+from increlora_rs.ops.probe import Probe
 from peft import get_peft_model
 from torch import nn
 
@@ -24,15 +26,17 @@ def passes(device, dtype, p, whole):
     factors = [draw(5, 72, seed=5), draw(40, 5, seed=6), draw(4, 1, seed=7)]
     a, b, e = (factor.to(device).requires_grad_() for factor in factors)
     x.requires_grad_()
-    probe = ops.Probe(importance=torch.zeros(2, dtype=torch.float64, device=device))
+    probe = Probe()
+    probe.attach(Sensitivity.of(2, device))
+    probe.arm(True)
     common = {"scale": 0.5, "dropout": p, "probe": probe, "slot": 1}
     torch.manual_seed(9)
     if whole:
-        y = ops.linear(x, weight, bias, a, b, e, **common)
+        y = low_rank_linear(x, weight, bias, a, b, e, **common)
     else:
-        y = ops.adapter(nn.functional.linear(x, weight, bias), x, a, b, e, **common)
+        y = add_low_rank(nn.functional.linear(x, weight, bias), x, a, b, e, **common)
     y.backward(gy)
-    return [y.detach(), x.grad, a.grad, b.grad, e.grad, probe.importance[1]]
+    return [y.detach(), x.grad, a.grad, b.grad, e.grad, probe.gauge.total[1]]
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ def test_a_decoder_in_evaluation_is_the_one_in_training(x):
     model = get_peft_model(Decoder(), IncreLoraConfig(r=2, target_modules=["linear1", "linear2"]))
     with torch.no_grad():
         for module in adapted_modules(model, "default"):
-            module.b.normal_()
+            module.factors[1].normal_()
         torch.testing.assert_close(model.eval()(x), model.train()(x))
 
 

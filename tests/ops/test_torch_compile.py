@@ -12,6 +12,7 @@ import pytest
 import torch
 from increlora_rs import IncreLoraCallback, IncreLoraConfig, attach
 from paths import assert_near, assert_same_growth, assert_same_training
+from probes import armed_probe
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -175,8 +176,8 @@ def gradients(*, compiled, backend="aot_eager", checkpointed=False, around=False
         for parameter in model.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
-    scheduler = attach(model, optimizer_of(model), total_steps=10)
-    scheduler._probe.arm(scheduler._scores.importance)
+    attach(model, optimizer_of(model), total_steps=10)
+    probe = armed_probe(model)
     net = torch.compile(model, backend=backend, fullgraph=True) if compiled else model
     torch.manual_seed(9)
     x = torch.randn(40, 9).to(dtype or torch.float32).requires_grad_()
@@ -184,7 +185,7 @@ def gradients(*, compiled, backend="aot_eager", checkpointed=False, around=False
         out = net(x)
     out.float().square().mean().backward()
     own = [p.grad for p in model.parameters() if p.requires_grad]
-    return [out.detach(), x.grad, scheduler._scores.importance, *own]
+    return [out.detach(), x.grad, probe.gauge.total, *own]
 
 
 CASES = {
@@ -232,28 +233,29 @@ def test_two_forward_passes_before_their_backward_passes():
     expected, got = [], []
     for compiled, results in ((False, expected), (True, got)):
         model = adapted(init_lora_weights=False, importance="sensitivity")
-        scheduler = attach(model, optimizer_of(model), total_steps=10)
-        scheduler._probe.arm(scheduler._scores.importance)
+        attach(model, optimizer_of(model), total_steps=10)
+        probe = armed_probe(model)
         net = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         first, second = net(batch(1)[0]), net(batch(2)[0])
         second.square().mean().backward()
         first.square().mean().backward()
-        results += [scheduler._scores.importance, *[p.grad for p in model.parameters() if p.requires_grad]]
+        results += [probe.gauge.total, *[p.grad for p in model.parameters() if p.requires_grad]]
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
 def test_importance_is_not_computed_where_it_is_not_asked_for():
     model = adapted(init_lora_weights=False, importance="sensitivity")
-    scheduler = attach(model, optimizer_of(model), total_steps=10)
+    attach(model, optimizer_of(model), total_steps=10)
+    probe = armed_probe(model)
     net = torch.compile(model, backend="aot_eager", fullgraph=True)
     seen = []
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for asked in (scheduler._scores.importance, None, scheduler._scores.importance):
-            scheduler._scores.importance.zero_()
-            scheduler._probe.arm(asked)
+        for asked in (True, False, True):
+            probe.gauge.total.zero_()
+            probe.arm(asked)
             net(batch(0)[0]).square().mean().backward()
-            seen.append(scheduler._scores.importance.clone())
+            seen.append(probe.gauge.total.clone())
     assert seen[0].min() > 0
     assert not seen[1].any()
     assert torch.equal(seen[2], seen[0])
@@ -387,7 +389,7 @@ def trained_llama(make_llama, grow):
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_program_gives_the_same_logits(trained_llama, tokens, strict):
     program = exported(trained_llama, tokens, strict=strict)
-    assert any("increlora.linear_forward" in str(node.target) for node in program.graph.nodes)
+    assert any("increlora.low_rank_linear" in str(node.target) for node in program.graph.nodes)
     assert_near(program.module()(tokens), Logits(trained_llama)(tokens))
 
 
@@ -427,10 +429,11 @@ def operation_arguments(dropout, reserve, sketched):
     e = matrix(3 - reserve, 1, requires_grad=True)
     seed = torch.tensor(7) if dropout else None
     factor = torch.tensor([1.5], dtype=torch.float64)
-    omega, psi = (matrix(2, 5), matrix(3, 4)) if sketched else (None, None)
+    given = [matrix(2, 5), matrix(3, 4)] if sketched else []
     size = 2 * 4 + 3 * 5 if sketched else 1
     collector = torch.zeros(size, dtype=torch.float64, requires_grad=True)
-    shared = (a, b, e, seed, factor, collector, torch.tensor(sketched), omega, psi, 0.5, dropout)
+    asked = (collector, torch.tensor(True), given, "sketch" if sketched else "sensitivity")
+    shared = (a, b, e, seed, factor, 0.5, dropout, *asked)
     x = matrix(2, 6, 5, requires_grad=True)
     return (matrix(2, 6, 4, requires_grad=True), x, *shared), (x, matrix(4, 5), matrix(4), *shared)
 
@@ -440,8 +443,8 @@ def operation_arguments(dropout, reserve, sketched):
 @pytest.mark.parametrize("sketched", [False, True])
 def test_the_operations_keep_to_the_rules_of_torch_library(dropout, reserve, sketched):
     added, whole = operation_arguments(dropout, reserve, sketched)
-    torch.library.opcheck(torch.ops.increlora.adapter_forward.default, added)
-    torch.library.opcheck(torch.ops.increlora.linear_forward.default, whole)
+    torch.library.opcheck(torch.ops.increlora.add_low_rank.default, added)
+    torch.library.opcheck(torch.ops.increlora.low_rank_linear.default, whole)
 
 
 def run_processes(worker, processes, *arguments):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from increlora_rs import IncreLoraConfig, attach
 from paths import assert_same_growth, assert_same_training
+from probes import armed_probe
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -97,11 +98,11 @@ def test_gradients_and_importance_are_those_of_eager_mode():
     found = []
     for compiled in (False, True):
         model = adapted(init_lora_weights=False, importance="sensitivity")
-        scheduler = attach(model, torch.optim.SGD(model.parameters(), 0.1), total_steps=STEPS)
-        scheduler._probe.arm(scheduler._scores.importance)
+        attach(model, torch.optim.SGD(model.parameters(), 0.1), total_steps=STEPS)
+        probe = armed_probe(model)
         net = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         net(batch(0)[0]).square().sum().backward()
-        importance = scheduler._scores.importance.clone()
+        importance = probe.gauge.total.clone()
         assert (importance > 0).all()
         found.append([importance, *[p.grad for p in model.parameters() if p.requires_grad]])
     for ours, theirs in zip(*found, strict=True):

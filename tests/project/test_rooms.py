@@ -1,5 +1,6 @@
 """The rooms of the sources: which may import which, from the bottom up, and no circle between files."""
 
+import ast
 import re
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -76,3 +77,72 @@ def test_a_rust_file_imports_from_its_own_room_and_from_lower_ones():
 
 def test_no_rust_files_import_each_other_in_a_circle():
     TopologicalSorter(graph()).prepare()
+
+
+PACKAGE = Path(__file__).parents[2] / "python" / "increlora_rs"
+# From the bottom up; rooms of one line do not know each other.
+ORDER = (
+    ("_core", "_torch_check"),
+    ("support",),
+    ("resizing",),
+    ("gauges",),
+    ("ops",),
+    ("contract",),
+    ("layers",),
+    ("training", "saved"),
+    ("methods",),
+    ("reports",),
+    ("tuner",),
+    ("compare", "demo"),
+    ("cli", "report"),
+    ("__init__",),
+)
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+
+
+def modules_of(source):
+    """The modules of the package that a source imports, also for types alone, as paths of names."""
+    here = source.relative_to(PACKAGE).parts[:-1]
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = (*here[: len(here) - node.level + 1], *(node.module or "").split("."))
+            base = tuple(filter(None, base))
+            for name in node.names:
+                inside = PACKAGE.joinpath(*base, name.name)
+                is_module = inside.is_dir() or inside.with_suffix(".py").exists() or name.name == "_core"
+                yield (*base, name.name) if is_module or not base else base
+
+
+def python_file(names):
+    path = PACKAGE.joinpath(*names)
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def test_a_python_file_imports_from_its_own_room_and_from_lower_ones():
+    upward = []
+    for source in PACKAGE.rglob("*.py"):
+        own = source.relative_to(PACKAGE).with_suffix("").parts[0]
+        for names in modules_of(source):
+            if names[0] != own and LEVEL[names[0]] >= LEVEL[own]:
+                upward.append(f"{source.relative_to(PACKAGE)} imports {'.'.join(names)}")
+    assert not upward
+
+
+def test_no_python_files_import_each_other_in_a_circle():
+    files = {source: set() for source in PACKAGE.rglob("*.py")}
+    for source, imported in files.items():
+        imported.update(file for names in modules_of(source) if (file := python_file(names)) in files)
+        # What gathers a room is no import of the files that are gathered.
+        imported.discard(source)
+    TopologicalSorter(files).prepare()
+
+
+def test_rooms_below_the_methods_name_none_of_them():
+    named = [
+        f"{source.relative_to(PACKAGE)} imports {'.'.join(names)}"
+        for room in ("training", "saved", "layers", "ops", "gauges", "contract")
+        for source in (PACKAGE / room).rglob("*.py")
+        for names in modules_of(source)
+        if names[0] == "methods"
+    ]
+    assert not named

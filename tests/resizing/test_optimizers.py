@@ -324,13 +324,13 @@ def test_copies_of_the_weights_warm_up_with_their_rows(name):
         optimizer.step()
         optimizer.zero_grad()
     (module,) = adapted.adapted_modules(model, "default")
-    state = optimizer.state[module.e]
-    born = module.e.detach()[-1].clone()
+    state = optimizer.state[module.factors[2]]
+    born = module.factors[2].detach()[-1].clone()
     (model(x) - x.roll(1, 1)).pow(2).mean().backward()
     optimizer.step()
     # The warm-up's first step of a row has the rate 0.
     assert torch.equal(state["z"][-1], born)
-    assert torch.equal(module.e.detach()[-1], born)
+    assert torch.equal(module.factors[2].detach()[-1], born)
 
 
 RESUMED = ["torch.optim.AdamW", "torch.optim.Rprop", "torch.optim.ASGD", "schedulefree.AdamWScheduleFree"]

@@ -190,13 +190,13 @@ def test_an_average_of_all_steps_is_that_of_the_rows_since_their_birth(training)
     scheduler = attach(model, optimizer, total_steps=12)
     keep_average(scheduler, averaged)
     averaged.update_parameters(model)
-    layer = scheduler._modules[0]
-    sums, count = layer.b.detach().clone(), 1
+    layer = scheduler.session.modules[0]
+    sums, count = layer.factors[1].detach().clone(), 1
     for number in range(1, 9):
         step(model, optimizer, number)
         averaged.update_parameters(model)
         # A row that is not born counts with B = 0.
-        sums = nn.functional.pad(sums, (0, layer.rows - sums.shape[1])) + layer.b.detach()
+        sums = nn.functional.pad(sums, (0, layer.rows - sums.shape[1])) + layer.factors[1].detach()
         count += 1
     mean = dict(averaged.module.named_parameters())[key_of(model, "lin0.lora_B")]
     torch.testing.assert_close(mean, sums / count)
@@ -278,7 +278,7 @@ def test_components_in_reserve_are_averaged_and_dropped_at_the_end(training, pla
         step(model, optimizer, number)
         averaged.update_parameters(model)
     before = averaged.eval()(plain_input)
-    assert any(module.rows > module.rank for module in scheduler._modules)
+    assert any(module.rows > module.rank for module in scheduler.session.modules)
     scheduler.detach()
     assert sizes(averaged) == sizes(model)
     assert torch.equal(averaged(plain_input), before)

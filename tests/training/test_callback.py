@@ -246,8 +246,8 @@ def test_the_evaluation_loss_is_the_task_loss_alone(make_trainer, form, accumula
 def test_the_learning_rate_warm_up_comes_from_the_trainer(make_trainer):
     trainer, callback = make_trainer(warmup_steps=0.25, lr_scheduler_type="cosine")
     trainer.train()
-    assert callback.scheduler._restart._lr_warmup == 6
-    assert callback.scheduler._restart._lr_schedule == "follow"
+    assert callback.scheduler.policy.plan.lr_warmup_steps == 6
+    assert callback.scheduler.policy.plan.lr_schedule == "follow"
 
 
 def test_the_scheduler_is_detached_after_training(make_trainer):
@@ -272,7 +272,7 @@ def test_a_model_without_an_adapter_raises_before_the_first_step(make_bert, tmp_
         train_dataset=Rows(8),
         callbacks=[IncreLoraCallback()],
     )
-    with pytest.raises(ValueError, match="0 trainable IncreLoRA adapters"):
+    with pytest.raises(ValueError, match="0 trainable adapters of increlora_rs"):
         trainer.train()
 
 
@@ -405,13 +405,13 @@ def test_a_learning_rate_schedule_of_the_users_own_is_followed(make_trainer):
     trainer.optimizer = optimizer
     trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     trainer.train()
-    assert not callback.scheduler._restart.was_linear
+    assert not callback.scheduler.policy.warmup.was_linear
 
 
 def test_trainers_own_linear_schedule_is_taken_for_linear(make_trainer):
     trainer, callback = make_trainer()
     trainer.train()
-    assert callback.scheduler._restart.was_linear
+    assert callback.scheduler.policy.warmup.was_linear
 
 
 def test_an_interrupted_training_can_be_followed_by_another(make_trainer):

@@ -2,6 +2,8 @@
 
 import copy
 import io
+import json
+import math
 import re
 import warnings
 from pathlib import Path
@@ -10,7 +12,7 @@ import peft
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from increlora_rs import IncreLoraConfig, attach, load_checkpoint
+from increlora_rs import IncreLoraConfig, attach, growth_history, load_checkpoint
 from increlora_rs.training import checkpoint as saved_state
 from increlora_rs.training.modules import adapted_modules
 from sizes import resize
@@ -216,51 +218,91 @@ def test_a_state_without_a_schedulers_is_announced():
     run(model, optimizer, 0, 2)
     state = api.get_optimizer_state_dict(model, optimizer)
     model, optimizer, _ = begin()
-    with pytest.warns(UserWarning, match="holds none of an IncreLoRA scheduler"):
+    with pytest.warns(UserWarning, match="holds none of a scheduler"):
         api.set_optimizer_state_dict(model, optimizer, state)
 
 
 # Earlier states.
 
 
-def from_version_1(kind):
-    """A fresh training with the model of a checkpoint that the first release made, and that checkpoint's
-    optimizer state."""
-    saved = torch.load(FIXTURES / f"optimizer_v1_{kind}.pt", weights_only=True)
+def from_version(version, kind):
+    """A fresh training with the model of a checkpoint that an earlier release made after 7 or 8 steps, and
+    that checkpoint's optimizer state."""
+    saved = torch.load(FIXTURES / f"optimizer_v{version}_{kind}.pt", weights_only=True)
     model, optimizer, scheduler = begin(kind)
     for module in adapted_modules(model, "default"):
         a, b, e = saved["adapter"][module.name]
         resize(module.layer, e.shape[0], a.shape[0])
         with torch.no_grad():
-            for parameter, value in zip((module.a, module.b, module.e), (a, b, e), strict=True):
+            for parameter, value in zip(module.factors, (a, b, e), strict=True):
                 parameter.copy_(value)
     return model, optimizer, scheduler, saved["optimizer"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_state_of_version_1_goes_on_to_the_budget_without_a_warning(kind):
-    model, optimizer, scheduler, state = from_version_1(kind)
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_state_of_an_earlier_version_goes_on_to_the_budget_without_a_warning(version, kind):
+    model, optimizer, scheduler, state = from_version(version, kind)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.load_state_dict(state)
-        assert scheduler.step == state["param_groups"][0][saved_state.KEY]["step"]
+        assert scheduler.restored
+        assert scheduler.step in (7, 8)
         run(model, optimizer, scheduler.step, STEPS)
     assert scheduler.total_rank == scheduler.budget
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_state_of_version_1_and_the_same_one_saved_anew_go_on_alike(kind):
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_state_of_an_earlier_version_and_the_same_one_saved_anew_go_on_alike(version, kind):
     results = []
     for anew in (False, True):
-        model, optimizer, scheduler, state = from_version_1(kind)
+        model, optimizer, scheduler, state = from_version(version, kind)
         optimizer.load_state_dict(state)
         if anew:
             state = optimizer.state_dict()
-            model, optimizer, scheduler, _ = from_version_1(kind)
+            model, optimizer, scheduler, _ = from_version(version, kind)
             optimizer.load_state_dict(state)
         run(model, optimizer, scheduler.step, STEPS)
         results.append(result(model, scheduler))
     assert_same(*results)
+
+
+def test_scores_and_history_of_an_earlier_version_are_those_that_it_saved():
+    _, optimizer, scheduler, state = from_version(2, "gradient")
+    saved = json.loads(state["param_groups"][0][saved_state.KEY])
+    optimizer.load_state_dict(state)
+    assert list(scheduler.scores.values()) == saved["scores"]["sigma"]
+    assert scheduler.history.tolist() == [
+        (step, saved["modules"][k], rank, score) for step, k, rank, score in saved["history"]
+    ]
+
+
+def without(name, state):
+    group = state["param_groups"][0]
+    saved = json.loads(group[saved_state.KEY])
+    del saved[name]
+    group[saved_state.KEY] = json.dumps(saved)
+
+
+def test_a_state_without_all_scores_gives_the_ranks_and_the_scores_of_those_that_grew():
+    model, optimizer, scheduler, state = from_version(2, "gradient")
+    without("growth", state)
+    optimizer.load_state_dict(state)
+    history = growth_history(model)
+    assert (history.first_ranks, history.steps, history.ranks) == ([1, 1], [6], [[1, 2]])
+    unknown, score = history.scores[0]
+    assert math.isnan(unknown)
+    assert score == scheduler.history["importance"][0]
+
+
+def test_a_state_that_names_no_importance_is_one_of_the_sensitivity():
+    _, optimizer, scheduler, state = from_version(2, "sensitivity")
+    without("importance", state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.load_state_dict(state)
+    assert all(scheduler.scores.values())
 
 
 # Checkpoints on disk.
@@ -395,7 +437,7 @@ def test_a_checkpoint_without_a_schedulers_state_is_announced(tmp_path):
     run(model, optimizer, 0, 2)
     dcp.save(LAYOUTS["flat at the top"](model, optimizer), checkpoint_id=tmp_path)
     model, optimizer, _ = begin()
-    with pytest.warns(UserWarning, match="holds none of an IncreLoRA scheduler"):
+    with pytest.warns(UserWarning, match="holds none of a scheduler"):
         load_checkpoint(model, tmp_path, optimizer)
 
 
@@ -461,7 +503,7 @@ def test_a_checkpoint_with_the_model_twice_is_refused(tmp_path):
 
 def test_a_model_without_an_adapter_is_refused(tmp_path):
     saved_model(tmp_path)
-    with pytest.raises(ValueError, match="model: it has no IncreLoRA adapter"):
+    with pytest.raises(ValueError, match="model: it has no adapter of increlora_rs"):
         load_checkpoint(nn.Linear(2, 2), tmp_path)
 
 

@@ -1,8 +1,14 @@
 """What `attach` looks at before it attaches: factors frozen or left out, optimizers that cannot do."""
 
+import copy
+import gc
+import io
+from weakref import ref
+
 import pytest
 import torch
 from increlora_rs import IncreLoraConfig, attach
+from increlora_rs.training.fit import schedulers_of
 from increlora_rs.training.modules import adapted_modules
 from peft import get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
@@ -34,14 +40,14 @@ def test_lora_fa_is_told_by_what_it_freezes(model):
 def test_lora_fa_is_refused_though_nothing_is_frozen(model):
     optimizer = create_lorafa_optimizer(model, r=3, lora_alpha=3, lr=1e-3)
     for module in modules(model):
-        module.a.requires_grad_(True)
+        module.factors[0].requires_grad_(True)
     with pytest.raises(ValueError, match=r"LoraFAOptimizer trains B alone"):
         attach(model, optimizer, total_steps=20)
 
 
 @pytest.mark.parametrize("factor", ["a", "b", "e"])
 def test_a_frozen_factor_is_named(model, factor):
-    getattr(modules(model)[1], factor).requires_grad_(False)
+    modules(model)[1].factors["abe".index(factor)].requires_grad_(False)
     optimizer = torch.optim.AdamW(trainable(model))
     with pytest.raises(ValueError, match=rf"^model: lin1\.lora_{factor.upper()}\S*: frozen"):
         attach(model, optimizer, total_steps=20)
@@ -51,14 +57,14 @@ def test_after_many_names_the_number_of_the_others_is_told(make_bert):
     config = IncreLoraConfig(r=3, target_modules=["query", "key", "value"])
     model = get_peft_model(make_bert(), config)
     for module in modules(model):
-        module.b.requires_grad_(False)
+        module.factors[1].requires_grad_(False)
     with pytest.raises(ValueError, match=r"lora_B\S* and 3 more: frozen"):
         attach(model, torch.optim.AdamW(trainable(model)), total_steps=20)
 
 
 @pytest.mark.parametrize("factor", ["a", "b", "e"])
 def test_a_factor_that_the_optimizer_does_not_hold_is_named(model, factor):
-    missing = getattr(modules(model)[1], factor)
+    missing = modules(model)[1].factors["abe".index(factor)]
     optimizer = torch.optim.AdamW([p for p in trainable(model) if p is not missing])
     with pytest.raises(ValueError, match=rf"of 'lin1' \(lin1\.lora_{factor.upper()}[^,]*\); make it"):
         attach(model, optimizer, total_steps=20)
@@ -66,15 +72,15 @@ def test_a_factor_that_the_optimizer_does_not_hold_is_named(model, factor):
 
 def test_an_adapter_none_of_which_is_trainable_counts_as_none(model):
     for module in modules(model):
-        for parameter in (module.a, module.b, module.e):
+        for parameter in module.factors:
             parameter.requires_grad_(False)
-    with pytest.raises(ValueError, match="0 trainable IncreLoRA adapters"):
+    with pytest.raises(ValueError, match="0 trainable adapters of increlora_rs"):
         attach(model, torch.optim.AdamW(model.parameters()), total_steps=20)
 
 
 def test_a_module_that_is_frozen_whole_is_left_alone(model):
     optimizer = torch.optim.AdamW(trainable(model))
-    for parameter in (modules(model)[0].a, modules(model)[0].b, modules(model)[0].e):
+    for parameter in modules(model)[0].factors:
         parameter.requires_grad_(False)
     assert attach(model, optimizer, total_steps=20).budget == 6
 
@@ -167,3 +173,38 @@ def test_a_step_under_a_name_of_its_own_counts(model, plain_input):
         optimizer.second_step()
         optimizer.zero_grad()
     assert scheduler.total_rank == scheduler.budget
+
+
+# Who is attached.
+
+
+def test_a_scheduler_is_found_by_its_model_after_its_optimizer_is_gone(model):
+    known = ref(attach(model, torch.optim.AdamW(trainable(model)), total_steps=20))
+    gc.collect()
+    assert schedulers_of(model) == [known()]
+    known().detach()
+    assert schedulers_of(model) == []
+
+
+def test_a_scheduler_goes_with_its_model(make_plain):
+    config = IncreLoraConfig(r=3, lora_alpha=3, target_modules=["lin0", "lin1"])
+    model = get_peft_model(make_plain(), config)
+    known = ref(attach(model, torch.optim.AdamW(trainable(model)), total_steps=20))
+    del model
+    gc.collect()
+    assert known() is None
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_copy_of_the_model_has_no_scheduler(model, way):
+    attach(model, torch.optim.AdamW(trainable(model)), total_steps=20)
+    if way == "deepcopy":
+        copied = copy.deepcopy(model)
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        copied = torch.load(file, weights_only=False)
+    assert schedulers_of(copied) == []
+    attach(copied, torch.optim.AdamW(trainable(copied)), total_steps=20)
+    assert len(schedulers_of(copied)) == 1

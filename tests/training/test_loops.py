@@ -182,11 +182,12 @@ def test_inference_adds_no_importance():
     model = adapted(importance="sensitivity")
     attach(model, torch.optim.AdamW(trainable(model), lr=1e-2), total_steps=STEPS)
     for module in adapted_modules(model, "default"):
-        module.b.data.normal_()
+        module.factors[1].data.normal_()
     with torch.no_grad():
         model(batch(1)[0])
     probe = adapted_modules(model, "default")[0].layer.probes["default"]
-    assert probe.importance.tolist() == [0.0, 0.0]
+    assert probe.armed
+    assert probe.gauge.total.tolist() == [0.0, 0.0]
 
 
 def test_a_module_frozen_for_a_while_keeps_its_values_and_then_learns_again():
@@ -197,13 +198,13 @@ def test_a_module_frozen_for_a_while_keeps_its_values_and_then_learns_again():
     train(model, optimizer, 2)
     for parameter, _, _ in first.parameters:
         parameter.requires_grad_(False)
-    before = first.b.detach().clone()
+    before = first.factors[1].detach().clone()
     train(model, optimizer, 1, first=3)
-    assert torch.equal(first.b, before)
+    assert torch.equal(first.factors[1], before)
     for parameter, _, _ in first.parameters:
         parameter.requires_grad_(True)
     train(model, optimizer, STEPS - 3, first=4)
-    assert not torch.equal(first.b[:, :1], before)
+    assert not torch.equal(first.factors[1][:, :1], before)
     assert scheduler.total_rank == scheduler.budget
 
 

@@ -73,4 +73,3 @@ def test_after_a_step_that_raised_steps_count_as_before(begin, cls):
     for _ in range(3):
         step()
     assert scheduler.step == taken + 3
-    assert not scheduler._depth._inside

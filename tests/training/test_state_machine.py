@@ -119,7 +119,12 @@ class Training(RuleBasedStateMachine):
     @invariant()
     def shapes_births_and_optimizer_state_fit(self):
         for module in adapted_modules(self.model, "default"):
-            assert module.a.shape[0] == module.b.shape[1] >= module.e.shape[0] == module.rank
+            assert (
+                module.factors[0].shape[0]
+                == module.factors[1].shape[1]
+                >= module.factors[2].shape[0]
+                == module.rank
+            )
             for parameter, _, _ in module.parameters:
                 for value in self.optimizer.state.get(parameter, {}).values():
                     assert (

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import TrainerCallback
 
+from ..methods.increlora.growth import Growth
 from ..training.callback import IncreLoraCallback
 
 
@@ -22,32 +25,19 @@ class AdaLoraCallback(TrainerCallback):
 
 
 class RandomGrowthCallback(IncreLoraCallback):
-    """IncreLoRA that grows modules drawn by lot: the control. It reaches into the scheduler, which has no
-    use for that.
+    """IncreLoRA that grows modules drawn by lot: the control.
 
     Args:
         seed: Of the lot, drawn anew at each growth.
     """
 
     def __init__(self, seed: int) -> None:
-        super().__init__()
-        self._seed = seed
+        super().__init__(policy=partial(Growth, choose_by=self._by_lot))
+        self._lots = np.random.default_rng(seed)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attaches the scheduler, then replaces its scores."""
-        super().on_train_begin(args, state, control, **kwargs)
-        scheduler = self.scheduler
-        if scheduler is None:
-            raise RuntimeError("no scheduler was attached; please report it")
-        generator = np.random.default_rng(self._seed)
-        modules, at_growth = len(scheduler.ranks), scheduler._scores.at_growth
-
-        def by_lot() -> Any:
-            at_growth()
-            # 0 would count as a module without any importance.
-            return generator.uniform(0.1, 1.0, modules)
-
-        scheduler._scores.at_growth = by_lot  # type: ignore[method-assign]
+    def _by_lot(self, scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        # 0 would count as a module without any importance.
+        return self._lots.uniform(0.1, 1.0, len(scores))
 
 
 class StepClock(TrainerCallback):

@@ -30,6 +30,12 @@ class Structure(ABC):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     #: The parameters that may change their size, and along which dimension.
     growing: ClassVar[Mapping[str, int]] = {}
+    #: Those that have a row for each active component, and none for components in reserve.
+    active_only: ClassVar[frozenset[str]] = frozenset()
+    #: Those whose old rows a growth may rescale, so that it leaves the update as it is.
+    rescaled: ClassVar[frozenset[str]] = frozenset()
+    #: Those in which a component whose row is 0 does nothing.
+    silencing: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def shapes(self, site: Site, rank: int, config: Any) -> dict[str, tuple[int, ...]]:
@@ -82,6 +88,10 @@ class Structure(ABC):
         check_gathered(name, parameters)
         return parameters
 
+    def acting(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What of a trained adapter's parameters makes its update: for export and tables."""
+        return parameters
+
     def first_learners(self, site: Site, config: Any) -> tuple[str, ...]:
         """The parameters that get a gradient in the first step; none where all do."""
         return ()
@@ -110,7 +120,7 @@ class Structure(ABC):
         check_finite(name, {parameter: parameters[parameter] for parameter in wanted})
 
     def rescaled_by_growth(self, config: Any, alpha: float, old_rank: int, rank: int) -> float:
-        """What a growth from ``old_rank`` to ``rank`` multiplies old rows by, along the last of ``names``."""
+        """What a growth from ``old_rank`` to ``rank`` multiplies the old rows of ``rescaled`` by."""
         return 1.0
 
     def may_take(self, site: Site, shapes: Mapping[str, tuple[int, ...]], config: Any) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import _core
 from ..support.seeded import generator
+from .gauge import Gauge
 
 
 @dataclass
@@ -24,15 +26,12 @@ class Sketch:
         right: ``Psi G``, (l, in).
         omega: Omega^T, (k, in), normally distributed and fixed, in the dtype of the sketch as all are.
         psi: Psi, (l, out), the same.
-        collector: What a compiled graph knows of it: a leaf of which left and right together are the
-            gradient.
     """
 
     left: Tensor
     right: Tensor
     omega: Tensor
     psi: Tensor
-    collector: Tensor
 
     def add(self, gy: Tensor, x: Tensor) -> None:
         """Adds ``gy^T x`` of gy (tokens, out) and x (tokens, in), which is not formed."""
@@ -51,31 +50,82 @@ class Sketch:
         self.right += self.psi @ gradient
 
 
-def sketches_of(
-    step: Tensor, sizes: Sequence[tuple[int, int]], rows: tuple[int, int], seed: int
-) -> list[Sketch]:
-    """The sketches of modules of the given sizes (out, in), in the vector ``step`` one after the other.
+class Sketches(Gauge):
+    """A sketch a module, of the gradient of its weight.
 
     Args:
-        rows: k and l.
-        seed: Of Omega and Psi, which modules of one size share.
+        total: The vector that the sketches lie in, one after the other.
+        sizes: (out, in) of each module.
+        given: Omega and Psi of each module; without them there is no sketch before :meth:`draw`.
     """
-    omegas = {n: _normal(step, (rows[0], n), seed, "omega") for n in {features for _, features in sizes}}
-    psis = {n: _normal(step, (rows[1], n), seed, "psi") for n in {out for out, _ in sizes}}
-    wholes = step.split([length_of([size], rows) for size in sizes])
-    parts = zip(pairs_of(step, sizes, rows), wholes, sizes, strict=True)
-    return [
-        Sketch(*pair, omegas[features], psis[out], _collector(whole))
-        for pair, whole, (out, features) in parts
-    ]
 
+    name: ClassVar[str] = "sketch"
 
-def _collector(gradient: Tensor) -> Tensor:
-    # Nobody reads its numbers, so one stands for all.
-    leaf = gradient.new_zeros(1).expand(gradient.shape).requires_grad_()
-    # Autograd adds to the gradient in place.
-    leaf.grad = gradient
-    return leaf
+    def __init__(
+        self,
+        total: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        given: Sequence[Sequence[Tensor]] = (),
+    ) -> None:
+        super().__init__(total)
+        self._sizes = sizes
+        self._sketches = self._of(given) if given else []
+
+    def _of(self, given: Sequence[Sequence[Tensor]]) -> list[Sketch]:
+        rows = len(given[0][0]), len(given[0][1])
+        pairs = pairs_of(self.total, self._sizes, rows)
+        return [Sketch(*pair, *own) for pair, own in zip(pairs, given, strict=True)]
+
+    def draw(self, rows: tuple[int, int], seed: int) -> None:
+        """Draws Omega and Psi, which modules of one size share, for sketches that are 0.
+
+        Args:
+            rows: k and l.
+            seed: Of the random numbers: the same ones for the same seed.
+        """
+        sizes, like = self._sizes, self.total
+        omegas = {n: _normal(like, (rows[0], n), seed, "omega") for n in {features for _, features in sizes}}
+        psis = {n: _normal(like, (rows[1], n), seed, "psi") for n in {out for out, _ in sizes}}
+        lengths = [length_of([size], rows) for size in sizes]
+        self._hold(like.new_zeros(sum(lengths)), lengths)
+        self._sketches = self._of([(omegas[features], psis[out]) for out, features in sizes])
+
+    def clear(self) -> None:
+        """Gives the memory back."""
+        self._hold(self.total.new_zeros(0))
+        self._sketches = []
+
+    def pairs(self, vector: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Left and right of each module in a vector as long as ``total``."""
+        omega, psi = self.given(0)
+        return pairs_of(vector, self._sizes, (len(omega), len(psi)))
+
+    def add(self, slot: int, gy: Tensor, x: Tensor) -> None:
+        """Adds ``gy^T x``, which is not formed."""
+        self._sketches[slot].add(gy, x)
+
+    def add_lookup(self, slot: int, gy: Tensor, ids: Tensor) -> None:
+        """The same for x whose row t is 1 at ``ids[t]`` and 0 elsewhere."""
+        self._sketches[slot].add_lookup(gy, ids)
+
+    def add_gradient(self, slot: int, gradient: Tensor) -> None:
+        """Adds a gradient (out, in) that exists."""
+        self._sketches[slot].add_matrix(gradient)
+
+    def given(self, slot: int) -> list[Tensor]:
+        """Omega and Psi of the module."""
+        return [self._sketches[slot].omega, self._sketches[slot].psi]
+
+    @classmethod
+    def empty(cls, like: Tensor, size: tuple[int, int], given: Sequence[Tensor]) -> Tensor:
+        """A vector for one sketch."""
+        omega, psi = given
+        return omega.new_empty(length_of([size], (omega.shape[0], psi.shape[0])))
+
+    @classmethod
+    def of_one(cls, total: Tensor, size: tuple[int, int], given: Sequence[Tensor]) -> Sketches:
+        """The sketch of one module."""
+        return cls(total, [size], [given])
 
 
 def pairs_of(

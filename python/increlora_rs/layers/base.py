@@ -18,7 +18,7 @@ from ..contract.config import MethodConfig
 from ..ops.modes import watched
 from ..ops.probe import Probe
 from ..ops.scales import Ranks, Scales
-from ..ops.update import Update
+from ..ops.update import Call, Update
 from ..resizing.parameter import resize
 from ..support.sites import Site
 from .call import drops_plainly, is_plain_call
@@ -121,7 +121,14 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         probe: Probe,
     ) -> None:
         """Creates, or creates anew, the parameters of an adapter of rank ``r``."""
-        config.check_rank(self.site, r)
+        largest = self.largest_rank
+        # Growth ends there, so it may not begin beyond. A rank that stays may be too high, as in LoRA.
+        if self.structure.growing and r > largest:
+            raise ValueError(
+                f"rank {r} is more than {largest}, the smaller of in_features={self.in_features} and "
+                f"out_features={self.out_features}; lower its rank, by rank_pattern for it alone, or leave "
+                "this module out of target_modules."
+            )
         self.lora_alpha[adapter_name] = lora_alpha
         self.configs[adapter_name] = config
         self.probes[adapter_name] = probe
@@ -335,6 +342,10 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
                 )
         scale = self._scale(name)
         return self.structure.update(tensors, self.site, self.configs[name], scale, training=training)
+
+    def _call(self, name: str, inplace: bool = False) -> Call:
+        """How the update of an adapter is called."""
+        return Call(self._dropout(name), self.probes[name], self.slots[name], inplace)
 
     def _dropout(self, name: str) -> float:
         dropout = self.lora_dropout[name]

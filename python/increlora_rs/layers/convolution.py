@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..ops.torch_ops import convolution
+from ..ops.convolution import convolution
 from ..support.sites import Site
 from .base import AdaptedLayer
 
@@ -48,15 +48,5 @@ class Convolution(AdaptedLayer):
 
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
         low_rank: Any = self._update_in_use(name, x)
-        update = convolution(
-            self._dropped(x, name),
-            low_rank.a,
-            low_rank.b,
-            low_rank.e,
-            base=self.get_base_layer(),
-            scale=low_rank.scale,
-            dropout=self._dropout(name),
-            probe=self.probes[name],
-            slot=self.slots[name],
-        )
+        update = convolution(self._dropped(x, name), low_rank, self._call(name), base=self.get_base_layer())
         return y.add_(update) if inplace else (y + update).to(y.dtype)

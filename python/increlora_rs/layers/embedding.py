@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..ops.torch_ops import embedding
+from ..ops.embedding import embedding
+from ..ops.update import Call
 from ..support.sites import Site
 from .base import AdaptedLayer
 
@@ -40,14 +41,11 @@ class Embedding(AdaptedLayer):
         low_rank: Any = self._update_in_use(name, x)
         update = embedding(
             x,
-            low_rank.a,
-            low_rank.b,
-            low_rank.e,
-            scale=low_rank.scale,
+            low_rank,
+            # Nothing is dropped from whole numbers.
+            Call(0.0, self.probes[name], self.slots[name]),
             padding_idx=base.padding_idx,
             scale_grad_by_freq=base.scale_grad_by_freq,
-            probe=self.probes[name],
-            slot=self.slots[name],
         )
         # Models like Gemma scale what they look up.
         factor = self._get_embed_scale()

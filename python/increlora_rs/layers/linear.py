@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from ..ops import torch_ops
-from ..ops.linear import adapter, fits_linear, linear
-from ..ops.modes import readable
+from ..ops.linear import fits_linear
 from .base import AdaptedLayer
 from .weight import restore_layout
 
@@ -28,27 +26,10 @@ class Linear(AdaptedLayer):
         base = self.base_layer
         if not fits_linear(x, base.weight, base.bias):
             return None
-        return linear(x, base.weight, base.bias, **self._arguments(name, x))
+        return self._update_in_use(name, x).with_base(x, base.weight, base.bias, self._call(name))
 
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
-        arguments = self._arguments(name, x)
-        x = self._dropped(x, name)
-        if not readable(y, x, arguments["a"]):
-            return torch_ops.linear(y, x, **arguments)
-        return adapter(y, x, inplace=inplace, **arguments)
-
-    def _arguments(self, name: str, x: Tensor) -> dict[str, Any]:
-        """What the operations take of an adapter, for x."""
-        update: Any = self._update_in_use(name, x)
-        return {
-            "a": update.a,
-            "b": update.b,
-            "e": update.e,
-            "scale": update.scale,
-            "dropout": self._dropout(name),
-            "probe": self.probes[name],
-            "slot": self.slots[name],
-        }
+        return self._update_in_use(name, x).add(y, self._dropped(x, name), self._call(name, inplace))
 
 
 class TransposedLinear(Linear):
@@ -60,7 +41,8 @@ class TransposedLinear(Linear):
         base = self.base_layer
         if not fits_linear(x, base.weight, base.bias, transposed=True):
             return None
-        return linear(x, base.weight.t(), base.bias, **self._arguments(name, x))
+        update = self._update_in_use(name, x)
+        return update.with_base(x, base.weight.t(), base.bias, self._call(name))
 
     def _as_weight(self, delta: Tensor) -> Tensor:
         return delta.t()

@@ -32,6 +32,9 @@ class Components(Structure):
     names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_E")
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "convolution"})
     growing: ClassVar[Mapping[str, int]] = {"lora_A": 0, "lora_B": 1, "lora_E": 0}
+    active_only: ClassVar[frozenset[str]] = frozenset({"lora_E"})
+    rescaled: ClassVar[frozenset[str]] = frozenset({"lora_E"})
+    silencing: ClassVar[frozenset[str]] = frozenset({"lora_B"})
 
     def shapes(self, site: Site, rank: int, config: Any) -> dict[str, tuple[int, ...]]:
         """E first: its size is the rank."""
@@ -196,6 +199,12 @@ class Components(Structure):
         elif missing < 0:
             resize(a, a.detach()[:rows].clone(memory_format=torch.contiguous_format))
             resize(b, b.detach()[:, :rows].clone(memory_format=torch.contiguous_format))
+
+    def in_reserve(self, layer: AdaptedLayer, adapter: str) -> list[Tensor]:
+        """Copies of the components in reserve: A (n, in), B (out, n)."""
+        a, b, e = (parameter.detach() for parameter in layer.factors(adapter))
+        rank = e.shape[0]
+        return [a[rank:].clone(), b[:, rank:].clone()]
 
     def add_reserve(self, layer: AdaptedLayer, adapter: str, a: Tensor, b: Tensor) -> None:
         """Puts given components in reserve: A (n, in), B (out, n)."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..contract.config import MethodConfig
 from ..contract.method import Method
-from ..contract.structure import Structure
+from ..contract.structure import SizeMismatchError, Structure
 from ..ops.autocast import without_autocast
 from ..ops.update import LowRank
 from ..support import arguments
@@ -127,7 +127,20 @@ class SplitFactors(Structure):
         return ("lora_B",) if config.init_lora_weights else ()
 
     def frozen(self, site: Site, config: LoraMiniConfig) -> dict[str, Tensor]:
-        """``A_aux`` and ``B_aux``, float32."""
+        """``A_aux`` and ``B_aux``, float32.
+
+        Raises:
+            SizeMismatchError: the adapter was saved from a module of another size.
+        """
+        size = [site.out, site.features]
+        known = config.module_sizes.get(site.name, size)
+        if list(known) != size:
+            # The trained halves would fit, between other frozen ones.
+            raise SizeMismatchError(
+                f"size mismatch: the module {site.name!r} is {size[0]} by {size[1]}, and module_sizes has "
+                f"{known[0]} by {known[1]}; the adapter was saved from another base model. For a fresh one, "
+                "leave module_sizes out."
+            )
         a = _normal(site, config, "lora_A_aux", (config.lora_a, site.features))
         b = _normal(site, config, "lora_B_aux", (site.out, config.lora_b))
         if config.aux_init == "scaled":

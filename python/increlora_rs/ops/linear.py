@@ -1,4 +1,5 @@
-"""The adapter as a differentiable operation: dtype and autocast decided here, the work in Rust."""
+"""A low-rank update of a linear layer as a differentiable operation, ``y + s B (E * (A drop(x)))`` (arXiv
+2308.12043, eq. 3): dtype and autocast decided here, the work in Rust, or in torch where Rust may not read."""
 
 from __future__ import annotations
 
@@ -7,16 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from .. import _core
-from . import linear_graph as compiled
+from ..gauges import Gauge
+from . import linear_graph as in_graph
 from .autocast import as_autocast, compute_dtype, without_autocast
 from .device import stream
 from .modes import readable
-from .probe import Probe, asked_of
+from .observed import observed
+from .probe import Probe, for_graph
+from .scaled import scaled_b
 
 
-def adapter(
+def add_low_rank(
     y: Tensor,
     x: Tensor,
     a: Tensor,
@@ -44,7 +49,7 @@ def adapter(
         scale: The scale s; while torch.compile traces also float64 (1) that holds it.
         dropout: Probability with which an element of x is dropped.
         inplace: May y be overwritten?
-        probe: Collects the module's importance in its slot ``slot`` where it asks for it.
+        probe: Has the backward pass add to its gauge, in slot ``slot``, where it is armed.
 
     Returns:
         Tensor of the shape and dtype of y.
@@ -64,12 +69,12 @@ def adapter(
         )
     if torch.compiler.is_compiling():
         x = as_autocast(x)
-        return compiled.adapter(y, x, a, b, e, scale=scale, dropout=dropout, **asked_of(probe, slot))
-    result: Tensor = _Adapter.apply(y, x, a, b, e, scale, dropout, inplace, probe, slot)
+        return in_graph.add_low_rank(y, x, a, b, e, scale, dropout, for_graph(probe, slot))
+    result: Tensor = _AddLowRank.apply(y, x, a, b, e, scale, dropout, inplace, probe, slot)
     return result
 
 
-def linear(
+def low_rank_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -84,14 +89,14 @@ def linear(
 ) -> Tensor:
     """A frozen linear layer and its update in one operation: ``x W^T + bias + scale * B (E * (A drop(x)))``.
 
-    As :func:`adapter` after ``torch.nn.functional.linear``, with fewer passes over the large matrices:
+    As :func:`add_low_rank` after ``torch.nn.functional.linear``, with fewer passes over the large matrices:
     the update is written first and the product added to it, forward and backward alike. Only for
     :func:`fits_linear`.
 
     Args:
         x: Input, (..., in).
         weight: (out, in), without a gradient. bias: (out) or None, without a gradient.
-        a, b, e, scale, dropout, probe, slot: As in :func:`adapter`.
+        a, b, e, scale, dropout, probe, slot: As in :func:`add_low_rank`.
 
     Returns:
         Tensor (..., out) of the dtype of x, under autocast of autocast's.
@@ -103,14 +108,48 @@ def linear(
     x, weight = as_autocast(x), as_autocast(weight)
     bias = None if bias is None else as_autocast(bias)
     if torch.compiler.is_compiling():
-        asked = asked_of(probe, slot)
-        return compiled.linear(x, weight, bias, a, b, e, scale=scale, dropout=dropout, **asked)
-    result: Tensor = _Linear.apply(x, weight, bias, a, b, e, scale, dropout, probe, slot)
+        asked = for_graph(probe, slot)
+        return in_graph.low_rank_linear(x, weight, bias, a, b, e, scale, dropout, asked)
+    result: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, e, scale, dropout, probe, slot)
     return result
 
 
+def add_by_torch(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    e: Tensor,
+    *,
+    scale: float | Tensor,
+    dropout: float = 0.0,
+    probe: Probe | None = None,
+    slot: int = 0,
+) -> Tensor:
+    """:func:`add_low_rank` for tensors of any kind, which torch's own operations know: fake, nested, sharded,
+    of the meta device, or seen by a mode or a transform."""
+    dtype, seen = compute_dtype(x), x
+    x = functional.dropout(x, dropout) if dropout > 0.0 else x
+    t = functional.linear(x.to(dtype), a.to(dtype))
+    update = functional.linear(t, scaled_b(a, b, e, scale).to(dtype))
+
+    def show(gauge: Gauge, slot: int, gy: Tensor, x: Tensor, a: Tensor, b: Tensor, e: Tensor) -> None:
+        gy, shown = _flat(gy), _flat(x if gauge.fused else seen).to(dtype)
+        if gauge.fused:
+            gauge.total[slot] += _core.importance(gy, shown, a, b, e, float(scale), stream(x.device))
+        else:
+            gauge.add(slot, gy, shown)
+
+    update = observed(update, show, probe, slot, x, a, b, e)
+    return (y + update).to(y.dtype)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
 def fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool = False) -> bool:
-    """Can :func:`linear` stand for the base layer: frozen, and of one dtype with x, if need be by autocast?
+    """Can :func:`low_rank_linear` stand for the base layer: frozen, of one dtype with x, maybe by autocast?
 
     ``transposed``: ``weight`` is (in, out), to be handed over as its transpose.
     """
@@ -134,7 +173,7 @@ def _new_seed(dropout: float) -> int:
     return int(torch.randint(2**63 - 1, ())) if dropout > 0.0 else 0
 
 
-class _Adapter(torch.autograd.Function):
+class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -171,7 +210,7 @@ class _Adapter(torch.autograd.Function):
         return gy, *_backward(ctx, gy, ctx.needs_input_grad[1]), None, None, None, None, None
 
 
-class _Linear(torch.autograd.Function):
+class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -205,15 +244,15 @@ class _Linear(torch.autograd.Function):
 
 def _backward(ctx: Any, gy: Tensor, needs_x: bool) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     x, t, mask, a, b, e, weight = ctx.saved_tensors
-    importance = sketch = None
-    if ctx.probe is not None:
-        ctx.probe.count_backward(ctx.slot)
-        importance, sketch = ctx.probe.importance, ctx.probe.sketch(ctx.slot)
+    probe, slot, gauge = ctx.probe, ctx.slot, None
+    if probe is not None:
+        probe.count_backward(slot)
+        gauge = probe.gauge if probe.armed else None
     flat_gy, flat = gy.reshape(-1, gy.shape[-1]), x.reshape(-1, x.shape[-1]).to(ctx.dtype)
     with without_autocast(x.device.type):
-        if sketch is not None:
+        if gauge is not None and not gauge.fused:
             # Before dropout: the gradient of the weight itself, and without the mask's noise.
-            sketch.add(flat_gy, flat)
+            gauge.add(slot, flat_gy, flat)
         gx, ga, gb, ge = _core.adapter_backward(
             flat_gy,
             flat,
@@ -225,8 +264,8 @@ def _backward(ctx: Any, gy: Tensor, needs_x: bool) -> tuple[Tensor | None, Tenso
             mask,
             ctx.dropout,
             needs_x,
-            importance,
-            ctx.slot,
+            gauge.total if gauge is not None and gauge.fused else None,
+            slot,
             ctx.seed,
             weight,
             stream(x.device),

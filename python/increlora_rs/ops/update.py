@@ -1,48 +1,141 @@
-"""An update as it stands in one forward pass, or in a saved adapter."""
+"""An update of a frozen weight as it stands in one forward pass, and what that pass asks of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..resizing.graph import may_differ
+from .linear import add_by_torch, add_low_rank, low_rank_linear
+from .modes import readable
+from .probe import Probe
+
+
+@dataclass
+class Call:
+    """How an update is called.
+
+    Args:
+        dropout: Probability with which an element of x is dropped.
+        probe: Has the backward pass add to its gauge where it is armed.
+        slot: The module's, in the gauge.
+        inplace: May y be overwritten?
+    """
+
+    dropout: float = 0.0
+    probe: Probe | None = None
+    slot: int = 0
+    inplace: bool = False
+
 
 class Update(Protocol):
-    """What a method's structure makes of its parameters."""
+    """What a linear layer takes of any update; none forms dW in a pass."""
+
+    def add(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
+        """``y`` (..., out) and the update of x (..., in), of the shape and dtype of y."""
+        ...
+
+    def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor | None:
+        """The frozen linear layer of ``weight`` (out, in) and the update in one operation, (..., out); None
+        where there is none. For what :func:`increlora_rs.ops.linear.fits_linear` lets through."""
+        ...
 
     def dense(self) -> Tensor:
-        """The update as a matrix (out, in), float32 or wider."""
+        """dW (out, in), float32 or wider."""
+        ...
 
     def lora(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor] | None:
-        """A (rank, in) and B (out, rank) with the scale in B, in ``dtype`` (None: float32 or wider); None: no
-        LoRA is it."""
+        """A (rank, in) and B (out, rank) of the LoRA of scale 1 that does the same, in ``dtype`` (None:
+        float32 or wider); None where no LoRA does."""
+        ...
 
 
 @dataclass
 class LowRank:
-    """``scale * B diag(E) A``.
+    """``s B diag(E) A``, thin factors (arXiv 2308.12043, eq. 3).
 
     Args:
-        a: (rows, in).
-        b: (out, rows).
-        e: (rank, 1); further rows of A and B are in reserve.
-        scale: The scale s; in a compiled graph also float64 (1) that holds it.
+        a: Right vectors A, (rows, in).
+        b: Left vectors B, (out, rows).
+        e: Singular values E of the active components, (active, 1), active <= rows; further rows of A and B
+            are in reserve and count with ``RESERVE_E``.
+        scale: The scale s; while torch.compile traces also float64 (1) that holds it.
     """
 
     a: Tensor
     b: Tensor
     e: Tensor
-    scale: Any
+    scale: float | Tensor
+
+    def add(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
+        """``y + s B (E * (A drop(x)))``.
+
+        Raises:
+            ValueError: shapes or devices do not fit, or a number is out of range.
+            TypeError: a dtype does not fit.
+        """
+        if readable(y, x, self.a):
+            return add_low_rank(
+                y,
+                x,
+                self.a,
+                self.b,
+                self.e,
+                scale=self.scale,
+                dropout=call.dropout,
+                inplace=call.inplace,
+                probe=call.probe,
+                slot=call.slot,
+            )
+        return add_by_torch(
+            y,
+            x,
+            self.a,
+            self.b,
+            self.e,
+            scale=self.scale,
+            dropout=call.dropout,
+            probe=call.probe,
+            slot=call.slot,
+        )
+
+    def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
+        """``x W^T + bias + s B (E * (A drop(x)))``.
+
+        Raises:
+            ValueError: shapes or devices do not fit, or a number is out of range.
+            TypeError: a dtype does not fit.
+        """
+        return low_rank_linear(
+            x,
+            weight,
+            bias,
+            self.a,
+            self.b,
+            self.e,
+            scale=self.scale,
+            dropout=call.dropout,
+            probe=call.probe,
+            slot=call.slot,
+        )
 
     def dense(self) -> Tensor:
-        """The update as a matrix (out, in), float32 or wider."""
-        wide = torch.promote_types(self.a.dtype, torch.float32)
-        dense: Tensor = (self.b.to(wide) * self.e.to(wide).view(-1)) @ self.a.to(wide) * self.scale
-        return dense
+        """dW (out, in) of the active components, float32 or wider."""
+        a, b, e = self._active()
+        return (b * e) @ a * self.scale
 
     def lora(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """A (rank, in) and B (out, rank) with E and the scale in B, in ``dtype`` (None: float32 or wider)."""
-        wide = dtype or torch.promote_types(self.a.dtype, torch.float32)
-        return self.a.to(wide), self.b.to(wide) * (self.e.to(wide).view(-1) * self.scale)
+        """A (active, in) and B (out, active) with E and the scale in B; ``dtype`` None: float32 or wider."""
+        a, b, e = self._active(dtype)
+        return a, b * (e * self.scale)
+
+    def _active(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        a, b, e = self.a, self.b, self.e
+        active = e.shape[0]
+        if may_differ(a.shape[0], active):
+            a, b = a[:active], b[:, :active]
+        wide = dtype or torch.promote_types(a.dtype, torch.float32)
+        return a.to(wide), b.to(wide), e.to(wide).view(-1)

@@ -112,12 +112,14 @@ def draw_growth(history: GrowthHistory) -> Any:
     spent = ranks.sum(axis=0) if in_rank else np.array(history.costs) @ ranks
     last = int(spent[-1])
     total.stairs(spent, edges, baseline=None, color="black")
-    total.axhline(history.budget, color="grey", linestyle="--", linewidth=1)
-    total.set_ylim(0, 1.15 * max(history.budget, last))
+    if history.budget is not None:
+        total.axhline(history.budget, color="grey", linestyle="--", linewidth=1)
+    total.set_ylim(0, 1.15 * max(history.budget or 0, int(spent.max())))
     total.set_ylabel("total rank" if in_rank else "parameters")
     total.yaxis.set_major_locator(_integers(4))
     total.tick_params(labelbottom=False)
-    words = told(int(ranks[:, -1].sum()), history.budget, None if in_rank else last, "of")
+    now = int(ranks[:, -1].sum())
+    words = now if history.budget is None else told(now, history.budget, None if in_rank else last, "of")
     total.set_title(f"growth of the ranks, total {words}", fontsize=10)
     image = axes.pcolormesh(edges, rows.edges, ranks[rows.order], cmap="viridis", vmin=0, vmax=ranks.max())
     total.sharex(axes)

@@ -70,6 +70,12 @@ def resize_state(
         _resize_one(one, parameter, dim, rescaled)
 
 
+def start_anew(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+    """Drops the optimizer's state of a parameter whose values were replaced."""
+    for one in _with_state(optimizer):
+        _forget(one, parameter)
+
+
 def note_wrapper(inner: torch.optim.Optimizer, wrapper: torch.optim.Optimizer) -> None:
     """Notes that ``wrapper`` is around ``inner``, for it may have a state of its own (slow weights)."""
     if getattr(wrapper, "state", inner.state) is not inner.state:

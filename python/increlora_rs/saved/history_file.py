@@ -34,7 +34,7 @@ def growth_history(
     adapter = read(model_or_adapter_dir, adapter_name)
     ranks = {name: module.rank for name, module in adapter.modules.items()}
     if isinstance(model_or_adapter_dir, nn.Module):
-        history = _part(adapter.config, ranks)
+        history = _part(model_or_adapter_dir, adapter_name, ranks)
         if history is None:
             raise ValueError(
                 "model_or_adapter_dir: there is no history of the model's ranks: they have not grown in this "
@@ -62,15 +62,14 @@ def write_history(model: nn.Module, adapter_name: str, folder: Path) -> None:
     ranks = {
         short(name): layer.rank(adapter_name) for name, layer in adapted_layers(model, adapter_name).items()
     }
-    configs: Any = model.peft_config
-    history = _part(configs[adapter_name], ranks)
+    history = _part(model, adapter_name, ranks)
     if history is not None:
         (folder / HISTORY_NAME).write_text(_to_json(history))
 
 
-def _part(config: Any, ranks: dict[str, int]) -> GrowthHistory | None:
-    # A configuration pickled by an earlier release has no such attribute.
-    history: GrowthHistory | None = getattr(config, "growth", None)
+def _part(model: nn.Module, adapter_name: str, ranks: dict[str, int]) -> GrowthHistory | None:
+    layer = next(iter(adapted_layers(model, adapter_name).values()), None)
+    history = None if layer is None else layer.probes[adapter_name].history
     # An earlier checkpoint may have been loaded since, with smaller ranks.
     return None if history is None else history.until(ranks)
 
@@ -105,7 +104,7 @@ def _from_json(file: Path) -> GrowthHistory:
         costs = None if saved.get("costs") is None else [int(cost) for cost in saved["costs"]]
         history = GrowthHistory(
             list(saved["modules"]),
-            int(saved["budget"]),
+            None if saved["budget"] is None else int(saved["budget"]),
             list(saved["first_ranks"]),
             step=int(saved["step"]),
             costs=costs,

@@ -295,8 +295,9 @@ def _assemble(config: MethodConfig, tensors: dict[str, Tensor]) -> SavedAdapter:
         parameters = dict(zip(structure.names, _factors(name, found[name], structure.names), strict=True))
         site = config.site_of(name, parameters)
         structure.check(name, parameters, site, config)
+        scale = config.scale(config.alpha_of(name), int(structure.rank_of(parameters)))
+        parameters = structure.acting(parameters)
         rank = int(structure.rank_of(parameters))
-        scale = config.scale(config.alpha_of(name), rank)
         update = structure.update(
             parameters | structure.frozen(site, config), site, config, scale, training=False
         )

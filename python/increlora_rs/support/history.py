@@ -1,4 +1,4 @@
-"""How the ranks of a training grew: what the scheduler keeps of it."""
+"""How the ranks of a training changed: what the scheduler keeps of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class GrowthHistory:
 
     Args:
         modules: Full module names, in model order.
-        budget: Total rank that the training aims at, or number of parameters where there are ``costs``.
+        budget: Total rank that the training aims at, or number of parameters where there are ``costs``; None:
+            it aims at none.
         first_ranks: Rank of each module before the first growth.
         steps: Optimizer step of each growth.
         ranks: For each growth, the ranks that it left, by module.
@@ -25,7 +26,7 @@ class GrowthHistory:
     """
 
     modules: list[str]
-    budget: int
+    budget: int | None
     first_ranks: list[int]
     steps: list[int] = field(default_factory=list)
     ranks: list[list[int]] = field(default_factory=list)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..support.warning import warn
 from .bystanders import note
 from .events import GrowthEvent
 from .held import Held, held_by
@@ -79,7 +79,9 @@ class _Follower:
         resizes = {id(resize.parameter): resize for resize in event.resizes}
         restarted: dict[str, None] = {}
         for held in self._held():
-            new_rank = id(held.module.e) in resizes
+            module = held.module
+            named = zip(module.structure.names, module.factors, strict=True)
+            new_rank = any(id(p) in resizes for name, p in named if name in module.structure.active_only)
             if event.cause == "detach" and new_rank:
                 # An adapter of other ranks was loaded at the end: the average is of the training.
                 continue
@@ -89,13 +91,12 @@ class _Follower:
                 continue
             held.follow(event.step, [resizes.get(id(p)) for p, _, _ in held.module.parameters])
         if restarted:
-            warnings.warn(
+            warn(
                 f"an adapter of other ranks was loaded without its average: the averages of {len(restarted)} "
                 f"modules, {next(iter(restarted))!r} the first, start anew from what was loaded. To go on "
-                "with an average, load that of the same checkpoint, too",
-                UserWarning,
-                stacklevel=2,
+                "with an average, load that of the same checkpoint, too"
             )
 
     def _held(self) -> list[Held]:
-        return held_by(self._average, self._scheduler._model, self._scheduler._modules, self._parameters)
+        session = self._scheduler.session
+        return held_by(self._average, session.model, session.modules, self._parameters)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any
 from weakref import ReferenceType, WeakSet
@@ -12,6 +11,7 @@ from weakref import ReferenceType, WeakSet
 from torch import nn
 
 from ..ops.probe import Probe
+from ..support.warning import warn
 from .held import Held, HeldLayer, HeldTensor, held_by
 from .modules import AdaptedModule
 
@@ -55,8 +55,9 @@ class Bystanders:
         self._looked = False
         self._told: set[int] = set()
 
-    def warn(self, step: int, before: Sequence[tuple[int, int]]) -> None:
-        """After a growth and all who were told of it. ``before``: rows and rank of the modules before it."""
+    def warn(self, step: int, before: Sequence[tuple[int, ...]]) -> None:
+        """After a growth and all who were told of it. ``before``: rows of the modules' parameters before
+        it."""
         # The look at all objects takes longer than a growth: only where there is something new to find.
         first, self._looked = not self._looked, True
         tensors = first and any(name in sys.modules for name in _OF_TENSORS)
@@ -65,12 +66,10 @@ class Bystanders:
         for average in _living():
             if id(average) not in self._told and self._lags(average, before):
                 self._told.add(id(average))
-                warnings.warn(
+                warn(
                     f"step {step}: {type(average).__name__} averages this adapter but did not grow with it: "
                     "its next update will fail, or broadcast rows. Call increlora_rs.keep_average(scheduler, "
-                    "average) after attach, or use IncreLoraCallback(averages=[average])",
-                    UserWarning,
-                    stacklevel=2,
+                    "average) after attach, or use IncreLoraCallback(averages=[average])"
                 )
 
     def _new_copies(self) -> bool:
@@ -83,7 +82,7 @@ class Bystanders:
         first = self._modules[0]
         return first.layer.probes[first.adapter]
 
-    def _lags(self, average: Any, before: Sequence[tuple[int, int]]) -> bool:
+    def _lags(self, average: Any, before: Sequence[tuple[int, ...]]) -> bool:
         """Is ``average`` one of this adapter, and of other sizes than it has now?"""
         try:
             held = held_by(average, self._model, self._modules)
@@ -101,7 +100,7 @@ class Bystanders:
         # Another training's average of a like model has its sizes at most by chance.
         sizes = {id(module): size for module, size in zip(self._modules, before, strict=True)}
         return all(
-            part.size_now == sizes[id(part.module)][part.factor == 2]
+            part.size_now == sizes[id(part.module)][part.factor]
             for part in held
             if isinstance(part, HeldTensor)
         )

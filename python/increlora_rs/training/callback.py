@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import SchedulerType, TrainerCallback
 
+from ..support.warning import warn
 from .averages import keep_average
 from .events import GrowthEvent
 from .fit import schedulers_of
 from .scheduler import RankScheduler, attach
+from .session import PolicyMaker
 from .trainer_log import speak_first
 
 
@@ -32,6 +33,8 @@ class IncreLoraCallback(TrainerCallback):
             :func:`increlora_rs.keep_average`.
         on_growth: Called after each growth, as :meth:`increlora_rs.RankScheduler.on_growth` has it. In
             ``on_train_begin`` of callbacks that stand behind this one, its ``scheduler`` is attached already.
+        policy: For experiments: what decides in the place of the method's own; see
+            :func:`increlora_rs.attach`.
 
     Raises:
         TypeError: an argument is of another type.
@@ -45,6 +48,7 @@ class IncreLoraCallback(TrainerCallback):
         *,
         averages: Sequence[Any] = (),
         on_growth: Callable[[GrowthEvent], Any] | None = None,
+        policy: PolicyMaker | None = None,
     ) -> None:
         if not isinstance(log_ranks, bool):
             raise TypeError(f"log_ranks={log_ranks!r} must be True or False.")
@@ -58,11 +62,10 @@ class IncreLoraCallback(TrainerCallback):
             )
         self.scheduler: RankScheduler | None = None
         self._log_ranks = log_ranks
-        self._averages, self._on_growth = tuple(averages), on_growth
+        self._averages, self._on_growth, self._policy = tuple(averages), on_growth, policy
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attaches the scheduler to the Trainer's optimizer."""
-        speak_first(self)
         optimizer = kwargs["optimizer"]
         for running in (self.scheduler, *schedulers_of(kwargs["model"])):
             # Left by a training that was interrupted.
@@ -76,13 +79,13 @@ class IncreLoraCallback(TrainerCallback):
             lr_warmup_steps=args.get_warmup_steps(state.max_steps),
             lr_schedule="auto" if linear else "follow",
             scaler=getattr(optimizer, "scaler", None),
+            policy=self._policy,
         )
+        speak_first(self, f"{self.scheduler.method}/")
         if state.global_step and not self.scheduler.restored:
-            warnings.warn(
+            warn(
                 f"resuming at step {state.global_step} from a checkpoint without the scheduler's state "
-                "(no optimizer.pt, or one of another method): scores and restart warm-up start anew",
-                UserWarning,
-                stacklevel=2,
+                "(no optimizer.pt, or one of another method): scores and restart warm-up start anew"
             )
             self.scheduler.step = state.global_step
         for average in self._averages:
@@ -96,7 +99,7 @@ class IncreLoraCallback(TrainerCallback):
         logs = kwargs.get("logs")
         if self.scheduler is None or logs is None or "loss" not in logs:
             return
-        ours = {"total_rank": self.scheduler.total_rank, "orth_reg": self.scheduler.orth_reg}
+        ours = self.scheduler.logs()
         logs.update(ours)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(ours)

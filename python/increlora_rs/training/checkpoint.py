@@ -1,18 +1,17 @@
-"""The scheduler's part of an optimizer's checkpoint: where it lies, in what form, and does it fit the
-training at hand?"""
+"""A training's part of an optimizer's checkpoint: where it lies, in what form, and is it of the training at
+hand?"""
 
 from __future__ import annotations
 
 import base64
 import json
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..methods.increlora.config import IncreLoraConfig
-from ..support.budget import Budget, amount
+from ..support.warning import warn
+from .earlier_checkpoints import in_this_form
 
 # Key in the optimizer's first parameter group: there the state travels with every checkpoint of the
 # optimizer, and is found whether it is loaded before or after `attach`.
@@ -21,9 +20,7 @@ KEY = "increlora"
 # with a live optimizer do it key by key. The state itself is only in what `state_dict` gives, so that a
 # printed optimizer stays short and a compiled one sees a constant.
 HELD = "held by the scheduler"
-VERSION = 2
-# Version 1 was the dictionary itself.
-_READABLE = (1, 2)
+VERSION = 3
 
 
 def pack(state: dict[str, Any]) -> str:
@@ -36,7 +33,7 @@ def pack(state: dict[str, Any]) -> str:
 
 
 def unpack(value: Any) -> dict[str, Any]:
-    """What :func:`pack` was given, or a state of version 1 as it is.
+    """What :func:`pack` was given; a state of an earlier version in the form of this one.
 
     Raises:
         ValueError: it is neither.
@@ -47,10 +44,15 @@ def unpack(value: Any) -> dict[str, Any]:
             raise ValueError(f"it is a {type(state).__name__} without a version")
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
-            f"optimizer: its IncreLoRA state under {KEY!r} in the first parameter group cannot be read "
+            f"optimizer: the scheduler's state under {KEY!r} in its first parameter group cannot be read "
             f"({error}); load a checkpoint that is whole, or take the key out to start the scores anew."
         ) from error
-    return state
+    if state["version"] not in range(1, VERSION + 1):
+        raise ValueError(
+            f"optimizer: its scheduler's state has version {state['version']}, this release reads up to "
+            f"{VERSION}; resume with the release that saved it."
+        )
+    return in_this_form(state)
 
 
 def _tensor_to_json(value: Any) -> dict[str, Any]:
@@ -71,58 +73,29 @@ def _tensor_from_json(found: dict[str, Any]) -> Any:
     return flat.reshape(found["shape"])
 
 
-def check(
-    saved: dict[str, Any],
-    modules: list[str],
-    config: IncreLoraConfig,
-    total_steps: int | None,
-    budget: Budget,
-) -> None:
+def check(saved: dict[str, Any], method: str, modules: list[str], total_steps: int | None) -> None:
     """Tells what of a saved state differs from the training that resumes it.
 
     Args:
+        method: Name of the adapter's method.
         modules: Full names, in model order.
 
     Raises:
-        ValueError: another release saved it, or it is of other modules.
+        ValueError: it is of another method, or of other modules.
     """
-    if saved["version"] not in _READABLE:
+    if saved["method"] != method:
         raise ValueError(
-            f"optimizer: its IncreLoRA state has version {saved['version']}, this release reads up to "
-            f"{VERSION}; resume with the release that saved it."
+            f"optimizer: its scheduler's state is of a training with {saved['method']!r}, but the adapter's "
+            f"method is {method!r}; resume with the configuration that was trained."
         )
     if saved["modules"] != modules:
         raise ValueError(
-            f"optimizer: its IncreLoRA state is of {len(saved['modules'])} modules, "
+            f"optimizer: its scheduler's state is of {len(saved['modules'])} modules, "
             f"{saved['modules'][:1]} the first, but the model adapts {len(modules)}, "
             f"{modules[:1]} the first; resume with the model and target_modules that were trained."
         )
     if saved["total_steps"] != total_steps:
-        _warn(
+        warn(
             f"total_steps={total_steps}, but the run that is resumed was planned for "
-            f"{saved['total_steps']}: ranks go on growing by that plan, {budget} in total"
+            f"{saved['total_steps']}: what changes with the steps, such as ranks, goes on by that plan"
         )
-    planned = saved["budget"], saved.get("budget_unit", "rank")
-    if planned != (budget.total, budget.unit):
-        _warn(
-            f"r={config.r} makes a budget of {budget}, but the run that is resumed was planned for "
-            f"{amount(*planned)}: ranks go on growing by that plan, which may not reach it"
-        )
-    wanted = config.tinit, config.deltaT, config.top_h
-    for name, value, had in zip(("tinit", "deltaT", "top_h"), wanted, saved["schedule"], strict=False):
-        if value is not None and value != had:
-            _warn(
-                f"{name}={value}, but the run that is resumed was planned with {had}: ranks go on growing by "
-                "that plan"
-            )
-    # Releases before there was a choice saved none.
-    kind = saved.get("importance", "sensitivity")
-    if kind != config.importance:
-        _warn(
-            f"importance={config.importance!r}, but the run that is resumed had {kind!r}: the scores start "
-            f"anew. Set importance={kind!r} to go on as before."
-        )
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=4)

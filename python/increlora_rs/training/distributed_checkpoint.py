@@ -31,7 +31,6 @@ from .fit import unwrapped_optimizer
 _STATE, _GROUPS, _MEMBERS = "state", "param_groups", "params"
 # What wrappers put into the names of parameters, and torch.distributed.checkpoint takes out.
 _WRAPPING = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-_FACTORS = {"lora_A", "lora_B", "lora_E"}
 
 _Path = tuple[str | int, ...]
 
@@ -88,12 +87,14 @@ class _Saved:
 
     Attributes:
         prefix: What stands before the names of the model's parameters; set by :func:`_destinations`.
+        factors: What the parameters of the model's adapters are called; likewise.
         tensors: Sizes by key.
         paths: Where in the nested state dicts each key stood.
     """
 
     def __init__(self, checkpoint: Any) -> None:
         self.prefix = ""
+        self.factors: frozenset[str] = frozenset()
         self.name = checkpoint
         self.reader = checkpoint
         if not isinstance(checkpoint, StorageReader):
@@ -160,7 +161,7 @@ class _Saved:
             for key, path in self.paths.items()
             if key.startswith(self.prefix)
             and not any(map(_is_optimizers, path))
-            and _FACTORS.intersection(key.split("."))
+            and self.factors.intersection(key.split("."))
         }
 
     def read_into(self, values: dict[str, Any], process_group: dist.ProcessGroup | None) -> None:
@@ -192,6 +193,8 @@ def _destinations(model: nn.Module, saved: _Saved) -> tuple[dict[str, Tensor], d
     parameters = {_plain(name): parameter for name, parameter in model.named_parameters()}
     growing = _growing(model)
     saved.prefix = _prefix(growing, saved)
+    layers = (module for module in model.modules() if isinstance(module, AdaptedLayer))
+    saved.factors = frozenset(name for layer in layers for name in layer.structure.names)
     _check_names(parameters, saved)
     factors: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
@@ -220,7 +223,7 @@ def _growing(model: nn.Module) -> list[str]:
         for layer, module in model.named_modules()
         if isinstance(module, AdaptedLayer)
         for name, _ in module.named_parameters()
-        if name.split(".")[0] in _FACTORS
+        if name.split(".")[0] in module.structure.names
     ]
 
 
@@ -234,8 +237,8 @@ def _prefix(growing: list[str], saved: _Saved) -> str:
     """What stands before the model's names in the checkpoint, as ``model.``"""
     if not growing:
         raise ValueError(
-            "model: it has no IncreLoRA adapter; make it with get_peft_model and the configuration of the "
-            "training whose checkpoint is loaded."
+            "model: it has no adapter of increlora_rs; make it with get_peft_model and the configuration of "
+            "the training whose checkpoint is loaded."
         )
     first = growing[0]
     candidates = [

@@ -102,20 +102,20 @@ class SizeListeners:
                 callback(event)
         return True
 
-    def _sizes(self) -> list[tuple[int, int]]:
-        """Rows and rank of every module."""
-        return [(module.rows, module.rank) for module in self._modules]
+    def _sizes(self) -> list[tuple[int, ...]]:
+        """Rows of the parameters of every module."""
+        return [module.sizes for module in self._modules]
 
     def _resizes(
-        self, before: list[tuple[int, int]], now: list[tuple[int, int]], cause: Cause
+        self, before: list[tuple[int, ...]], now: list[tuple[int, ...]], cause: Cause
     ) -> list[Resize]:
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
         found = []
-        for module, (old_rows, old_rank), (rows, rank) in zip(self._modules, before, now, strict=True):
-            growth = cause == "growth"
-            kept = module.rescaled_by_growth(old_rank, rank) if growth else 1.0
-            sizes = ((old_rows, rows, 1.0), (old_rows, rows, 1.0), (old_rank, rank, kept))
-            for (parameter, dim, _), (old, new, factor) in zip(module.parameters, sizes, strict=True):
+        for module, *sizes in zip(self._modules, before, now, strict=True):
+            rescaled = module.structure.rescaled if cause == "growth" else ()
+            each = zip(module.structure.names, module.parameters, *sizes, strict=True)
+            for name, (parameter, dim, _), old, new in each:
                 if old != new:
+                    factor = module.rescaled_by_growth(old, new) if name in rescaled else 1.0
                     found.append(Resize(names[id(parameter)], parameter, dim, old, new, factor))
         return found

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ..layers import AdaptedLayer
+from ..ops.probe import Probe
 from ..resizing.optimizer_starts import is_a, kinds
 from ..resizing.optimizer_state import note_wrapper
 from .distributed import refuse_sharded
@@ -95,7 +97,7 @@ def _refuse(optimizer: Any) -> None:
 
 
 def trainable_adapter(model: nn.Module, wanted: str | None) -> str:
-    """Name of the one trainable IncreLoRA adapter of ``model``, or ``wanted`` if it is one.
+    """Name of the one trainable adapter of ``model``, or ``wanted`` if it is one.
 
     Raises:
         ValueError: there is none, or there are several.
@@ -108,14 +110,14 @@ def trainable_adapter(model: nn.Module, wanted: str | None) -> str:
     if wanted is not None:
         if wanted not in trainable:
             raise ValueError(
-                f"adapter_name={wanted!r} is no trainable IncreLoRA adapter of the model; trainable are "
+                f"adapter_name={wanted!r} is no trainable adapter of the model; trainable are "
                 f"{list(trainable)}."
             )
         return wanted
     if len(trainable) != 1:
         raise ValueError(
-            f"model: it has {len(trainable)} trainable IncreLoRA adapters {list(trainable)}; ranks grow in "
-            "exactly one: make it with get_peft_model(model, IncreLoraConfig(...)), load it with "
+            f"model: it has {len(trainable)} trainable adapters of increlora_rs {list(trainable)}; a "
+            "scheduler is for one: make it with get_peft_model(model, IncreLoraConfig(...)), load it with "
             "is_trainable=True, or name it by adapter_name."
         )
     return next(iter(trainable))
@@ -144,7 +146,7 @@ def _refuse_frozen(modules: Sequence[AdaptedModule], optimizer: torch.optim.Opti
         more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
         raise ValueError(
             f"model: {', '.join(frozen[:3])}{more}: frozen (requires_grad=False), while other factors of the "
-            "same modules are trained. Such an adapter cannot grow, for A, B and E of a new component are "
+            "same modules are trained. Such an adapter cannot grow, for all factors of a new component are "
             "trained together. Call requires_grad_(True) on them and make the optimizer then; one of "
             "peft.optimizers.create_lorafa_optimizer freezes A: use AdamW or create_loraplus_optimizer."
         )
@@ -159,17 +161,17 @@ def _refuse_computed_or_shared(modules: Sequence[AdaptedModule]) -> None:
     """Raises ValueError where a factor is no parameter of its module alone."""
     owners: dict[int, str] = {}
     for module in modules:
-        for factor, (parameter, _, _) in zip("ABE", module.parameters, strict=True):
+        for factor, parameter in zip(module.structure.names, module.factors, strict=True):
             if not isinstance(parameter, nn.Parameter):
                 raise ValueError(
-                    f"model: lora_{factor} of {module.name!r} is computed, as by torch.nn.utils.parametrize, "
+                    f"model: {factor} of {module.name!r} is computed, as by torch.nn.utils.parametrize, "
                     "weight_norm or spectral_norm, and what is computed cannot grow; take that off before "
                     "attach, or put it on the base layer."
                 )
             owner = owners.setdefault(id(parameter), module.name)
             if owner != module.name:
                 raise ValueError(
-                    f"model: {owner!r} and {module.name!r} share one parameter, lora_{factor}, and modules "
+                    f"model: {owner!r} and {module.name!r} share one parameter, {factor}, and modules "
                     "grow each by itself; give each a parameter of its own."
                 )
 
@@ -179,12 +181,18 @@ def held_by(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
+# The attached schedulers, each with the probe of its adapter, which knows only that there is one. Weak: a
+# scheduler goes with its model and optimizer.
+ATTACHED: WeakKeyDictionary[Any, Probe] = WeakKeyDictionary()
+
+
 def schedulers_of(model: nn.Module) -> list[Any]:
     """The schedulers that are attached to adapters of ``model``."""
-    probes = [
+    probes = dict.fromkeys(
         p for module in model.modules() if isinstance(module, AdaptedLayer) for p in module.probes.values()
-    ]
-    return list({id(p.scheduler): p.scheduler for p in probes if p.attached}.values())
+    )
+    schedulers = {probe: scheduler for scheduler, probe in ATTACHED.items()}
+    return [schedulers[probe] for probe in probes if probe in schedulers]
 
 
 def check_attachable(modules: Sequence[AdaptedModule], optimizer: torch.optim.Optimizer) -> None:

@@ -14,9 +14,6 @@ from ..layers import AdaptedLayer
 from ..support.names import short
 from .modules import AdaptedModule
 
-_FACTORS = "ABE"
-# A factor in a dictionary: `named_parameters()`, a state_dict, or PEFT's own, without the adapter's name.
-_FACTOR = re.compile(r"^(?P<module>.*)\.lora_(?P<factor>[ABE])(?P<rest>(?:\..*)?)$")
 # Where objects keep what they average: lists by parameter (diffusers, torch_ema) with what was put aside
 # while the average is in use, or a model (timm, ema_pytorch, Lightning).
 _LISTS = ("shadow_params", "temp_stored_params", "collected_params")
@@ -93,15 +90,17 @@ def _in_model(average: nn.Module, modules: Sequence[AdaptedModule]) -> Iterator[
 
 
 def _in_mapping(average: Mapping[Any, Any], modules: Sequence[AdaptedModule]) -> Iterator[Held]:
-    adapter = modules[0].adapter
+    adapter, names = modules[0].adapter, modules[0].structure.names
+    # A factor in a dictionary: `named_parameters()`, a state_dict, or PEFT's own, without the adapter's name.
+    of_factor = re.compile(rf"^(?P<module>.*)\.(?P<factor>{'|'.join(names)})(?P<rest>(?:\..*)?)$")
     found: dict[str, list[tuple[str, int, bool]]] = {}
     for key in average:
-        match = _FACTOR.match(key) if isinstance(key, str) else None
+        match = of_factor.match(key) if isinstance(key, str) else None
         if match is None:
             continue
         rest = match["rest"].removesuffix(".weight").lstrip(".")
         if rest in ("", adapter) and isinstance(average[key], Tensor):
-            entry = (key, _FACTORS.index(match["factor"]), not rest)
+            entry = (key, names.index(match["factor"]), not rest)
             found.setdefault(match["module"], []).append(entry)
     for name, k in _places(found, modules).items():
         for key, factor, active_only in found[name]:
@@ -171,7 +170,7 @@ class HeldTensor:
 
     Args:
         module: The module as it is trained.
-        factor: 0 for A, 1 for B, 2 for E.
+        factor: Which of the module's ``factors``.
         tensor: The average.
         what: What it is called in messages.
         active_only: Is it without the components in reserve?
@@ -184,10 +183,14 @@ class HeldTensor:
     active_only: bool = False
 
     @property
+    def _name(self) -> str:
+        name: str = self.module.structure.names[self.factor]
+        return name
+
+    @property
     def size(self) -> int:
         """Rows, or rank, of the adapter that the tensor is to have."""
-        rank_only = self.active_only or self.factor == 2
-        return self.module.rank if rank_only else self.module.rows
+        return self.module.rank if self.active_only else self.module.sizes[self.factor]
 
     @property
     def size_now(self) -> int:
@@ -206,7 +209,7 @@ class HeldTensor:
         if len(want) != len(got) or want[1 - dim] != got[1 - dim]:
             raise ValueError(
                 f"average: the {self.what} has shape {tuple(got)}, but is to be the average of "
-                f"lora_{_FACTORS[self.factor]} of {self.module.name!r}, {tuple(want)}; give the parameters "
+                f"{self._name} of {self.module.name!r}, {tuple(want)}; give the parameters "
                 "that a list was made of as `parameters`."
             )
 
@@ -233,11 +236,11 @@ class HeldTensor:
                 )
             return old.narrow(dim, 0, self.size).clone(memory_format=torch.contiguous_format)
         new = parameter.detach().narrow(dim, size, self.size - size).to(old, copy=True)
-        if self.factor == 1:
+        if self._name in self.module.structure.silencing:
             # An older component takes part in no average so far.
             older = [i for i in range(self.size - size) if births[size + i] != step]
             new[:, older] = 0.0
-        if self.factor == 2:
+        if self._name in self.module.structure.rescaled:
             old = old * self.module.rescaled_by_growth(size, self.size)
         return torch.cat([old, new], dim)
 
@@ -248,9 +251,9 @@ class HeldTensor:
         parameter, dim, _ = self.module.parameters[self.factor]
         return parameter.detach().narrow(dim, 0, self.size).to(self.tensor, copy=True)
 
-    def follow(self, step: int, resizes: Sequence[Any] = (None, None, None)) -> None:
+    def follow(self, step: int, resizes: Sequence[Any] | None = None) -> None:
         """Takes its size of now."""
-        resize = resizes[self.factor]
+        resize = None if resizes is None else resizes[self.factor]
         self._set(self.followed(step, None if resize is None else resize.old_size))
 
     def restart(self) -> bool:
@@ -298,10 +301,11 @@ class HeldLayer:
         """Has it other numbers of rows than the trained layer?"""
         return any(tensor.out_of_step() for tensor in self._tensors())
 
-    def follow(self, step: int, resizes: Sequence[Any] = (None, None, None)) -> None:
+    def follow(self, step: int, resizes: Sequence[Any] | None = None) -> None:
         """Takes its size of now."""
-        cuts = [None if resize is None else resize.old_size for resize in resizes]
-        self._set([t.followed(step, cut) for t, cut in zip(self._tensors(), cuts, strict=True)])
+        tensors = self._tensors()
+        cuts = [None if one is None else one.old_size for one in resizes or [None] * len(tensors)]
+        self._set([t.followed(step, cut) for t, cut in zip(tensors, cuts, strict=True)])
 
     def restart(self) -> bool:
         """Takes the adapter's values if it has not its size. Did it?"""
@@ -312,16 +316,17 @@ class HeldLayer:
 
     def _set(self, values: list[Tensor | None]) -> None:
         layer, adapter, module = self.copy.layer, self.copy.adapter, self.module
-        config, trained = layer.configs[adapter], module.layer.configs[module.adapter]
         # What is saved beside the adapter.
-        config.growth, config.rank_pattern = trained.growth, trained.rank_pattern
+        layer.configs[adapter].rank_pattern = module.layer.configs[module.adapter].rank_pattern
+        layer.probes[adapter].history = module.layer.probes[module.adapter].history
         if all(value is None for value in values):
             return
         kept = [
             parameter.detach().clone() if value is None else value
             for value, (parameter, _, _) in zip(values, self.copy.parameters, strict=True)
         ]
-        layer.resize(adapter, module.rank, module.rows)
+        shapes = [tuple(parameter.shape) for parameter in module.factors]
+        layer.take_sizes(adapter, dict(zip(module.structure.names, shapes, strict=True)))
         with torch.no_grad():
             for value, (parameter, _, _) in zip(kept, self.copy.parameters, strict=True):
                 parameter.copy_(value)

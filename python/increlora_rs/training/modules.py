@@ -1,7 +1,8 @@
-"""One adapted module as the scheduler sees it: its parameters, and when each of its rows was born."""
+"""One adapted module as the training sees it: its parameters, and when each of their rows was born."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,32 +23,45 @@ class AdaptedModule:
         name: Full module name.
         layer: The layer.
         adapter: Name of the adapter.
-        row_births: Step at which each row of A, and column of B, was born; 0: from the start.
-        e_births: Step at which each row of E was born, that is, became active.
+        births: Step at which each row of each parameter was born, in the order of ``factors``; 0: from the
+            start. A row is along the dimension in which the parameter grows.
     """
 
     name: str
     layer: AdaptedLayer
     adapter: str
-    row_births: list[int] = field(default_factory=list)
-    e_births: list[int] = field(default_factory=list)
-    # What E was multiplied by since the optimizer's state followed.
+    births: list[list[int]] = field(default_factory=list)
+    # What the old rows of a rescaled parameter were multiplied by since the optimizer's state followed.
     _rescaled: float = field(default=1.0, init=False, repr=False)
 
-    @property
-    def a(self) -> nn.Parameter:
-        """A, (rows, in)."""
-        return self.layer.factors(self.adapter)[0]
+    def __post_init__(self) -> None:
+        if not self.births:
+            self.births = [[] for _ in self.structure.names]
 
     @property
-    def b(self) -> nn.Parameter:
-        """B, (out, rows)."""
-        return self.layer.factors(self.adapter)[1]
+    def structure(self) -> Any:
+        """What makes the update of the parameters."""
+        return self.layer.structure
 
     @property
-    def e(self) -> nn.Parameter:
-        """E, (rank, 1)."""
-        return self.layer.factors(self.adapter)[2]
+    def factors(self) -> tuple[nn.Parameter, ...]:
+        """The parameters, in the order of ``structure.names``."""
+        return self.layer.factors(self.adapter)
+
+    @property
+    def dims(self) -> list[int]:
+        """The dimension of each along which its rows lie."""
+        return [self.structure.growing.get(name, 0) for name in self.structure.names]
+
+    @property
+    def parameters(self) -> list[tuple[nn.Parameter, int, list[int]]]:
+        """Each parameter, the dimension of its rows, and their births."""
+        return list(zip(self.factors, self.dims, self.births, strict=True))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows of each parameter."""
+        return tuple(int(p.shape[dim]) for p, dim in zip(self.factors, self.dims, strict=True))
 
     @property
     def rank(self) -> int:
@@ -56,34 +70,30 @@ class AdaptedModule:
 
     @property
     def rows(self) -> int:
-        """Number of components, those in reserve included."""
-        return int(self.a.shape[0])
+        """The most rows that a parameter has that grows: components, those in reserve included."""
+        return self.rows_of(self.rank, self.sizes)
 
-    @property
-    def parameters(self) -> list[tuple[nn.Parameter, int, list[int]]]:
-        """Each parameter, the dimension along which it grows, and the births of its rows."""
-        return [(self.a, 0, self.row_births), (self.b, 1, self.row_births), (self.e, 0, self.e_births)]
+    def rows_of(self, rank: int, sizes: Sequence[int]) -> int:
+        """:attr:`rows` at rank ``rank`` where the parameters have these ``sizes``."""
+        growing = self.structure.growing
+        named = zip(self.structure.names, sizes, strict=True)
+        return max((size for name, size in named if name in growing), default=rank)
 
     def first_learners(self) -> list[nn.Parameter]:
-        """The factor that starts at 0, and so is the first to get a gradient; none where all are random."""
-        layer = self.layer
-        tensors: Any = layer.tensors(self.adapter)
-        return [
-            tensors[name] for name in layer.structure.first_learners(layer.site, layer.configs[self.adapter])
-        ]
-
-    @property
-    def _structure(self) -> Any:
-        return self.layer.structure
-
-    def rescaled_by_growth(self, old_rank: int, rank: int) -> float:
-        """What a growth from ``old_rank`` to ``rank`` multiplies the old rows of E by."""
-        config, alpha = self.layer.configs[self.adapter], self.layer.lora_alpha[self.adapter]
-        return self.layer.structure.rescaled_by_growth(config, alpha, old_rank, rank)
+        """The parameters that are the first to get a gradient; none where all are."""
+        config = self.layer.configs[self.adapter]
+        named = dict(zip(self.structure.names, self.factors, strict=True))
+        return [named[name] for name in self.structure.first_learners(self.layer.site, config)]
 
     def start(self) -> None:
         """Marks all rows as there from the start."""
-        self.row_births, self.e_births = [0] * self.rows, [0] * self.rank
+        self.births = [[0] * size for size in self.sizes]
+
+    def rescaled_by_growth(self, old_rank: int, rank: int) -> float:
+        """What a growth from ``old_rank`` to ``rank`` multiplies the old rows of rescaled parameters by."""
+        config, alpha = self.layer.configs[self.adapter], self.layer.lora_alpha[self.adapter]
+        factor: float = self.structure.rescaled_by_growth(config, alpha, old_rank, rank)
+        return factor
 
     def grow(
         self,
@@ -91,33 +101,26 @@ class AdaptedModule:
         generator: torch.Generator,
         directions: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Makes more components active; :meth:`follow` comes after."""
+        """Makes more components active, where the structure can grow; :meth:`follow` comes after."""
         before = self.rank
-        self._structure.grow(self.layer, self.adapter, components, generator, directions)
+        self.structure.grow(self.layer, self.adapter, components, generator, directions)
         self._rescaled *= self.rescaled_by_growth(before, self.rank)
 
     def set_reserve(self, components: int, generator: torch.Generator | None = None) -> None:
         """Draws, or drops, components in reserve; :meth:`follow` comes after."""
-        self._structure.set_reserve(self.layer, self.adapter, components, generator)
-
-    def add_reserve(self, a: Tensor, b: Tensor) -> None:
-        """Puts given components in reserve: A (n, in), B (out, n)."""
-        self._structure.add_reserve(self.layer, self.adapter, a, b)
-
-    def reserve_factors(self) -> list[Tensor]:
-        """Copies of the components in reserve: A (n, in), B (out, n)."""
-        return [self.a.detach()[self.rank :].clone(), self.b.detach()[:, self.rank :].clone()]
+        self.structure.set_reserve(self.layer, self.adapter, components, generator)
 
     def follow(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Brings births and optimizer state in step with the parameters; new rows are born now."""
-        for parameter, dim, births in self.parameters:
-            rescaled = self._rescaled if parameter is self.e else 1.0
+        named = zip(self.structure.names, self.parameters, strict=True)
+        for name, (parameter, dim, births) in named:
+            rescaled = self._rescaled if name in self.structure.rescaled else 1.0
+            size = int(parameter.shape[dim])
             # State that did not have to follow stays, whatever it is.
-            if len(births) != parameter.shape[dim] or rescaled != 1.0:
+            if len(births) != size or rescaled != 1.0:
                 resize_state(optimizer, parameter, dim, rescaled)
-        self._rescaled = 1.0
-        for births, size in ((self.row_births, self.rows), (self.e_births, self.rank)):
             births[size:] = [step] * (size - len(births))
+        self._rescaled = 1.0
 
 
 def adapted_modules(model: nn.Module, adapter: str) -> list[AdaptedModule]:

@@ -12,22 +12,24 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
-# Scalars of single modules: hundreds, for charts and not for the console.
-BY_MODULE = "increlora/"
-
 
 class _Discreet(TrainerCallback):
-    """Takes the scalars of single modules out of the log again, before it is printed."""
+    """Takes the scalars of single modules out of the log again, before it is printed: they are hundreds, for
+    charts and not for the console."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs.get("logs") or {}
-        for name in [name for name in logs if name.startswith(BY_MODULE)]:
+        for name in [name for name in logs if name.startswith(self._prefix)]:
             del logs[name]
 
 
-def speak_first(callback: TrainerCallback) -> None:
+def speak_first(callback: TrainerCallback, by_module: str) -> None:
     """Moves ``callback`` before every other that listens to the log, so that what it adds reaches them;
-    what it adds about single modules does not reach the console. To be called from one of its hooks."""
+    what it adds about single modules, under names that begin with ``by_module``, does not reach the console.
+    To be called from one of its hooks."""
     handler = _calling_handler(callback)
     if handler is None:
         return
@@ -37,7 +39,7 @@ def speak_first(callback: TrainerCallback) -> None:
     listening = (n for n, other in enumerate(others) if _overrides_on_log(other))
     others.insert(next(listening, len(others)), callback)
     printing = (n for n, other in enumerate(others) if isinstance(other, (PrinterCallback, ProgressCallback)))
-    others.insert(next(printing, len(others)), _Discreet())
+    others.insert(next(printing, len(others)), _Discreet(by_module))
     # A new list: the handler is going through the old one.
     handler.callbacks = others
 

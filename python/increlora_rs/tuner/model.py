@@ -84,7 +84,8 @@ class MethodModel(LoraModel):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         _check_no_lora(model)
-        self._probe = Probe()
+        method = peft_config.method
+        self._probe = Probe(method.title, method.policy is not None)
         out = left_out(model, peft_config)
         _leave_out_routers(model, peft_config, out)
         if isinstance(peft_config.target_modules, (list, set, tuple)):

@@ -3,7 +3,6 @@ gradients of the weights themselves."""
 
 import io
 import itertools
-import warnings
 
 import numpy as np
 import peft
@@ -96,7 +95,7 @@ def parameters(model):
 
 def outside_the_factors(module, gradient, rank=1):
     """``(1 - P_B) G (1 - P_A)`` of the first ``rank`` components, by pseudo-inverses."""
-    a, b = module.a.detach()[:rank], module.b.detach()[:, :rank]
+    a, b = module.factors[0].detach()[:rank], module.factors[1].detach()[:, :rank]
     left = torch.eye(len(b), dtype=b.dtype) - b @ torch.linalg.pinv(b)
     right = torch.eye(a.shape[1], dtype=a.dtype) - torch.linalg.pinv(a) @ a
     return left @ gradient @ right
@@ -128,9 +127,9 @@ def train_to_the_growth(model, optimizer):
     for t in range(1, GROWTH + 1):
         if t > GROWTH - GRADIENT["importance_window"]:
             # The scheduler must not see the pass beside the training.
-            probe.sketching = False
+            probe.arm(False)
             sums = [s + g for s, g in zip(sums, weight_gradients(model, modules, t, t), strict=True)]
-            probe.sketching = True
+            probe.arm(True)
         torch.manual_seed(t)
         train(model, optimizer, t, t)
     return list(zip(modules, [total / GRADIENT["importance_window"] for total in sums], strict=True))
@@ -173,9 +172,8 @@ def test_sketches_are_of_the_window_only(window, asked):
     probe = adapted_modules(model, "default")[0].layer.probes["default"]
     seen = []
     for t in range(1, 11):
-        if probe.sketching:
+        if probe.armed:
             seen.append(t)
-        assert probe.importance is None
         train(model, optimizer, t, t)
     assert seen == list(asked)
 
@@ -370,9 +368,9 @@ def new_components(init, add_r=2):
 def test_new_rows_of_a_are_the_right_singular_vectors_as_long_as_loras_random_ones():
     module, gradient = new_components("LoRA's")
     _, _, v = torch.linalg.svd(outside_the_factors(module, gradient))
-    assert not module.b[:, 1:].any()
-    assert module.e.detach()[1:].tolist() == [[1.0], [1.0]]
-    for row, want in zip(module.a.detach()[1:], v, strict=False):
+    assert not module.factors[1][:, 1:].any()
+    assert module.factors[2].detach()[1:].tolist() == [[1.0], [1.0]]
+    for row, want in zip(module.factors[0].detach()[1:], v, strict=False):
         assert float((row / row.norm()) @ want) == pytest.approx(float(torch.sign(row @ want)), abs=1e-6)
         # Uniform within 1 / sqrt(in): of length 1 / sqrt(3), give or take the draw.
         assert 0.3 < row.norm() < 0.9
@@ -383,7 +381,7 @@ def test_new_columns_of_b_are_the_left_ones_and_point_downhill():
     outside = outside_the_factors(module, gradient)
     sigma = torch.linalg.svdvals(outside)
     for j in range(2):
-        a, b = module.a.detach()[1 + j], module.b.detach()[:, 1 + j]
+        a, b = module.factors[0].detach()[1 + j], module.factors[1].detach()[:, 1 + j]
         slope = float(b @ gradient @ a / (b.norm() * a.norm()))
         assert slope == pytest.approx(-float(sigma[j]), rel=1e-5)
         assert 0.005 < b.norm() / len(b) ** 0.5 < 0.05
@@ -398,9 +396,9 @@ def test_the_first_gradient_of_a_new_e_is_sigma_times_scale_and_norms():
     module = next(m for m in adapted_modules(model, "default") if m.rank == 2)
     loss_of(model, GROWTH).backward()
     scale = module.layer.scaling["default"]
-    length = module.a.detach()[1].norm() * module.b.detach()[:, 1].norm()
+    length = module.factors[0].detach()[1].norm() * module.factors[1].detach()[:, 1].norm()
     want = -scheduler.scores[module.name] * scale * float(length)
-    assert float(module.e.grad[1]) == pytest.approx(want, rel=1e-6)
+    assert float(module.factors[2].grad[1]) == pytest.approx(want, rel=1e-6)
 
 
 def test_the_first_gradient_of_a_new_b_is_sigma_times_scale_and_norm_along_u():
@@ -411,9 +409,11 @@ def test_the_first_gradient_of_a_new_b_is_sigma_times_scale_and_norm_along_u():
     module = next(m for m in adapted_modules(model, "default") if m.rank == 2)
     loss_of(model, GROWTH).backward()
     want = (
-        scheduler.scores[module.name] * module.layer.scaling["default"] * float(module.a.detach()[1].norm())
+        scheduler.scores[module.name]
+        * module.layer.scaling["default"]
+        * float(module.factors[0].detach()[1].norm())
     )
-    assert float(module.b.grad[:, 1].norm()) == pytest.approx(want, rel=1e-6)
+    assert float(module.factors[1].grad[:, 1].norm()) == pytest.approx(want, rel=1e-6)
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -439,7 +439,7 @@ def test_components_without_a_direction_stay_random():
             optimizer.step()
     module = adapted_modules(model, "default")[0]
     assert (module.rank, scheduler.total_rank) == (2, 4)
-    assert module.a.detach()[1].isfinite().all() and module.a.detach()[1].norm() > 0.1
+    assert module.factors[0].detach()[1].isfinite().all() and module.factors[0].detach()[1].norm() > 0.1
 
 
 # Resuming.
@@ -518,8 +518,8 @@ def test_a_checkpoint_holds_no_empty_sketches():
     for t in range(1, GROWTH + 1):
         train(model, optimizer, t, t)
         state = saved_state.unpack(optimizer.state_dict()["param_groups"][0][STATE_KEY])
-        held.append("sum" in state["scores"]["sketches"])
-    assert held == [False, False, True, True, False]
+        held.append((state["gauge"] is not None, "sum" in state["policy"]["scores"]))
+    assert held == [(False, has) for has in (False, False, True, True, False)]
 
 
 @pytest.mark.parametrize(("first", "second"), [("sensitivity", "gradient"), ("gradient", "sensitivity")])
@@ -539,20 +539,6 @@ def test_a_state_of_the_other_importance_is_told_and_goes_on(first, second):
         optimizer.load_state_dict(saved[1])
     train(model, optimizer, 8, 60)
     assert scheduler.total_rank == scheduler.budget
-
-
-def test_a_state_that_knows_of_no_sketches_is_one_of_the_sensitivity():
-    model = adapted(importance="sensitivity")
-    optimizer = adamw(model)
-    attach(model, optimizer, total_steps=60)
-    train(model, optimizer, 1, 7)
-    state = optimizer.state_dict()
-    known = saved_state.unpack(state["param_groups"][0][STATE_KEY])
-    del known["importance"]
-    state["param_groups"][0][STATE_KEY] = saved_state.pack(known)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optimizer.load_state_dict(state)
 
 
 # What a model that grew so is afterwards.
@@ -578,6 +564,8 @@ def test_detaching_lets_the_sketches_go():
     model = adapted()
     scheduler = attach(model, adamw(model), total_steps=60)
     probe = adapted_modules(model, "default")[0].layer.probes["default"]
-    assert probe.sketches is not None
+    gauge = probe.gauge
+    assert gauge.total.numel() > 0
     scheduler.detach()
-    assert probe.sketches is None
+    assert probe.gauge is None
+    assert gauge.total.numel() == 0

@@ -48,7 +48,7 @@ def reference_of(model, modules, make, multiplier, config, schedule):
     for name, module in zip(NAMES, modules, strict=True):
         base = model.base_model.model.get_submodule(name).base_layer
         rank = module.rank
-        a, b, e = module.a.detach(), module.b.detach(), module.e.detach()
+        a, b, e = module.factors[0].detach(), module.factors[1].detach(), module.factors[2].detach()
         own.append(Module(base.weight.detach(), base.bias.detach(), a[:rank], b[:, :rank], e))
     settings = {
         "alpha": config.lora_alpha,
@@ -72,7 +72,7 @@ def reference_of(model, modules, make, multiplier, config, schedule):
     )
     for k, module in enumerate(modules):
         if module.rows > module.rank:
-            reference.add_reserve(0, k, *module.reserve_factors())
+            reference.add_reserve(0, k, *module.structure.in_reserve(module.layer, module.adapter))
     return reference
 
 
@@ -106,13 +106,13 @@ def follow(config, optimizer="adam", multiplier=linear):
                 k,
                 gain,
                 lambda n, m=module, r=rank: (
-                    m.a.detach()[r - n : r],
-                    m.b.detach()[:, r - n : r],
-                    m.e.detach()[r - n : r],
+                    m.factors[0].detach()[r - n : r],
+                    m.factors[1].detach()[:, r - n : r],
+                    m.factors[2].detach()[r - n : r],
                 ),
             )
             if module.rows > rank:
-                reference.add_reserve(t, k, *module.reserve_factors())
+                reference.add_reserve(t, k, *module.structure.in_reserve(module.layer, module.adapter))
         if reference.total_rank == reference.budget:
             reference.drop_reserves()
         assert [m.rank for m in reference.modules] == list(scheduler.ranks.values()), f"step {t}"
@@ -124,7 +124,7 @@ def follow(config, optimizer="adam", multiplier=linear):
 
 def assert_same_parameters(modules, reference):
     for module, own in zip(modules, reference.modules, strict=True):
-        for actual, expected in zip((module.a, module.b, module.e), own.factors(), strict=True):
+        for actual, expected in zip(module.factors, own.factors(), strict=True):
             difference = (actual - expected).norm() / expected.norm()
             assert difference < 1e-8
 

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from ... import _core
-from ...gauges.sketch import Sketch, length_of, pairs_of, sketches_of
-from ...ops.probe import Probe
-from ...training.distributed import average_, from_first_, in_any_process
-from ...training.modules import AdaptedModule
+from ...contract.policy import AdaptedModule, Step
+from ...gauges import Sketches
+from ...training.distributed import from_first_, in_any_process
 from .config import IncreLoraConfig
-from .sensitivity import Scores
+from .scores import Scores
 
 # Columns of G Omega beyond the components that a growth may ask for.
 _OVERSAMPLING = 7
@@ -45,56 +44,42 @@ class GradientScores(Scores):
     fall off as 1 / j, and is too high by up to a half where G is next to noise.
 
     Args:
-        modules, config, scaler: As for :class:`Scores`.
+        modules, config: As for :class:`Scores`.
     """
 
-    def __init__(self, modules: Sequence[AdaptedModule], config: IncreLoraConfig, scaler: Any | None) -> None:
-        super().__init__(modules, config, scaler)
+    def __init__(self, modules: Sequence[AdaptedModule], config: IncreLoraConfig) -> None:
+        super().__init__(modules, config)
         self._keeps_directions = config.follows_gradient
         self._sigma = np.zeros(len(modules))
-        # One list for ever: the layers know it.
-        self._sketches: list[Sketch] = []
+        wide = torch.promote_types(modules[0].factors[0].dtype, torch.float32)
+        sizes = [(module.layer.out_features, module.layer.in_features) for module in modules]
+        # One object for ever: the layers know it.
+        self.gauge: Sketches = Sketches(torch.zeros(0, dtype=wide, device=self._device), sizes)
         self._directions: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._armed = False
 
     def start(self, seed: int, components: int) -> None:
         """Draws the sketches' random matrices, the same for the same seed; the sketches become 0."""
-        sizes = [(module.layer.out_features, module.layer.in_features) for module in self._modules]
         k = _OVERSAMPLING + components
-        rows = k, _ROWS_A_COLUMN * k + 1
-        wide = torch.promote_types(self._modules[0].a.dtype, torch.float32)
-        device = self.importance.device
         self._components = components
-        self._step = torch.zeros(length_of(sizes, rows), dtype=wide, device=device)
-        self._sum = torch.zeros_like(self._step)
-        self._steps = torch.zeros(1, dtype=torch.float64, device=device)
-        self._sketches[:] = sketches_of(self._step, sizes, rows, seed)
-        self._sums = pairs_of(self._sum, sizes, rows)
+        self.gauge.draw((k, _ROWS_A_COLUMN * k + 1), seed)
+        self._sum = torch.zeros_like(self.gauge.total)
+        self._steps = torch.zeros(1, dtype=torch.float64, device=self._device)
+        self._sums = self.gauge.pairs(self._sum)
+        self._sigma = np.zeros(len(self._modules))
 
-    def attach(self, probe: Probe, scheduler: Any) -> None:
-        """Gives the layers the sketches to add to."""
-        super().attach(probe, scheduler)
-        probe.sketches = self._sketches
-
-    def arm(self, probe: Probe, wanted: bool) -> None:
-        """Asks the next backward passes for the sketches, or no longer."""
-        self._armed = wanted
-        probe.arm(None, sketching=wanted)
-
-    def take_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def before_step(self, step: Step) -> None:
         """Takes the step's sketches into their sum; one that is not finite is left out."""
-        if not self._armed:
+        if not step.armed:
             return
-        average_(self._step)
-        scale = self.loss_scale()
-        if grad_scale is None and scale is not None:
-            grad_scale = torch.tensor(scale, dtype=torch.float64)
-        _core.take_sketches_(self._step, self._sum, self._steps, scale=grad_scale, found_inf=found_inf)
+        scale, loss_scale = step.grad_scale, step.loss_scale
+        if loss_scale is not None:
+            scale = torch.tensor(loss_scale, dtype=torch.float64)
+        _core.take_sketches_(self.gauge.total, self._sum, self._steps, scale=scale, found_inf=step.found_inf)
 
     def reached(self, optimizer: torch.optim.Optimizer) -> npt.NDArray[np.bool_]:
         """Which modules a gradient has reached since the last growth, in the window's steps."""
         held = torch.stack([left.any() | right.any() for left, right in self._sums])
-        return in_any_process(held.cpu(), self.importance.device)
+        return in_any_process(held.cpu(), self._device)
 
     def at_growth(self) -> npt.NDArray[np.float64]:
         """The scores for a growth, the same in every process; the sketches start anew."""
@@ -112,8 +97,8 @@ class GradientScores(Scores):
     def _triples(self, k: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
         module = self._modules[k]
         update: Any = module.layer.update(module.adapter)
-        a, b = update.a, update.b
-        return _core.sketched_triples(*self._sums[k], self._sketches[k].psi, a.detach(), b.detach(), count)
+        a, b = update.a.detach(), update.b.detach()
+        return _core.sketched_triples(*self._sums[k], self.gauge.given(k)[1], a, b, count)
 
     def directions(self, k: int, components: int) -> tuple[Tensor, Tensor] | None:
         """Unit vectors for new components of module ``k``, as columns (out, n) of B and rows (n, in) of A,
@@ -123,7 +108,7 @@ class GradientScores(Scores):
         """
         if not self._directions:
             return None
-        sigma, u, v = (part.to(self.importance.device) for part in self._directions[k])
+        sigma, u, v = (part.to(self._device) for part in self._directions[k])
         for part in (sigma, u, v):
             from_first_(part)
         n = min(components, int((sigma > 0.0).sum()))
@@ -133,32 +118,20 @@ class GradientScores(Scores):
         """sigma of every module as of the last growth; 0 before the first."""
         return self._sigma.copy()
 
-    def detach(self) -> None:
-        """Gives the scaler its ``update`` back, and the sketches' memory."""
-        super().detach()
-        self._sketches.clear()
-        self._sums, self._directions = [], []
-        self._step = self._sum = self._step.new_zeros(0)
-
-    def forget_step(self) -> None:
-        """Drops what the backward passes since the last step added."""
-        self._step.zero_()
-
     def state(self) -> dict[str, Any]:
-        """Copies of the vectors, for a checkpoint; of the sketches those that hold anything."""
-        held = {"step": self._step, "sum": self._sum}
-        vectors = {name: vector.clone() for name, vector in held.items() if bool(vector.any())}
-        sketches = {"steps": self._steps.clone(), **vectors}
-        return super().state() | {"sigma": self._sigma.tolist(), "sketches": sketches}
+        """Copies for a checkpoint; of the sketches' sum if it holds anything."""
+        held = {"sum": self._sum.clone()} if bool(self._sum.any()) else {}
+        return {"sigma": self._sigma.tolist(), "steps": self._steps.clone(), **held}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Takes what :meth:`state` gave; of a state without sketches the smoothed scores alone."""
-        super().restore(saved)
-        if "sketches" not in saved:
-            return
-        sketches = saved["sketches"]
+        """Takes what :meth:`state` gave."""
         self._sigma = np.array(saved["sigma"])
-        self._steps.copy_(sketches["steps"])
-        for name, vector in (("step", self._step), ("sum", self._sum)):
-            if name in sketches:
-                vector.copy_(sketches[name])
+        self._steps.copy_(saved["steps"])
+        if "sum" in saved:
+            self._sum.copy_(saved["sum"])
+
+    def finish(self) -> None:
+        """Gives the sketches' memory back."""
+        self.gauge.clear()
+        self._sums, self._directions = [], []
+        self._sum = self._sum.new_zeros(0)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ... import _core
+from ...contract.policy import AdaptedModule, Plan, Step
 from ...ops.device import stream
-from ...resizing.optimizer_starts import adam_betas, holder, weights_of
-from ...support import arguments
-from ...training.modules import AdaptedModule
-
-LrSchedule = Literal["auto", "linear", "follow"]
+from ...resizing.optimizer_starts import adam_betas, weights_of
+from ..learning_rate import decoupled_decay, multiplier
 
 
 class RestartWarmup:
@@ -22,46 +19,23 @@ class RestartWarmup:
     bias correction.
 
     Args:
-        optimizer: The optimizer.
+        plan: The training: its optimizer, its steps, and its learning rate.
         enabled: Warm newborn rows up anew? Adam's bias correction is theirs in any case.
-        total_steps: Steps of the training, if known.
-        lr_warmup: Steps of the learning rate's warm-up.
-        lr_schedule: See :func:`increlora_rs.attach`.
+
+    Attributes:
+        was_linear: Has the learning rate been a linear decay to 0 at the last step so far?
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        *,
-        enabled: bool,
-        total_steps: int | None,
-        lr_warmup: int,
-        lr_schedule: LrSchedule,
-    ) -> None:
-        if lr_schedule not in ("auto", "linear", "follow"):
-            raise ValueError(
-                f"lr_schedule={lr_schedule!r} is unknown; it must be 'auto', 'linear' or 'follow'."
-            )
-        arguments.integer("lr_warmup_steps", lr_warmup, at_least=0)
-        if lr_schedule == "linear" and total_steps is None:
-            raise ValueError(
-                "lr_schedule='linear' with total_steps=None: where the learning rate is 0 is not known; give "
-                "attach(..., total_steps=...), or lr_schedule='follow'."
-            )
-        self._optimizer = optimizer
-        self._enabled = enabled
-        self._total_steps = total_steps
-        self._lr_warmup = lr_warmup
-        self._lr_schedule = lr_schedule
+    def __init__(self, plan: Plan, *, enabled: bool) -> None:
+        self._optimizer, self._enabled = plan.optimizer, enabled
+        self._total_steps, self._lr_warmup = plan.total_steps, plan.lr_warmup_steps
+        self._lr_schedule = plan.lr_schedule
         # By parameter: it, and the weights that its optimizer moves along with it.
         self._young: dict[int, list[tuple[Tensor, list[int], int]]] = {}
         # Those of each group of the optimizer that has any, and the sizes of all groups then.
         self._newborns: list[tuple[int, torch.device, _core.Newborns]] = []
         self._sizes: list[int] = []
-        self.was_linear = total_steps is not None
-        self.adam_lead = 0
-        # Calls of a fused optimizer that did nothing; the learning rate's schedule may have counted them.
-        self.skipped = 0
+        self.was_linear = plan.total_steps is not None
 
     def find_young(self, modules: Sequence[AdaptedModule]) -> None:
         """Looks which parameters have rows that were born during training."""
@@ -91,41 +65,31 @@ class RestartWarmup:
         for _, device, newborns in self._newborns:
             newborns.keep(stream(device))
 
-    def correct(self, step: int) -> None:
-        """After the optimizer took step ``step``: corrects the newborn rows."""
+    def correct(self, step: Step) -> None:
+        """After the optimizer took the step: corrects the newborn rows."""
         self._observe(step)
         linear = self._lr_schedule == "linear" or (self._lr_schedule == "auto" and self.was_linear)
         for index, device, newborns in self._newborns:
             group = self._optimizer.param_groups[index]
             newborns.correct(
-                step,
-                multiplier=_multiplier(group) if self._enabled else None,
+                step.number,
+                multiplier=multiplier(group) if self._enabled else None,
                 lr_warmup=self._lr_warmup,
                 linear_until=self._total_steps if linear else None,
                 betas=adam_betas(self._optimizer, group),
-                adam_lead=self.adam_lead,
-                decay=_decoupled_decay(self._optimizer, group),
+                adam_lead=step.lead,
+                decay=decoupled_decay(self._optimizer, group),
                 stream=stream(device),
             )
 
-    def _observe(self, step: int) -> None:
+    def _observe(self, at: Step) -> None:
         """Has the learning rate been a linear decay to 0 at ``total_steps`` so far?"""
-        total, warmup = self._total_steps, self._lr_warmup
+        step, total, warmup = at.number, self._total_steps, self._lr_warmup
         if self._lr_schedule != "auto" or not self.was_linear or total is None or step <= warmup:
             return
         expected = (total - step) / (total - warmup) if total > warmup else 1.0
         # A schedule may count the step that it is at, or the one before, and overflowed ones or not.
-        behind = expected - _multiplier(self._optimizer.param_groups[0])
+        behind = expected - multiplier(self._optimizer.param_groups[0])
         one = 1.0 / max(total - warmup, 1)
         tolerance = 1.5 * one + 0.01
-        self.was_linear = -tolerance <= behind <= tolerance + self.skipped * one
-
-
-def _multiplier(group: dict[str, Any]) -> float:
-    lr, initial = float(group["lr"]), float(group.get("initial_lr", group["lr"]))
-    return lr / initial if initial > 0.0 else 0.0
-
-
-def _decoupled_decay(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
-    decoupled = group.get("decoupled_weight_decay", isinstance(holder(optimizer), torch.optim.AdamW))
-    return float(group["lr"]) * float(group.get("weight_decay", 0.0)) if decoupled else 0.0
+        self.was_linear = -tolerance <= behind <= tolerance + at.skipped * one

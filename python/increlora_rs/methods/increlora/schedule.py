@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from ... import _core
-from ...support import arguments
+from ...contract.policy import AdaptedModule
 from ...support.budget import Budget, amount
-from ...training.modules import AdaptedModule
+from ...support.warning import warn
 from .config import IncreLoraConfig
 
 # Steps of a training whose length is not known, and rank that no module reaches.
 _ENDLESS = 2**62
-
-
-def total_steps_of(config: IncreLoraConfig, given: int | None) -> int | None:
-    """Steps of the training: those given, else ``config.total_step``; told where they differ.
-
-    Raises:
-        ValueError, TypeError: ``given`` is no number of steps.
-    """
-    arguments.integer("total_steps", given, at_least=1, optional=True)
-    configured = config.total_step
-    if given is not None and configured is not None and given != configured:
-        warnings.warn(
-            f"total_step={configured} in IncreLoraConfig, but the training has {given} steps; the schedule "
-            "is made for the latter",
-            UserWarning,
-            stacklevel=4,
-        )
-    return configured if given is None else given
 
 
 def ranks_of(modules: Sequence[AdaptedModule]) -> npt.NDArray[np.uint64]:
@@ -100,7 +81,7 @@ def new_schedule(
             "out."
         )
     if told is not None:
-        warnings.warn(told, UserWarning, stacklevel=5)
+        warn(told)
     return schedule
 
 

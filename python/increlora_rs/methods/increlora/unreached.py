@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +9,8 @@ import numpy.typing as npt
 import torch
 
 from ... import _core
-from ...training.modules import AdaptedModule
+from ...contract.policy import AdaptedModule
+from ...support.warning import warn
 
 # So many names stand in the warning.
 _NAMED = 8
@@ -53,13 +53,11 @@ def tell(step: int, modules: Sequence[AdaptedModule], reached: npt.NDArray[np.bo
     if not without or len(without) == len(modules):
         return
     more = "" if len(without) <= _NAMED else f" and {len(without) - _NAMED} more"
-    warnings.warn(
+    warn(
         f"step {step}: no gradient has reached {len(without)} of {len(modules)} adapted modules, "
         f"{without[:_NAMED]}{more}: they are not called, something reads their weight without calling them, "
         "or the loss does not depend on them. They get no rank while others have room; if that is to stay "
-        "so, leave them out of target_modules",
-        UserWarning,
-        stacklevel=3,
+        "so, leave them out of target_modules"
     )
 
 

@@ -1,0 +1,245 @@
+"""IncreLoRA's policy: which modules grow, when, and by what (sections 3.2 and 3.3 of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...contract.policy import AdaptedModule, Event, Plan, Policy, Step
+from ...support.budget import amount
+from ...support.warning import warn
+from ..orthogonality import Orthogonality
+from . import unreached
+from .config import IncreLoraConfig
+from .gradient import GradientScores
+from .restart import RestartWarmup
+from .schedule import budget_of, caps_of, new_schedule, ranks_of, schedule_of
+from .scores import Scores
+from .sensitivity import SensitivityScores
+
+_Vector = npt.NDArray[np.float64]
+
+
+class Growth(Policy):
+    """Ranks that grow at the events of a schedule until a budget is spent.
+
+    Args:
+        modules, config, plan: As for :class:`Policy`.
+        choose_by: Gives the scores that growths choose by, finite and at least 0, from those that were
+            measured, a value a module, alike in every process: for controls and experiments, as a choice by
+            lot. None: those that were measured.
+
+    Attributes:
+        schedule: When and how much the ranks grow (``tinit``, ``deltaT``, ``top_h``, ``add_r``).
+        warmup: The restart warm-up of new components.
+
+    Raises:
+        ValueError: the number of steps is not known but needed.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[AdaptedModule],
+        config: IncreLoraConfig,
+        plan: Plan,
+        *,
+        choose_by: Callable[[_Vector], _Vector] | None = None,
+    ) -> None:
+        super().__init__(modules, config, plan)
+        self._choose_by = choose_by
+        self._in_budget = budget_of(config, modules)
+        self.budget = self._in_budget.total
+        self.costs = None if self._in_budget.unit == "rank" else self._in_budget.costs
+        self.warmup = RestartWarmup(plan, enabled=config.restart_warmup)
+        self._scores: Scores = _scores_of(config)(modules, config)
+        self.gauge = self._scores.gauge
+        weight, smoothing = config.orthogonality_weight, self._scores.smoothing
+        self._orthogonality = Orthogonality(modules, weight, smoothing)
+        self._may_grow = False
+        # Were modules that no gradient reaches looked for? Once, at the first growth.
+        self._told_unreached = False
+
+    @property
+    def spent(self) -> int:
+        """What the ranks take of ``budget``, in its unit."""
+        return self._in_budget.spent(self.ranks())
+
+    @property
+    def orth_reg(self) -> float:
+        """Value of the orthogonality regulariser now, without its weight (eq. 4)."""
+        return float(self._orthogonality.value())
+
+    def start(self) -> None:
+        """Makes the schedule, told where it may fall short, and the first components in reserve."""
+        steps = self.plan.total_steps
+        self.schedule = new_schedule(self.config, self.modules, steps, self._in_budget)
+        self._scores.start(self.plan.seed, self.schedule.add_r)
+        self._update_may_grow(self.ranks())
+        self._fill_reserves(0, range(len(self.modules)))
+
+    def wants(self, number: int) -> bool:
+        """Will a growth need the importance of this step?"""
+        return self._may_grow and self._scores.wanted(self.schedule.next_event(number) - number)
+
+    def before_step(self, step: Step) -> None:
+        """The regulariser, the importances of the step, and newborn rows as they are."""
+        self._orthogonality.before_step(step)
+        self._scores.before_step(step)
+        self.warmup.keep_old()
+
+    def after_step(self, step: Step) -> Event | None:
+        """Corrects newborn rows; grows, where the schedule says so."""
+        self.warmup.correct(step)
+        if not (self._may_grow and self.schedule.is_event(step.number)):
+            return None
+        return self._grow(step.number)
+
+    def resized(self) -> None:
+        """Looks anew what may grow, and which rows are newborn."""
+        self._update_may_grow(self.ranks())
+        self.warmup.find_young(self.modules)
+
+    def scores(self) -> _Vector:
+        """The scores of now; by the gradient those of the last growth."""
+        return self._scores.values()
+
+    def logs(self) -> dict[str, float]:
+        """The regulariser's value, also where its weight is 0."""
+        return {"orth_reg": self.orth_reg}
+
+    def finish(self) -> None:
+        """Drops the components in reserve, and what growth needs."""
+        self.warmup.find_young(())
+        self._scores.finish()
+        self._drop_reserves()
+
+    # Growth.
+
+    def _grow(self, number: int) -> Event:
+        reached = self._scores.reached(self.plan.optimizer)
+        scores = self._scores.at_growth()
+        if self._choose_by is not None:
+            scores = self._choose_by(scores)
+        if not scores.any():
+            warn(
+                f"step {number}: the importance of every module is 0, so the first modules in model order "
+                "grow. Did the adapter take part in the loss?"
+            )
+        if not self._told_unreached:
+            self._told_unreached = True
+            unreached.tell(number, self.modules, reached)
+        ranks, caps = ranks_of(self.modules), caps_of(self.config, self.modules)
+        chosen = unreached.choose(self.schedule, scores, ranks, caps, self._in_budget.total, reached)
+        for k, components in chosen:
+            self.modules[k].grow(
+                components, self.generator(number, k, "grow"), self._scores.directions(k, components)
+            )
+        grown = self.ranks()
+        self._update_may_grow(grown)
+        if self._may_grow:
+            self._fill_reserves(number, (k for k, _ in chosen))
+        else:
+            self._drop_reserves()
+        return Event(
+            changed=[k for k, _ in chosen],
+            scores=scores,
+            line=f"{len(chosen)} modules grew, total rank {self._in_budget.told(grown, 'of')}",
+            warning=self._short_of_budget(grown),
+        )
+
+    def _short_of_budget(self, ranks: list[int]) -> str | None:
+        # What is left of a budget in parameters may pay for no component of those with room.
+        if self._in_budget.spent(ranks) >= self._in_budget.total or any(self._room(ranks)):
+            return None
+        return (
+            f"no module can grow any more, but the total rank is {self._in_budget.told(ranks)}: "
+            f"every module is at max_r={self.config.max_r} or at min(in, out). Raise max_r, adapt more "
+            "modules, or lower r."
+        )
+
+    def _update_may_grow(self, ranks: list[int]) -> None:
+        """Can ranks still grow from these?"""
+        left = self._in_budget.total - self._in_budget.spent(ranks)
+        pairs = zip(self._in_budget.costs, self._room(ranks), strict=True)
+        self._may_grow = any(cost <= left for cost, has in pairs if has)
+
+    def _room(self, ranks: list[int]) -> list[bool]:
+        """Which modules would be below the largest rank that they may have?"""
+        caps = caps_of(self.config, self.modules).tolist()
+        return [rank < cap for rank, cap in zip(ranks, caps, strict=True)]
+
+    def _fill_reserves(self, number: int, indices: Iterable[int]) -> None:
+        if not self.config.uses_reserve or not self._may_grow:
+            return
+        caps = caps_of(self.config, self.modules)
+        for k in indices:
+            module = self.modules[k]
+            room = int(caps[k]) - module.rank
+            module.set_reserve(min(self.schedule.add_r, room), self.generator(number, k, "reserve"))
+
+    def _drop_reserves(self) -> None:
+        for module in self.modules:
+            if module.rows > module.rank:
+                module.set_reserve(0)
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Budget, schedule, scores, and the components in reserve."""
+        schedule = self.schedule
+        return {
+            "budget": self.budget,
+            "budget_unit": self._in_budget.unit,
+            "schedule": [schedule.tinit, schedule.deltaT, schedule.top_h, schedule.add_r],
+            "was_linear": self.warmup.was_linear,
+            "told_unreached": self._told_unreached,
+            "importance": self.config.importance,
+            "scores": self._scores.state(),
+            "ranks": self.ranks(),
+            "reserve": [m.structure.in_reserve(m.layer, m.adapter) for m in self.modules],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on by the schedule that was planned; told where the configuration has another."""
+        self._tell_differences(state)
+        steps = self.plan.total_steps
+        self.schedule = schedule_of(self.config, self.modules, steps, self._in_budget, state["schedule"])
+        self.warmup.was_linear = state["was_linear"]
+        self._told_unreached = state["told_unreached"]
+        self._scores.start(self.plan.seed, self.schedule.add_r)
+        if state["importance"] == self.config.importance:
+            self._scores.restore(state["scores"])
+        for module, rank, reserve in zip(self.modules, state["ranks"], state["reserve"], strict=True):
+            # A saved adapter has no reserve; a state_dict of the model does.
+            if module.rank == rank == module.rows:
+                module.structure.add_reserve(module.layer, module.adapter, *reserve)
+        # Those of the model may come after the optimizer's state, and a backward pass before the next look.
+        self._update_may_grow(state["ranks"])
+
+    def _tell_differences(self, state: dict[str, Any]) -> None:
+        config, budget = self.config, self._in_budget
+        planned = state["budget"], state["budget_unit"]
+        if planned != (budget.total, budget.unit):
+            warn(
+                f"r={config.r} makes a budget of {budget}, but the run that is resumed was planned for "
+                f"{amount(*planned)}: ranks go on growing by that plan, which may not reach it"
+            )
+        wanted = config.tinit, config.deltaT, config.top_h
+        for name, value, had in zip(("tinit", "deltaT", "top_h"), wanted, state["schedule"], strict=False):
+            if value is not None and value != had:
+                warn(
+                    f"{name}={value}, but the run that is resumed was planned with {had}: ranks go on "
+                    "growing by that plan"
+                )
+        if state["importance"] != config.importance:
+            warn(
+                f"importance={config.importance!r}, but the run that is resumed had {state['importance']!r}: "
+                f"the scores start anew. Set importance={state['importance']!r} to go on as before."
+            )
+
+
+def _scores_of(config: IncreLoraConfig) -> type[Scores]:
+    return GradientScores if config.importance == "gradient" else SensitivityScores

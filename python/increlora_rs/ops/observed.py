@@ -1,0 +1,46 @@
+"""An update that torch's own operations computed; its backward pass shows its gradient to the gauge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .autocast import without_autocast
+from .modes import in_memory, transformed
+from .probe import Probe
+
+
+def observed(
+    update: Tensor, show: Callable[..., None], probe: Probe | None, slot: int, *tensors: Tensor
+) -> Tensor:
+    """``update`` itself; ``show(gauge, slot, gradient, *tensors)`` is called in its backward pass where the
+    probe asks for it."""
+    # Nobody trains by a scheduler what is no number yet, or what a transform makes of it.
+    if probe is None or transformed() or not in_memory(update):
+        return update
+    result: Tensor = _Observed.apply(update, show, probe, slot, *tensors)
+    return result
+
+
+class _Observed(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, update: Tensor, show: Callable[..., None], probe: Probe, slot: int, *tensors: Tensor
+    ) -> Tensor:
+        ctx.show, ctx.probe, ctx.slot = show, probe, slot
+        ctx.save_for_backward(*tensors)
+        return update.view_as(update)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, probe = ctx.saved_tensors, ctx.probe
+        probe.count_backward(ctx.slot)
+        if probe.armed:
+            with without_autocast(gy.device.type):
+                ctx.show(probe.gauge, ctx.slot, gy, *tensors)
+        return gy, None, None, None, *[None] * len(tensors)

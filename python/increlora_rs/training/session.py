@@ -1,0 +1,326 @@
+"""One training of one adapter: its policy called at every step, and what follows a change of sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..contract.policy import Event, Plan, Policy, Step
+from ..resizing.ddp import find_ddp, rebuild_buckets
+from ..resizing.graph import mark_growing
+from ..resizing.optimizer_starts import steps_taken
+from ..resizing.optimizer_state import start_anew, watch
+from ..support.history import GrowthHistory
+from ..support.warning import warn
+from . import checkpoint, step_kinds
+from .assigned import Assigned
+from .bystanders import Bystanders
+from .distributed import average_
+from .events import Cause, SizeListeners
+from .hooks import Hooks
+from .modules import AdaptedModule
+from .scaler import ScalerWatch
+
+logger = logging.getLogger(__package__)
+
+# Makes the policy of modules, configuration and plan: a class, or a function.
+PolicyMaker = Callable[[list[AdaptedModule], Any, Plan], Policy]
+
+
+class Session:
+    """What :class:`RankScheduler` is made of; called by the optimizer's hooks.
+
+    Args:
+        model: The model, out of its wrappers.
+        modules: Its adapted modules.
+        make_policy: What decides.
+        plan: What is known before the first step.
+        method: Name of the adapter's method.
+        scaler: The ``GradScaler`` of a float16 training, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: list[AdaptedModule],
+        make_policy: PolicyMaker,
+        plan: Plan,
+        method: str,
+        scaler: Any | None,
+    ) -> None:
+        self.model, self.modules, self.optimizer, self.method = model, modules, plan.optimizer, method
+        layer, adapter = modules[0].layer, modules[0].adapter
+        self.config, self.probe = layer.configs[adapter], layer.probes[adapter]
+        self.policy = make_policy(modules, self.config, plan)
+        self.step = 0
+        self.restored = False
+        # Rows of `history`: step, module, rank, score.
+        self.growths: list[tuple[int, int, int, float]] = []
+        self._history = self._new_history([module.rank for module in modules])
+        # Steps that the optimizer's state counts beyond ours, and calls that a schedule may have counted.
+        self._lead = self._skipped = 0
+        self._armed = False
+        # The step of the optimizer's call at hand; None: it does not count, or not yet.
+        self._at: Step | None = None
+        # Ranks and rows of a resumed state that the model has not been seen to have.
+        self._expected: list[tuple[int, int]] | None = None
+        self._scaler = ScalerWatch(scaler, self._drop_gauge)
+        saved = self._group.get(checkpoint.KEY, checkpoint.HELD)
+        if saved == checkpoint.HELD:
+            self._start()
+        else:
+            self._restore(saved)
+        self._group[checkpoint.KEY] = checkpoint.HELD
+        self._attach()
+        self.listeners = SizeListeners(model, modules)
+        self._bystanders = Bystanders(model, modules)
+        self._assigned = Assigned(modules)
+        self._hooks = Hooks(self.optimizer, self)
+        self._arm()
+
+    @property
+    def _group(self) -> dict[str, Any]:
+        group: dict[str, Any] = self.optimizer.param_groups[0]
+        return group
+
+    # Beginning and end.
+
+    def _start(self) -> None:
+        for module in self.modules:
+            module.start()
+        self._lead = steps_taken(self.optimizer, self.modules[0].parameters[0][0])
+        self.policy.start()
+        self._follow()
+
+    def _attach(self) -> None:
+        adapter = self.modules[0].adapter
+        self.probe.attach(self.policy.gauge)
+        self.probe.reloaded = False
+        for slot, module in enumerate(self.modules):
+            module.layer.probes[adapter] = self.probe
+            module.layer.slots[adapter] = slot
+            for name, (parameter, dim, _) in zip(module.structure.names, module.parameters, strict=True):
+                if name in module.structure.growing:
+                    mark_growing(parameter, dim)
+                    watch(parameter)
+
+    def close(self) -> None:
+        """The training is over: nothing is left but the adapter."""
+        self._hooks.remove()
+        self._scaler.detach()
+        if self.probe.reloaded:
+            self._take_loaded()
+        self.policy.finish()
+        self._follow()
+        self.probe.detach()
+        self._group.pop(checkpoint.KEY, None)
+        self._tell("detach")
+
+    # One step.
+
+    def begin_step(self) -> None:
+        """The optimizer's ``step`` was called."""
+        self._at = None
+        self._assigned.check_held(self.optimizer)
+        self.probe.unattended = 0
+
+    def take_gradients(self) -> None:
+        """Between the backward pass and the optimizer's update."""
+        optimizer = self.optimizer
+        if not step_kinds.has_gradients(optimizer):
+            # Whatever was collected is of a batch that was dropped.
+            self._drop_gauge()
+            return
+        if step_kinds.is_trial(optimizer):
+            # Adam counts it, and newborn rows have to know.
+            self._lead += 1
+            return
+        self.check_loaded()
+        self._scaler.note_step()
+        found_inf = getattr(optimizer, "found_inf", None)
+        at = Step(
+            # Once, however often a closure is called.
+            number=self.step + 1 if self._at is None else self.step,
+            armed=self._armed,
+            lead=self._lead,
+            skipped=self._skipped,
+            grad_scale=getattr(optimizer, "grad_scale", None),
+            found_inf=found_inf,
+            ask_loss_scale=self._scaler.loss_scale,
+        )
+        if self._armed and self.policy.gauge is not None:
+            average_(self.policy.gauge.total)
+        with torch.no_grad():
+            self.policy.before_step(at)
+        # A fused optimizer under a scaler is called, and does nothing, where gradients overflowed; others
+        # are not called.
+        if found_inf is not None and bool(found_inf):
+            self._skipped += 1
+            return
+        self._at, self.step = at, at.number
+
+    def end_step(self) -> None:
+        """After the optimizer's update."""
+        if self._at is None:
+            return
+        with torch.no_grad():
+            event = self.policy.after_step(self._at)
+        if event is not None:
+            self._take(event)
+        self._history.step = self.step
+        self._arm()
+        if event is None:
+            return
+        # Last, so that the scheduler is as it should be where a warning or a callback raises.
+        if event.warning is not None:
+            warn(event.warning)
+        if event.resized:
+            self._tell("growth")
+
+    def _take(self, event: Event) -> None:
+        ranks, scores = self.policy.ranks(), event.scores.tolist()
+        self.growths += [(self.step, k, ranks[k], scores[k]) for k in event.changed]
+        self._history.add(self.step, ranks, scores)
+        self.probe.history = self._history
+        for parameter in event.restarted:
+            start_anew(self.optimizer, parameter)
+        if event.resized:
+            self._follow()
+            self.config.note_ranks({module.name: module.rank for module in self.modules})
+            self.policy.resized()
+        logger.info("step %d: %s", self.step, event.line)
+
+    def _arm(self) -> None:
+        """Asks the backward passes of the next step for the gauge, if the policy wants it."""
+        if self.policy.gauge is not None:
+            self._armed = self.policy.wants(self.step + 1)
+            self.probe.arm(self._armed)
+
+    def _drop_gauge(self) -> None:
+        """Drops what the backward passes since the last step added."""
+        if self.policy.gauge is not None:
+            self.policy.gauge.total.zero_()
+
+    def _follow(self) -> None:
+        """Births, optimizer state and DDP's buckets, after sizes changed."""
+        for module in self.modules:
+            module.follow(self.optimizer, self.step)
+        self.rebuild_buckets()
+
+    def _tell(self, cause: Cause) -> None:
+        """Tells those who hold copies of the parameters that sizes changed, if they did."""
+        self._assigned.note()
+        before = self.listeners.known
+        if self.listeners.tell(self.step, cause) and cause == "growth":
+            self._bystanders.warn(self.step, before)
+
+    def rebuild_buckets(self) -> None:
+        """DDP's, for parameters that changed their size."""
+        ddp = find_ddp(self.model)
+        if ddp is not None:
+            rebuild_buckets(ddp)
+
+    # State.
+
+    def _new_history(self, first_ranks: list[int]) -> GrowthHistory:
+        names = [module.name for module in self.modules]
+        return GrowthHistory(names, self.policy.budget, first_ranks, costs=self.policy.costs)
+
+    def save(self, state_dict: dict[str, Any]) -> None:
+        """Puts the training's state into the optimizer's."""
+        gauge = self.policy.gauge
+        state = {
+            "version": checkpoint.VERSION,
+            "method": self.method,
+            "step": self.step,
+            "total_steps": self.policy.plan.total_steps,
+            "seed": self.policy.plan.seed,
+            "lead": self._lead,
+            "skipped": self._skipped,
+            "modules": [module.name for module in self.modules],
+            "ranks": [module.rank for module in self.modules],
+            "births": [[list(births) for _, _, births in module.parameters] for module in self.modules],
+            "history": [list(row) for row in self.growths],
+            "growth": self._history.state(),
+            "gauge": gauge.total.clone() if gauge is not None and bool(gauge.total.any()) else None,
+            "policy": self.policy.state_dict(),
+        }
+        state_dict["param_groups"][0][checkpoint.KEY] = checkpoint.pack(state)
+
+    def after_load(self) -> None:
+        """Takes in what the optimizer has loaded."""
+        # Without hooks, an optimizer's own `state_dict` gives what stands in the group.
+        saved = self._group.get(checkpoint.KEY, checkpoint.HELD)
+        if saved != checkpoint.HELD:
+            self._restore(saved)
+            self._group[checkpoint.KEY] = checkpoint.HELD
+            self._arm()
+            return
+        self._group[checkpoint.KEY] = checkpoint.HELD
+        warn("optimizer: the loaded state holds none of a scheduler's; the scores start anew")
+
+    def take_state(self) -> None:
+        """Takes in a state that came into the group without a hook's being called."""
+        if self._group.setdefault(checkpoint.KEY, checkpoint.HELD) != checkpoint.HELD:
+            self.after_load()
+
+    def _restore(self, value: Any) -> None:
+        saved = checkpoint.unpack(value)
+        names = [module.name for module in self.modules]
+        checkpoint.check(saved, self.method, names, self.policy.plan.total_steps)
+        self.step, self._lead, self._skipped = saved["step"], saved["lead"], saved["skipped"]
+        self.restored = True
+        self.policy.plan = dataclasses.replace(self.policy.plan, seed=saved["seed"])
+        self.policy.load_state_dict(saved["policy"])
+        self._drop_gauge()
+        gauge, total = self.policy.gauge, saved["gauge"]
+        # Of another size it is another gauge's.
+        if gauge is not None and total is not None and total.shape == gauge.total.shape:
+            gauge.total.copy_(total)
+        self.growths = [(int(s), int(k), int(r), float(i)) for s, k, r, i in saved["history"]]
+        self._history = self._new_history(saved["growth"]["first_ranks"])
+        self._history.restore(saved["growth"])
+        self._history.step = self.step
+        if self._history.steps:
+            self.probe.history = self._history
+        self._expected = []
+        for module, rank, of_all in zip(self.modules, saved["ranks"], saved["births"], strict=True):
+            for (_, _, births), steps in zip(module.parameters, of_all, strict=True):
+                births[:] = steps
+            self._expected.append((rank, module.rows_of(rank, [len(births) for births in of_all])))
+        self.rebuild_buckets()
+
+    def check_loaded(self) -> None:
+        """Before a step: do births and optimizer state fit parameters that were loaded meanwhile?"""
+        self.take_state()
+        if self._expected is None:
+            if self._assigned.changed() or self.probe.reloaded:
+                self._take_loaded()
+                self._tell("load")
+            return
+        for module, expected in zip(self.modules, self._expected, strict=True):
+            if (module.rank, module.rows) != expected:
+                raise ValueError(
+                    f"model: {module.name!r} has rank {module.rank} and {module.rows} rows, but the resumed "
+                    f"optimizer state is of rank {expected[0]} and {expected[1]} rows; load the adapter of "
+                    "the same checkpoint into the model before the optimizer's state."
+                )
+        self._expected = None
+        self.probe.reloaded = False
+        self.policy.resized()
+        self._tell("load")
+
+    def _take_loaded(self) -> None:
+        """An adapter of other ranks was loaded without its optimizer: its rows are as if from the start."""
+        self.probe.reloaded = False
+        for module in self.modules:
+            if any(len(births) != parameter.shape[dim] for parameter, dim, births in module.parameters):
+                module.follow(self.optimizer, self.step)
+                module.start()
+        self.policy.resized()
+        self.rebuild_buckets()

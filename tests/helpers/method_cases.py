@@ -1,0 +1,209 @@
+"""What the tests of every method know of each: a small configuration, its dense update, what it trains.
+
+The formulas are the papers', with dW built, and never call the code under test.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import peft
+import pytest
+import torch
+from increlora_rs.methods import METHODS
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+TARGETS = ["query", "value", "intermediate.dense"]
+ALPHA = 6
+ALL = frozenset({"linear", "embedding", "convolution"})
+
+
+def _components(p: Mapping[str, Tensor]) -> Tensor:
+    """B diag(E) A."""
+    return p["lora_B"] @ torch.diag(p["lora_E"].view(-1)) @ p["lora_A"]
+
+
+def _split(p: Mapping[str, Tensor]) -> Tensor:
+    """B_aux B A A_aux."""
+    return p["lora_B_aux"] @ p["lora_B"] @ p["lora_A"] @ p["lora_A_aux"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method.
+
+    Args:
+        settings: Of its configuration. Every module starts at rank 2, modules called "value" at 3.
+        tensors: What the update is made of, as the layers have them.
+        dense: Of those tensors, the update (out, in) without its scale.
+        scale: Of lora_alpha and the module's rank at the start, what it is multiplied by.
+        count: Of rank, out and in of a linear layer, the numbers that it trains.
+        kinds: What it adapts.
+        training: Settings under which a training of 12 steps does all that the method does.
+        acts: Does something besides the optimizer change what is trained?
+        grows: Do ranks change in it?
+        bad: Arguments of its own that are wrong, each with what the message says of it.
+    """
+
+    settings: Mapping[str, Any]
+    tensors: tuple[str, ...]
+    dense: Callable[[Mapping[str, Tensor]], Tensor]
+    scale: Callable[[float, int], float]
+    count: Callable[[int, int, int], int]
+    kinds: frozenset[str]
+    training: Mapping[str, Any] = field(default_factory=dict)
+    acts: bool = True
+    grows: bool = False
+    bad: tuple[tuple[dict[str, Any], str], ...] = ()
+
+
+_RANKS = {"rank_pattern": {"value": 3}, "lora_alpha": ALPHA}
+
+CASES = {
+    "increlora": Case(
+        # Of the scale, r is the budget's, whatever a module's rank.
+        settings={"r": 3, "init_r": 2, **_RANKS},
+        tensors=("lora_A", "lora_B", "lora_E"),
+        dense=_components,
+        scale=lambda alpha, rank: alpha / 3,
+        count=lambda rank, out, features: rank * (out + features + 1),
+        kinds=ALL,
+        training={"init_r": 1, "rank_pattern": {}, "tinit": 2, "deltaT": 2, "top_h": 4},
+        grows=True,
+        bad=(
+            ({"init_r": 0}, "init_r=0"),
+            ({"init_r": 4}, "init_r=4"),
+            ({"top_h": -1}, "top_h=-1"),
+            ({"beta1": 1.5}, "beta1=1.5"),
+            ({"growth_end": 0.0}, "growth_end=0.0"),
+            ({"importance": "size"}, "importance='size'"),
+            ({"budget_unit": "bytes"}, "budget_unit='bytes'"),
+        ),
+    ),
+    "lora_mini": Case(
+        settings={"r": 2, "lora_a": 5, "lora_b": 4, **_RANKS},
+        tensors=("lora_A", "lora_B", "lora_A_aux", "lora_B_aux"),
+        dense=_split,
+        scale=lambda alpha, rank: alpha / rank,
+        count=lambda rank, out, features: rank * (5 + 4),
+        kinds=frozenset({"linear", "convolution"}),
+        acts=False,
+        bad=(
+            ({"lora_a": 0}, "lora_a=0"),
+            ({"lora_b": 2.5}, "lora_b=2.5"),
+            ({"r": 6, "rank_pattern": {}}, "r=6"),
+            ({"rank_pattern": {"value": 5}}, r"rank_pattern['value']=5"),
+            ({"aux_seed": -1}, "aux_seed=-1"),
+            ({"aux_seed": "lucky"}, "aux_seed='lucky'"),
+            ({"aux_init": "zeros"}, "aux_init='zeros'"),
+            ({"init_lora_weights": "svd"}, "init_lora_weights='svd'"),
+            ({"module_sizes": 3}, "module_sizes=3"),
+            ({"module_sizes": {"query": [4]}}, "module_sizes['query']=[4]"),
+        ),
+    ),
+    "sora": Case(
+        settings={"r": 2, **_RANKS},
+        tensors=("lora_A", "lora_B", "lora_E"),
+        dense=_components,
+        scale=lambda alpha, rank: alpha / rank,
+        count=lambda rank, out, features: rank * (out + features + 1),
+        kinds=ALL,
+    ),
+}
+
+EVERY = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+
+
+def config_of(method, **settings):
+    """A configuration of the case, but for ``settings``."""
+    return method.config(**{"target_modules": TARGETS, **CASES[method.name].settings, **settings})
+
+
+def adapted(method, base, **settings):
+    """``base`` with a fresh adapter, drawn alike at every call."""
+    torch.manual_seed(11)
+    return peft.get_peft_model(base, config_of(method, **settings))
+
+
+def optimizer_of(model, lr=2e-2):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+
+
+def batch(step, rows=4):
+    """Tokens and labels of a classification for the tiny BERT."""
+    ids = torch.randint(5, 99, (rows, 8), generator=torch.Generator().manual_seed(step))
+    return {"input_ids": ids, "labels": ids[:, 0] % 3}
+
+
+def run(model, optimizer, steps):
+    """A plain loop over the steps of these numbers."""
+    for step in steps:
+        model(**batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def ready(method, base, **settings):
+    """A model in training whose method does, in 12 steps of ``attach``, all that it does."""
+    return adapted(method, base, **{**CASES[method.name].training, **settings}).train()
+
+
+def trained(method, base, steps=4, **settings):
+    """``base`` with an adapter that a few steps have moved off its start, by a plain optimizer."""
+    model = adapted(method, base, **settings).train()
+    run(model, optimizer_of(model), range(steps))
+    return model.eval()
+
+
+def adapted_modules(model):
+    """The adapted modules by their names in the base model."""
+    inside = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    return {name: module for name, module in inside.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def tensors_of(method, layer, adapter="default"):
+    """What the update of a module is made of, by name."""
+    return {name: getattr(layer, name)[adapter].weight for name in CASES[method.name].tensors}
+
+
+def rank_of(name):
+    """The rank at the start of the module of this name."""
+    return 3 if name.endswith("value") else 2
+
+
+def dense(method, layer, name, adapter="default", alpha=ALPHA):
+    """The update (out, in) of a module, float64, of the tensors it has now; gradients pass."""
+    case = CASES[method.name]
+    tensors = {key: tensor.double() for key, tensor in tensors_of(method, layer, adapter).items()}
+    return case.scale(alpha, rank_of(name)) * case.dense(tensors)
+
+
+def as_weight(delta, module):
+    """An update (out, in) in the shape of the base layer's weight."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return (delta.t() if isinstance(base, (nn.Embedding, Conv1D)) else delta).reshape(base.weight.shape)
+
+
+def reference(method, model, base, inputs, adapters=("default",)):
+    """What ``base``, in float64, gives with the adapters' dense updates added to its weights."""
+    base = base.double()
+    weights = {}
+    for name, layer in adapted_modules(model).items():
+        deltas = [as_weight(dense(method, layer, name, adapter), layer) for adapter in adapters]
+        weights[f"{name}.weight"] = base.get_submodule(name).weight + sum(deltas)
+    return functional_call(base, weights, args=(), kwargs=inputs)
+
+
+def trainable(model):
+    """Copies of the trained parameters, by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_equal_bits(found, wanted):
+    """The same tensors under the same names, bit for bit."""
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name

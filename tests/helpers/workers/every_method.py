@@ -1,0 +1,132 @@
+"""Run by torchrun: trains methods under DistributedDataParallel and in Trainer, each whole and resumed.
+
+Usage: every_method.py OUT METHOD ..., where OUT/rank<N>.pt receives {method: {(way, part): result}}.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import peft
+import torch
+import torch.distributed as dist
+from increlora_rs import IncreLoraCallback, attach
+from increlora_rs.methods import METHODS
+from method_cases import adapted_modules, batch, optimizer_of, ready, trainable
+from rows import Rows
+from torch.nn.parallel import DistributedDataParallel
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+STOP, STEPS = 5, 12
+
+
+def base():
+    torch.manual_seed(7)
+    config = BertConfig(
+        vocab_size=99,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=32,
+        num_labels=3,
+        initializer_range=0.2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    # In float64, so that only the method, not rounding, can make two processes differ from one.
+    return BertForSequenceClassification(config).double()
+
+
+def result(model):
+    ranks = {name: layer.r["default"] for name, layer in adapted_modules(model).items()}
+    return {"parameters": trainable(model), "ranks": ranks}
+
+
+def part_of(step, rank):
+    return {key: value.chunk(2)[rank] for key, value in batch(step).items()}
+
+
+def loop(model, rank, steps, state=None):
+    """The steps of these numbers; the optimizer."""
+    # Seeds that differ must not make the processes draw different numbers.
+    torch.manual_seed(100 + rank)
+    optimizer = optimizer_of(model)
+    if state is not None:
+        optimizer.load_state_dict(state)
+    ddp = DistributedDataParallel(model)
+    attach(ddp, optimizer, total_steps=STEPS)
+    for step in steps:
+        ddp(**part_of(step, rank)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def in_a_loop(method, out, rank):
+    whole, stopped = (ready(method, base()).double() for _ in range(2))
+    loop(whole, rank, range(STEPS))
+    optimizer = loop(stopped, rank, range(STOP))
+    if rank == 0:
+        stopped.save_pretrained(out)
+    dist.barrier()
+    resumed = peft.PeftModel.from_pretrained(base(), out, is_trainable=True, autocast_adapter_dtype=False)
+    loop(resumed.train(), rank, range(STOP, STEPS), optimizer.state_dict())
+    return {("loop", "whole"): result(whole), ("loop", "resumed"): result(resumed)}
+
+
+def in_trainer(method, out, resume):
+    trainer = Trainer(
+        model=ready(method, base().float(), task_type="SEQ_CLS", lora_dropout=0.1),
+        args=TrainingArguments(
+            output_dir=str(out),
+            max_steps=STEPS,
+            per_device_train_batch_size=4,
+            learning_rate=5e-3,
+            warmup_steps=2,
+            save_steps=STOP,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            ddp_backend="gloo",
+        ),
+        train_dataset=Rows(64),
+        callbacks=[IncreLoraCallback()],
+    )
+    trainer.train(resume_from_checkpoint=str(out / f"checkpoint-{STOP}") if resume else None)
+    return result(trainer.model)
+
+
+def train_alone(method):
+    """One process that sees both processes' rows, as micro-batches of the averaged loss."""
+    model = ready(method, base()).double()
+    torch.manual_seed(100)
+    optimizer = optimizer_of(model)
+    attach(model, optimizer, total_steps=STEPS)
+    for step in range(STEPS):
+        for rank in range(2):
+            (model(**part_of(step, rank)).loss / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return result(model)
+
+
+def main():
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    results = {}
+    for method in METHODS:
+        if method.name in sys.argv[2:]:
+            results[method.name] = in_a_loop(method, out / method.name / "loop", rank)
+            for part in ("whole", "resumed"):
+                trained = in_trainer(method, out / method.name / "trainer", resume=part == "resumed")
+                results[method.name]["trainer", part] = trained
+    torch.save(results, out / f"rank{rank}.pt")
+    dist.barrier()
+    # The end of a DDP may wait for ever for gloo's thread, which wants the GIL (torch 2.13).
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
