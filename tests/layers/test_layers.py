@@ -10,6 +10,7 @@ from increlora_rs import RESERVE_E, IncreLoraConfig, attach
 from increlora_rs.gauges import Sensitivity
 from increlora_rs.layers import AdaptedLayer
 from increlora_rs.layers.found import adapted_layers
+from increlora_rs.methods.lora_mini import LoraMiniConfig
 from increlora_rs.ops.linear import add_low_rank, fits_linear, low_rank_linear
 from increlora_rs.ops.probe import Probe
 from peft import PeftModel, get_peft_model
@@ -616,6 +617,11 @@ def test_a_module_that_cannot_be_adapted_is_refused_by_name(module, reason):
 def test_a_rank_above_the_size_of_a_kernel_is_refused():
     with pytest.raises(ValueError, match="rank 4 is more than 3"):
         get_peft_model(One(nn.Conv1d(1, 9, 3)), configure(init_r=4))
+
+
+def test_a_rank_that_never_grows_may_be_above_the_size_of_a_module_as_in_lora():
+    model = get_peft_model(One(nn.Linear(9, 3)), LoraMiniConfig(r=4, target_modules=["layer"]))
+    assert model.base_model.model.layer.r["default"] == 4
 
 
 def test_fan_in_fan_out_follows_the_modules():

@@ -141,7 +141,7 @@ def test_inductor_compiles_once_and_agrees(form):
 @pytest.mark.slow
 def test_inductor_draws_masks_of_the_right_share_and_the_same_in_both_passes():
     model = adapted(lora_dropout=0.25, target_modules=["0"], init_lora_weights=False, r=1)
-    attach(model, optimizer_of(model), total_steps=10)
+    attach(model, optimizer_of(model), total_steps=100)
     layer = model.base_model.model.inner[0]
     compiled = torch.compile(layer, backend="inductor", fullgraph=True)
     x = torch.ones(4000, 9, requires_grad=True)
@@ -246,7 +246,7 @@ def test_two_forward_passes_before_their_backward_passes():
 
 def test_importance_is_not_computed_where_it_is_not_asked_for():
     model = adapted(init_lora_weights=False, importance="sensitivity")
-    attach(model, optimizer_of(model), total_steps=10)
+    attach(model, optimizer_of(model), total_steps=100)
     probe = armed_probe(model)
     net = torch.compile(model, backend="aot_eager", fullgraph=True)
     seen = []
@@ -416,7 +416,7 @@ def test_a_merged_model_exports_without_our_operations(trained_llama, tokens):
 
 def test_a_model_exports_while_its_ranks_grow(make_llama, tokens):
     model = peft.get_peft_model(make_llama(), IncreLoraConfig(target_modules=["q_proj"]))
-    attach(model, optimizer_of(model), total_steps=10)
+    attach(model, optimizer_of(model), total_steps=100)
     program = exported(model, tokens)
     assert_near(program.module()(tokens), Logits(model)(tokens))
 

@@ -154,6 +154,14 @@ class MethodConfig(LoraConfig):
         default: int = self.r
         return self.rank_pattern.get(key, default)
 
+    def check_rank(self, site: Site, rank: int) -> None:
+        """Checks the rank that a module begins with. One above min(in, out) says nothing more, but is taken
+        wherever it stays as it is, as LoRA takes it.
+
+        Raises:
+            ValueError: the method cannot begin there.
+        """
+
     def alpha_of(self, module: str) -> float:
         """``alpha_pattern``'s alpha for a full module name, else ``lora_alpha``."""
         key = get_pattern_key(self.alpha_pattern.keys(), module)

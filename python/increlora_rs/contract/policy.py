@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ..gauges.gauge import Gauge
+from ..gauges import Gauge
 from ..support.seeded import generator
 
 LrSchedule = Literal["auto", "linear", "follow"]

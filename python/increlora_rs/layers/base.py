@@ -121,14 +121,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         probe: Probe,
     ) -> None:
         """Creates, or creates anew, the parameters of an adapter of rank ``r``."""
-        largest = self.largest_rank
-        # Growth ends there, so it may not begin beyond. A rank that stays may be too high, as in LoRA.
-        if self.structure.growing and r > largest:
-            raise ValueError(
-                f"rank {r} is more than {largest}, the smaller of in_features={self.in_features} and "
-                f"out_features={self.out_features}; lower its rank, by rank_pattern for it alone, or leave "
-                "this module out of target_modules."
-            )
+        config.check_rank(self.site, r)
         self.lora_alpha[adapter_name] = lora_alpha
         self.configs[adapter_name] = config
         self.probes[adapter_name] = probe

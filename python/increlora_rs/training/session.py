@@ -64,7 +64,6 @@ class Session:
         self._history = self._new_history([module.rank for module in modules])
         # Steps that the optimizer's state counts beyond ours, and calls that a schedule may have counted.
         self._lead = self._skipped = 0
-        self._armed = False
         # The step of the optimizer's call at hand; None: it does not count, or not yet.
         self._at: Step | None = None
         # Ranks and rows of a resumed state that the model has not been seen to have.
@@ -146,14 +145,14 @@ class Session:
         at = Step(
             # Once, however often a closure is called.
             number=self.step + 1 if self._at is None else self.step,
-            armed=self._armed,
+            armed=self.probe.armed,
             lead=self._lead,
             skipped=self._skipped,
             grad_scale=getattr(optimizer, "grad_scale", None),
             found_inf=found_inf,
             ask_loss_scale=self._scaler.loss_scale,
         )
-        if self._armed and self.policy.gauge is not None:
+        if self.probe.armed and self.policy.gauge is not None:
             average_(self.policy.gauge.total)
         with torch.no_grad():
             self.policy.before_step(at)

@@ -13,6 +13,7 @@ from ...contract.config import MethodConfig
 from ...support import arguments
 from ...support.budget import Budget
 from ...support.names import rank_pattern
+from ...support.sites import Site
 
 
 @dataclass
@@ -183,6 +184,15 @@ class IncreLoraConfig(MethodConfig):
         """The rank of a module at the start: ``rank_pattern``'s, else ``init_r``."""
         key = get_pattern_key(self.rank_pattern.keys(), module)
         return self.rank_pattern.get(key, self.init_r)
+
+    def check_rank(self, site: Site, rank: int) -> None:
+        """No module grows past min(in, out), so none begins there."""
+        if rank > site.largest_rank:
+            raise ValueError(
+                f"rank {rank} is more than {site.largest_rank}, the smaller of in_features={site.features} "
+                f"and out_features={site.out}; lower init_r or rank_pattern, or leave this module out of "
+                "target_modules."
+            )
 
     def divisor(self, rank: int) -> float:
         """What alpha is divided by for a module of ``rank`` active components."""
