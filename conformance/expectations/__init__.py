@@ -1,9 +1,13 @@
 """Which of PEFT's tests are not run, which must fail, which skips are right, and why: a file a method."""
 
-from . import increlora, lora_mini
+from . import increlora, lora_mini, sora
 from .shared import Expectations
 
-_BY_NAME = {"increlora": increlora.EXPECTATIONS, "lora_mini": lora_mini.EXPECTATIONS}
+_BY_NAME = {
+    "increlora": increlora.EXPECTATIONS,
+    "lora_mini": lora_mini.EXPECTATIONS,
+    "sora": sora.EXPECTATIONS,
+}
 
 
 def expected_of(method: str) -> Expectations:

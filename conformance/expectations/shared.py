@@ -45,6 +45,19 @@ _SKIPS = (
     (r"^test requires a hardware accelerator", "needs a GPU"),
 )
 
+# What several methods have in common.
+NO_SUM = (
+    r"a weighted sum of (\w+(?:-\w+)?) adapters is in general none",
+    "`add_weighted_adapter` raises by name: a sum of adapters is in general none of {}",
+)
+TRAINED_E = (
+    r"TestRequiresGrad::test_requires_grad_(modules_to_save_(default|disabling|multiple_adapters)"
+    r"|follows_inference_mode_(modules_to_save|trainable_token_indices)"
+    r"|lora_(different_targets|same_targets|conv2d|emb_conv1d))$"
+)
+CLASS_NAMES = "asks for the class names of PEFT's LoRA layers"
+NOT_GATHERED = "asks for a warning where parts of a parameter are saved; that raises by name"
+
 
 @dataclass(frozen=True)
 class Expectations:

@@ -126,9 +126,7 @@ class Method:
 
 
 def _changes_in_training(config: PeftConfig) -> bool:
-    if not isinstance(config, MethodConfig):
-        return False
-    return isinstance(config, IncreLoraConfig) or config.method.policy is not None
+    return isinstance(config, MethodConfig) and config.method.policy is not None
 
 
 def _has_e(config: PeftConfig) -> bool:
