@@ -67,9 +67,13 @@ class Structure(ABC):
     def rank_of(self, parameters: Mapping[str, Tensor]) -> int:
         """The rank that the parameters' shapes tell; in a graph a size that it does not know."""
 
+    @abstractmethod
     def sizes(self, parameters: Mapping[str, Tensor], config: Any, name: str) -> tuple[int, int]:
-        """The size (out, in) of module ``name`` as a saved adapter alone tells it."""
-        raise NotImplementedError
+        """The size (out, in) of module ``name`` as a saved adapter alone tells it.
+
+        Raises:
+            ValueError: it does not tell it.
+        """
 
     def frozen(self, site: Site, config: Any) -> dict[str, Tensor]:
         """What belongs to the update and is not trained: made anew from a seed, never saved. By name."""

@@ -37,15 +37,15 @@ class Gauge(ABC):
 
     def add(self, slot: int, gy: Tensor, x: Tensor) -> None:
         """A linear layer's pass: gy (tokens, out) and x (tokens, in), before dropout."""
-        raise NotImplementedError(f"the gauge {self.name!r} is added by the operations themselves")
+        raise TypeError(f"the gauge {self.name!r} is added by the operations themselves")
 
     def add_lookup(self, slot: int, gy: Tensor, ids: Tensor) -> None:
         """An embedding's: gy (tokens, out), x 1 at ``ids[t]`` and 0 elsewhere in its row t."""
-        raise NotImplementedError(f"the gauge {self.name!r} is added by the operations themselves")
+        raise TypeError(f"the gauge {self.name!r} is added by the operations themselves")
 
     def add_gradient(self, slot: int, gradient: Tensor) -> None:
         """That of a layer whose weight's gradient exists, as a matrix (out, in): a convolution."""
-        raise NotImplementedError(f"the gauge {self.name!r} is added by the operations themselves")
+        raise TypeError(f"the gauge {self.name!r} is added by the operations themselves")
 
     # In a graph, where the classes are found by name.
 

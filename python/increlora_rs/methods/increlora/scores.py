@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..smoothing import Smoothing
 from .config import IncreLoraConfig
 
 
-class Scores:
+class Scores(ABC):
     """The scores of one training.
 
     Args:
@@ -42,35 +43,38 @@ class Scores:
         """Is the gauge needed in a step that is so many steps before the next growth?"""
         return self._window is None or steps_to_growth < self._window
 
+    @abstractmethod
     def start(self, seed: int, components: int) -> None:
         """Begins, or begins anew: draws what is random, for growths by so many components."""
 
+    @abstractmethod
     def before_step(self, step: Step) -> None:
         """Before the optimizer acts: takes in what the smoothing does not."""
 
+    @abstractmethod
     def at_growth(self) -> npt.NDArray[np.float64]:
         """The scores that a growth chooses by, the same in every process."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reached(self, optimizer: torch.optim.Optimizer) -> npt.NDArray[np.bool_]:
         """Which modules a gradient has reached, the same in every process; before :meth:`at_growth`."""
-        raise NotImplementedError
 
     def directions(self, k: int, components: int) -> tuple[Tensor, Tensor] | None:
         """What new components of module ``k`` start from; None: random numbers."""
         return None
 
+    @abstractmethod
     def values(self) -> npt.NDArray[np.float64]:
         """The scores of now, on the host."""
-        raise NotImplementedError
 
+    @abstractmethod
     def state(self) -> dict[str, Any]:
         """Copies of what a checkpoint needs beside the gauge."""
-        raise NotImplementedError
 
+    @abstractmethod
     def restore(self, saved: dict[str, Any]) -> None:
         """Takes what :meth:`state` gave, after :meth:`start`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self) -> None:
         """Gives back the memory that is for the training alone."""

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...contract.policy import AdaptedModule
+from ...contract.policy import AdaptedModule, Step
 from ...gauges import Sensitivity
 from ...training.distributed import from_first_, in_any_process
 from ..smoothing import Smoothing
@@ -42,6 +42,9 @@ class SensitivityScores(Scores):
         """Nothing has been smoothed."""
         self.smoothing.clear()
 
+    def before_step(self, step: Step) -> None:
+        """Nothing: the smoothing takes the step in."""
+
     def at_growth(self) -> npt.NDArray[np.float64]:
         """The scores that a growth chooses by, the same in every process."""
         scores = self.smoothing.scores()
@@ -68,3 +71,6 @@ class SensitivityScores(Scores):
     def restore(self, saved: dict[str, Any]) -> None:
         """Takes what :meth:`state` gave."""
         self.smoothing.restore(saved)
+
+    def finish(self) -> None:
+        """Nothing: a number a module."""
