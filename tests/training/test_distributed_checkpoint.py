@@ -419,10 +419,10 @@ def test_a_checkpoint_turned_into_one_file_resumes(whole, tmp_path):
 def test_a_module_that_no_step_used_resumes(tmp_path):
     model, optimizer, _ = begin()
     unused = adapted_modules(model, "default")[0]
-    for parameter in (unused.a, unused.b, unused.e):
+    for parameter in unused.factors:
         parameter.requires_grad_(False)
     run(model, optimizer, 0, 2)
-    for parameter in (unused.a, unused.b, unused.e):
+    for parameter in unused.factors:
         parameter.requires_grad_(True)
     dcp.save(LAYOUTS["flat at the top"](model, optimizer), checkpoint_id=tmp_path)
     model, optimizer, scheduler = begin()
