@@ -5,7 +5,7 @@ The formulas are the papers', with dW built, and never call the code under test.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import pytest
@@ -44,7 +44,8 @@ class Case:
         kinds: What it adapts.
         training: Settings under which a training of 12 steps does all that the method does.
         acts: Does something besides the optimizer change what is trained?
-        grows: Do ranks change in it?
+        ranks: What the ranks do in it: "stay", "grow" to 3 a module on the average, or "fall".
+        rank: Of those tensors, the number of components that act.
         bad: Arguments of its own that are wrong, each with what the message says of it.
     """
 
@@ -56,7 +57,8 @@ class Case:
     kinds: frozenset[str]
     training: Mapping[str, Any] = field(default_factory=dict)
     acts: bool = True
-    grows: bool = False
+    ranks: Literal["stay", "grow", "fall"] = "stay"
+    rank: Callable[[Mapping[str, Tensor]], int] = lambda tensors: tensors["lora_A"].shape[0]
     bad: tuple[tuple[dict[str, Any], str], ...] = ()
 
 
@@ -72,7 +74,9 @@ CASES = {
         count=lambda rank, out, features: rank * (out + features + 1),
         kinds=ALL,
         training={"init_r": 1, "rank_pattern": {}, "tinit": 2, "deltaT": 2, "top_h": 4},
-        grows=True,
+        ranks="grow",
+        # Rows of A and B beyond those of E are in reserve.
+        rank=lambda tensors: tensors["lora_E"].shape[0],
         bad=(
             ({"init_r": 0}, "init_r=0"),
             ({"init_r": 4}, "init_r=4"),
@@ -111,6 +115,22 @@ CASES = {
         scale=lambda alpha, rank: alpha / rank,
         count=lambda rank, out, features: rank * (out + features + 1),
         kinds=ALL,
+        # N(0, 1) gates lose 0.6 in 12 steps, which closes some of them.
+        training={"sparse_lambda_2": 0.05},
+        ranks="fall",
+        rank=lambda tensors: int(tensors["lora_E"].count_nonzero()),
+        bad=(
+            ({"sparse_lambda": -1.0}, "sparse_lambda=-1.0"),
+            ({"sparse_lambda_2": -0.1}, "sparse_lambda_2=-0.1"),
+            ({"sparse_lr": "high"}, "sparse_lr='high'"),
+            ({"prox": "hard"}, "prox='hard'"),
+            ({"threshold_times_lr": 1}, "threshold_times_lr=1"),
+            ({"lambda_schedule": "cubic"}, "lambda_schedule='cubic'"),
+            ({"lambda_schedule": "linear", "lambda_num": 1}, "lambda_num=1"),
+            ({"lambda_schedule": "linear", "max_lambda": 0.0}, "max_lambda=0.0"),
+            ({"lambda_schedule": "exp_linear", "sparse_lambda_2": 0.0}, "sparse_lambda_2=0.0"),
+            ({"init_lora_weights": "svd"}, "init_lora_weights='svd'"),
+        ),
     ),
 }
 
@@ -167,6 +187,12 @@ def adapted_modules(model):
 def tensors_of(method, layer, adapter="default"):
     """What the update of a module is made of, by name."""
     return {name: getattr(layer, name)[adapter].weight for name in CASES[method.name].tensors}
+
+
+def ranks_of(method, model, adapter="default"):
+    """The components of every module that act now, by its name."""
+    rank = CASES[method.name].rank
+    return {name: rank(tensors_of(method, layer, adapter)) for name, layer in adapted_modules(model).items()}
 
 
 def rank_of(name):

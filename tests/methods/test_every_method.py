@@ -507,16 +507,29 @@ def test_an_argument_that_is_none_of_the_methods_is_refused(method):
         config_of(method, rang=3)
 
 
+def tall():
+    torch.manual_seed(5)
+    return nn.ModuleDict({"body": nn.Linear(6, 1)})
+
+
 @EVERY
-def test_a_rank_above_the_modules_size_is_refused_where_ranks_grow_and_else_taken_as_lora_takes_it(method):
-    base = nn.ModuleDict({"body": nn.Linear(6, 1)})
-    if not CASES[method.name].grows:
-        assert adapted(method, base, target_modules=["body"], rank_pattern={}).get_nb_trainable_parameters()[
-            0
-        ]
-        return
+def test_a_rank_above_the_modules_size_is_refused_by_module_where_ranks_grow(method):
+    if CASES[method.name].ranks != "grow":
+        pytest.skip("its ranks do not grow")
     with pytest.raises(ValueError, match=r"body.*rank 2 is more than 1.*rank_pattern.*target_modules"):
-        adapted(method, base, target_modules=["body"], rank_pattern={})
+        adapted(method, tall(), target_modules=["body"], rank_pattern={})
+
+
+@EVERY
+def test_a_rank_above_the_modules_size_is_taken_and_exported_where_ranks_do_not_grow(method, tmp_path):
+    if CASES[method.name].ranks == "grow":
+        pytest.skip("its ranks grow")
+    settings = {"target_modules": ["body"], "rank_pattern": {}, "init_lora_weights": False}
+    (layer,) = adapted_modules(model := adapted(method, tall(), **settings)).values()
+    export_lora(model, tmp_path)
+    (lora,) = adapted_modules(peft.PeftModel.from_pretrained(tall(), tmp_path)).values()
+    assert layer.r["default"] == lora.r["default"] == 2
+    assert_near(lora(input_of("linear")), layer(input_of("linear")))
 
 
 @EVERY

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from increlora_rs import IncreLoraCallback, attach
 from increlora_rs.methods import METHODS
-from method_cases import adapted_modules, batch, optimizer_of, ready, trainable
+from method_cases import batch, optimizer_of, ranks_of, ready, trainable
 from rows import Rows
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
@@ -38,9 +38,8 @@ def base():
     return BertForSequenceClassification(config).double()
 
 
-def result(model):
-    ranks = {name: layer.r["default"] for name, layer in adapted_modules(model).items()}
-    return {"parameters": trainable(model), "ranks": ranks}
+def result(method, model):
+    return {"parameters": trainable(model), "ranks": ranks_of(method, model)}
 
 
 def part_of(step, rank):
@@ -72,7 +71,7 @@ def in_a_loop(method, out, rank):
     dist.barrier()
     resumed = peft.PeftModel.from_pretrained(base(), out, is_trainable=True, autocast_adapter_dtype=False)
     loop(resumed.train(), rank, range(STOP, STEPS), optimizer.state_dict())
-    return {("loop", "whole"): result(whole), ("loop", "resumed"): result(resumed)}
+    return {("loop", "whole"): result(method, whole), ("loop", "resumed"): result(method, resumed)}
 
 
 def in_trainer(method, out, resume):
@@ -94,7 +93,7 @@ def in_trainer(method, out, resume):
         callbacks=[IncreLoraCallback()],
     )
     trainer.train(resume_from_checkpoint=str(out / f"checkpoint-{STOP}") if resume else None)
-    return result(trainer.model)
+    return result(method, trainer.model)
 
 
 def train_alone(method):
@@ -108,7 +107,7 @@ def train_alone(method):
             (model(**part_of(step, rank)).loss / 2).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return result(model)
+    return result(method, model)
 
 
 def main():
