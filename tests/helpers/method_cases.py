@@ -42,6 +42,8 @@ class Case:
         scale: Of lora_alpha and the module's rank at the start, what it is multiplied by.
         count: Of rank, out and in of a linear layer, the numbers that it trains.
         kinds: What it adapts.
+        size: Of a number, one that is as large or larger and that it takes for in and for out of a module.
+        rank: Of the rank that is asked for, out and in, the rank that a module has at the start.
         training: Settings under which a training of 12 steps does all that the method does.
         acts: Does something besides the optimizer change what is trained?
         grows: Do ranks change in it?
@@ -54,6 +56,8 @@ class Case:
     scale: Callable[[float, int], float]
     count: Callable[[int, int, int], int]
     kinds: frozenset[str]
+    size: Callable[[int], int] = lambda number: number
+    rank: Callable[[int, int, int], int] = lambda asked, out, features: asked
     training: Mapping[str, Any] = field(default_factory=dict)
     acts: bool = True
     grows: bool = False
@@ -169,16 +173,21 @@ def tensors_of(method, layer, adapter="default"):
     return {name: getattr(layer, name)[adapter].weight for name in CASES[method.name].tensors}
 
 
-def rank_of(name):
-    """The rank at the start of the module of this name."""
+def asked_of(name):
+    """The rank that is asked for of the module of this name."""
     return 3 if name.endswith("value") else 2
+
+
+def rank_of(method, layer, name):
+    """The rank at the start of the module of this name."""
+    return CASES[method.name].rank(asked_of(name), layer.site.out, layer.site.features)
 
 
 def dense(method, layer, name, adapter="default", alpha=ALPHA):
     """The update (out, in) of a module, float64, of the tensors it has now; gradients pass."""
     case = CASES[method.name]
     tensors = {key: tensor.double() for key, tensor in tensors_of(method, layer, adapter).items()}
-    return case.scale(alpha, rank_of(name)) * case.dense(tensors)
+    return case.scale(alpha, asked_of(name)) * case.dense(tensors)
 
 
 def as_weight(delta, module):
