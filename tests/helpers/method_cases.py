@@ -42,6 +42,8 @@ class Case:
         scale: Of lora_alpha and the module's rank at the start, what it is multiplied by.
         count: Of rank, out and in of a linear layer, the numbers that it trains.
         kinds: What it adapts.
+        size: Of a number, one that is as large or larger and that it takes for in and for out of a module.
+        start: Of the rank that is asked for, out and in, the rank that a module has at the start.
         training: Settings under which a training of 12 steps does all that the method does.
         acts: Does something besides the optimizer change what is trained?
         ranks: What the ranks do in it: "stay", "grow" to 3 a module on the average, or "fall".
@@ -55,6 +57,8 @@ class Case:
     scale: Callable[[float, int], float]
     count: Callable[[int, int, int], int]
     kinds: frozenset[str]
+    size: Callable[[int], int] = lambda number: number
+    start: Callable[[int, int, int], int] = lambda asked, out, features: asked
     training: Mapping[str, Any] = field(default_factory=dict)
     acts: bool = True
     ranks: Literal["stay", "grow", "fall"] = "stay"
@@ -195,16 +199,21 @@ def ranks_of(method, model, adapter="default"):
     return {name: rank(tensors_of(method, layer, adapter)) for name, layer in adapted_modules(model).items()}
 
 
-def rank_of(name):
-    """The rank at the start of the module of this name."""
+def asked_of(name):
+    """The rank that is asked for of the module of this name."""
     return 3 if name.endswith("value") else 2
+
+
+def start_of(method, layer, name):
+    """The rank at the start of the module of this name."""
+    return CASES[method.name].start(asked_of(name), layer.site.out, layer.site.features)
 
 
 def dense(method, layer, name, adapter="default", alpha=ALPHA):
     """The update (out, in) of a module, float64, of the tensors it has now; gradients pass."""
     case = CASES[method.name]
     tensors = {key: tensor.double() for key, tensor in tensors_of(method, layer, adapter).items()}
-    return case.scale(alpha, rank_of(name)) * case.dense(tensors)
+    return case.scale(alpha, asked_of(name)) * case.dense(tensors)
 
 
 def as_weight(delta, module):

@@ -16,13 +16,14 @@ from method_cases import (
     adapted,
     adapted_modules,
     as_weight,
+    asked_of,
     batch,
     config_of,
     dense,
     optimizer_of,
-    rank_of,
     reference,
     run,
+    start_of,
     tensors_of,
     trainable,
     trained,
@@ -95,16 +96,19 @@ def test_the_base_is_not_trained(method, base, make_bert):
 @EVERY
 def test_the_trained_numbers_are_as_many_as_the_paper_counts(method, base):
     model = adapted(method, base)
-    # Two layers; query and value are 32 by 32, intermediate 48 by 32.
-    count = CASES[method.name].count
-    wanted = 2 * (count(2, 32, 32) + count(3, 32, 32) + count(2, 48, 32))
+    layers, count = adapted_modules(model), CASES[method.name].count
+    wanted = sum(
+        count(asked_of(name), *layer.get_base_layer().weight.shape) for name, layer in layers.items()
+    )
+    assert len(layers) == 6
     assert model.get_nb_trainable_parameters()[0] == wanted
 
 
 @EVERY
 def test_ranks_are_r_and_the_patterns(method, base):
-    ranks = {name: layer.r["default"] for name, layer in adapted_modules(adapted(method, base)).items()}
-    assert ranks == {name: rank_of(name) for name in ranks}
+    layers = adapted_modules(adapted(method, base))
+    ranks = {name: layer.r["default"] for name, layer in layers.items()}
+    assert ranks == {name: start_of(method, layer, name) for name, layer in layers.items()}
     assert len(ranks) == 6
 
 
@@ -260,29 +264,30 @@ def test_a_process_without_this_package_gets_the_same_outputs_of_an_export(
 # Kinds of modules.
 
 
-def build(kind):
+def build(method, kind):
     torch.manual_seed(5)
+    size = CASES[method.name].size
     modules = {
-        "linear": lambda: nn.Linear(6, 5),
-        "Conv1D": lambda: Conv1D(5, 6),
-        "embedding": lambda: nn.Embedding(9, 6, padding_idx=2),
-        "conv2d": lambda: nn.Conv2d(3, 5, (2, 3), stride=(1, 2), padding=1),
+        "linear": lambda: nn.Linear(size(6), size(5)),
+        "Conv1D": lambda: Conv1D(size(5), size(6)),
+        "embedding": lambda: nn.Embedding(size(9), size(6), padding_idx=2),
+        "conv2d": lambda: nn.Conv2d(size(3), size(5), (2, 3), stride=(1, 2), padding=1),
     }
     return nn.ModuleDict({"body": modules[kind](), "tail": nn.Linear(4, 4)})
 
 
-def input_of(kind):
-    generator = torch.Generator().manual_seed(6)
+def input_of(method, kind):
+    generator, size = torch.Generator().manual_seed(6), CASES[method.name].size
     if kind == "embedding":
         return torch.tensor([[1, 2, 3], [8, 0, 1]])
-    shape = (2, 3, 6, 7) if kind == "conv2d" else (2, 3, 6)
+    shape = (2, size(3), 6, 7) if kind == "conv2d" else (2, 3, size(6))
     return torch.randn(shape, generator=generator)
 
 
 def adapted_kind(method, kind):
     # Random, for a fresh update is 0.
     return adapted(
-        method, build(kind), target_modules=["body"], rank_pattern={}, init_lora_weights=False
+        method, build(method, kind), target_modules=["body"], rank_pattern={}, init_lora_weights=False
     ).double()
 
 
@@ -299,7 +304,7 @@ def _id(value):
 @pytest.mark.parametrize(("method", "kind"), HAS, ids=_id)
 def test_a_module_of_each_kind_gives_the_output_of_the_dense_update(method, kind):
     (layer,) = adapted_modules(adapted_kind(method, kind)).values()
-    plain, x = build(kind)["body"].double(), input_of(kind)
+    plain, x = build(method, kind)["body"].double(), input_of(method, kind)
     x = x.double() if x.is_floating_point() else x
     delta = as_weight(dense(method, layer, "body"), layer)
     wanted = torch.func.functional_call(plain, {"weight": plain.weight + delta}, x)
@@ -309,12 +314,12 @@ def test_a_module_of_each_kind_gives_the_output_of_the_dense_update(method, kind
 
 @pytest.mark.parametrize(("method", "kind"), HAS, ids=_id)
 def test_a_module_of_each_kind_learns_from_its_start(method, kind):
-    model = adapted(method, build(kind), target_modules=["body"], rank_pattern={})
+    model = adapted(method, build(method, kind), target_modules=["body"], rank_pattern={})
     (layer,) = adapted_modules(model).values()
     assert not layer.get_delta_weight("default").any()
     optimizer = optimizer_of(model)
     for _ in range(2):
-        layer(input_of(kind)).square().sum().backward()
+        layer(input_of(method, kind)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     assert layer.get_delta_weight("default").any()
@@ -324,25 +329,25 @@ def test_a_module_of_each_kind_learns_from_its_start(method, kind):
 def test_a_module_of_each_kind_is_saved_and_loaded(method, kind, tmp_path):
     model = adapted_kind(method, kind).float()
     model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(build(kind), tmp_path)
+    loaded = peft.PeftModel.from_pretrained(build(method, kind), tmp_path)
     first, second = (next(iter(adapted_modules(each).values())) for each in (model, loaded))
-    assert torch.equal(first(input_of(kind)), second(input_of(kind)))
+    assert torch.equal(first(input_of(method, kind)), second(input_of(method, kind)))
 
 
 @pytest.mark.parametrize(("method", "kind"), HAS, ids=_id)
 def test_a_module_of_each_kind_is_exported(method, kind, tmp_path):
     model = adapted_kind(method, kind).float()
     export_lora(model, tmp_path)
-    loaded = peft.PeftModel.from_pretrained(build(kind), tmp_path)
+    loaded = peft.PeftModel.from_pretrained(build(method, kind), tmp_path)
     first, second = (next(iter(adapted_modules(each).values())) for each in (model, loaded))
-    assert_near(second(input_of(kind)), first(input_of(kind)))
+    assert_near(second(input_of(method, kind)), first(input_of(method, kind)))
 
 
 @pytest.mark.parametrize(("method", "kind"), HAS_NOT, ids=_id)
 def test_a_module_of_another_kind_is_refused_by_name_with_the_way_out(method, kind):
     family = FAMILIES[kind]
     with pytest.raises(ValueError, match=f"body.*'{family}'.*{method.title}.*leave it out of target_modules"):
-        adapted(method, build(kind), target_modules=["body"], rank_pattern={})
+        adapted(method, build(method, kind), target_modules=["body"], rank_pattern={})
 
 
 # Several adapters.
@@ -458,7 +463,7 @@ def test_the_table_of_modules_has_rank_size_and_norm_of_every_one(method, base):
     assert rows.keys() == layers.keys()
     for name, layer in layers.items():
         wanted = dense(method, layer, name).detach()
-        assert (rows[name].rank, rows[name].shape) == (rank_of(name), tuple(wanted.shape))
+        assert (rows[name].rank, rows[name].shape) == (start_of(method, layer, name), tuple(wanted.shape))
         assert rows[name].norm == pytest.approx(float(wanted.norm()), rel=1e-5)
 
 
@@ -507,9 +512,9 @@ def test_an_argument_that_is_none_of_the_methods_is_refused(method):
         config_of(method, rang=3)
 
 
-def tall():
+def tall(size):
     torch.manual_seed(5)
-    return nn.ModuleDict({"body": nn.Linear(6, 1)})
+    return nn.ModuleDict({"body": nn.Linear(size(6), size(1))})
 
 
 @EVERY
@@ -517,7 +522,7 @@ def test_a_rank_above_the_modules_size_is_refused_by_module_where_ranks_grow(met
     if CASES[method.name].ranks != "grow":
         pytest.skip("its ranks do not grow")
     with pytest.raises(ValueError, match=r"body.*rank 2 is more than 1.*rank_pattern.*target_modules"):
-        adapted(method, tall(), target_modules=["body"], rank_pattern={})
+        adapted(method, tall(CASES[method.name].size), target_modules=["body"], rank_pattern={})
 
 
 @EVERY
@@ -525,9 +530,11 @@ def test_a_rank_above_the_modules_size_is_taken_and_exported_where_ranks_do_not_
     if CASES[method.name].ranks == "grow":
         pytest.skip("its ranks grow")
     settings = {"target_modules": ["body"], "rank_pattern": {}, "init_lora_weights": False}
-    (layer,) = adapted_modules(model := adapted(method, tall(), **settings)).values()
+    (layer,) = adapted_modules(model := adapted(method, tall(CASES[method.name].size), **settings)).values()
     export_lora(model, tmp_path)
-    (lora,) = adapted_modules(peft.PeftModel.from_pretrained(tall(), tmp_path)).values()
+    (lora,) = adapted_modules(
+        peft.PeftModel.from_pretrained(tall(CASES[method.name].size), tmp_path)
+    ).values()
     assert layer.r["default"] == lora.r["default"] == 2
     assert_near(lora(input_of("linear")), layer(input_of("linear")))
 

@@ -26,23 +26,25 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-def stack():
+def stack(method):
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(9, 14), nn.Tanh(), nn.Linear(14, 11), nn.Tanh(), nn.Linear(11, 6))
+    a, b, c, d = map(CASES[method.name].size, (9, 14, 11, 6))
+    return nn.Sequential(nn.Linear(a, b), nn.Tanh(), nn.Linear(b, c), nn.Tanh(), nn.Linear(c, d))
 
 
-def batch(t):
-    x = torch.randn(8, 9, generator=torch.Generator().manual_seed(t))
-    return x, torch.sin(2 * x[:, :6])
+def batch(method, t):
+    size = CASES[method.name].size
+    x = torch.randn(8, size(9), generator=torch.Generator().manual_seed(t))
+    return x, torch.sin(2 * x[:, : size(6)])
 
 
 def optimizer_of(model):
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
 
-def run(net, optimizer, steps=STEPS):
+def run(method, net, optimizer, steps=STEPS):
     for t in range(steps):
-        x, y = batch(t)
+        x, y = batch(method, t)
         nn.functional.mse_loss(net(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -55,10 +57,10 @@ def compiled(model, backend="aot_eager"):
 
 @EVERY
 def test_outputs_and_gradients_are_those_of_eager_mode(method):
-    model = adapted(method, stack(), init_lora_weights=False, **SETTINGS).train()
+    model = adapted(method, stack(method), init_lora_weights=False, **SETTINGS).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     net, counter = compiled(model)
-    x, y = batch(0)
+    x, y = batch(method, 0)
     found, wanted = net(x), model(x)
     assert counter.frame_count == 1
     assert_near(found.detach(), wanted.detach())
@@ -68,10 +70,10 @@ def test_outputs_and_gradients_are_those_of_eager_mode(method):
 
 @EVERY
 def test_a_plain_training_is_compiled_once_and_agrees_with_eager_mode(method):
-    eager, model = (adapted(method, stack(), **SETTINGS).train() for _ in range(2))
+    eager, model = (adapted(method, stack(method), **SETTINGS).train() for _ in range(2))
     net, counter = compiled(model)
-    run(eager, optimizer_of(eager))
-    run(net, optimizer_of(model))
+    run(method, eager, optimizer_of(eager))
+    run(method, net, optimizer_of(model))
     assert counter.frame_count == 1
     assert_same_training(trainable(model).values(), trainable(eager).values())
 
@@ -80,14 +82,13 @@ def test_a_plain_training_is_compiled_once_and_agrees_with_eager_mode(method):
 def test_an_attached_training_is_compiled_once_and_agrees_with_eager_mode(method):
     ends = []
     for compiles in (False, True):
-        model = ready(
-            method, stack(), **SETTINGS, **({"top_h": 2} if CASES[method.name].ranks == "grow" else {})
-        )
+        more = {"top_h": 2} if CASES[method.name].ranks == "grow" else {}
+        model = ready(method, stack(method), **SETTINGS, **more)
         net, counter = compiled(model) if compiles else (model, None)
         optimizer = optimizer_of(model)
         torch.manual_seed(12)
         scheduler = attach(model, optimizer, total_steps=STEPS)
-        run(net, optimizer)
+        run(method, net, optimizer)
         ends.append((scheduler.ranks, trainable(model)))
     assert counter.frame_count == 1
     (ranks, wanted), (others, found) = ends
@@ -99,33 +100,33 @@ def test_an_attached_training_is_compiled_once_and_agrees_with_eager_mode(method
 @pytest.mark.slow
 @EVERY
 def test_inductor_agrees_with_eager_mode(method):
-    eager, model = (adapted(method, stack(), **SETTINGS).train() for _ in range(2))
+    eager, model = (adapted(method, stack(method), **SETTINGS).train() for _ in range(2))
     net, counter = compiled(model, "inductor")
-    run(eager, optimizer_of(eager))
-    run(net, optimizer_of(model))
+    run(method, eager, optimizer_of(eager))
+    run(method, net, optimizer_of(model))
     assert counter.frame_count == 1
     assert_same_training(trainable(model).values(), trainable(eager).values())
 
 
 @EVERY
 def test_evaluation_and_batches_of_other_sizes_agree(method):
-    model = adapted(method, stack(), init_lora_weights=False, **SETTINGS).eval()
+    model = adapted(method, stack(method), init_lora_weights=False, **SETTINGS).eval()
     net, _ = compiled(model, "eager")
     with torch.no_grad():
         for rows in (8, 3, 5):
-            x = batch(rows)[0][:rows]
+            x = batch(method, rows)[0][:rows]
             assert_near(net(x), model(x))
 
 
 @EVERY
 def test_autocast_inside_a_compiled_function_is_obeyed(method):
-    model = adapted(method, stack(), init_lora_weights=False, **SETTINGS).eval()
+    model = adapted(method, stack(method), init_lora_weights=False, **SETTINGS).eval()
 
     def function(x):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return model(x)
 
-    x = batch(0)[0]
+    x = batch(method, 0)[0]
     with torch.no_grad():
         found = torch.compile(function, backend="eager", fullgraph=True)(x)
         assert_near(found, function(x), torch.bfloat16)
@@ -133,8 +134,8 @@ def test_autocast_inside_a_compiled_function_is_obeyed(method):
 
 @EVERY
 def test_a_merged_and_an_unmerged_model_are_compiled(method):
-    model = adapted(method, stack(), init_lora_weights=False, **SETTINGS).eval()
-    x = batch(0)[0]
+    model = adapted(method, stack(method), init_lora_weights=False, **SETTINGS).eval()
+    x = batch(method, 0)[0]
     net, _ = compiled(model, "eager")
     with torch.no_grad():
         wanted = net(x)
@@ -146,8 +147,8 @@ def test_a_merged_and_an_unmerged_model_are_compiled(method):
 
 @EVERY
 def test_an_exported_program_gives_the_same_output(method):
-    model = adapted(method, stack(), init_lora_weights=False, **SETTINGS).eval()
-    x = batch(0)[0]
+    model = adapted(method, stack(method), init_lora_weights=False, **SETTINGS).eval()
+    x = batch(method, 0)[0]
     with torch.no_grad():
         program = torch.export.export(model, (x,))
         assert_near(program.module()(x), model(x))
@@ -155,11 +156,11 @@ def test_an_exported_program_gives_the_same_output(method):
 
 @EVERY
 def test_a_compiled_model_is_saved_by_the_names_of_the_plain_one(method, tmp_path):
-    model = adapted(method, stack(), init_lora_weights=False, **SETTINGS)
-    x = batch(0)[0]
+    model = adapted(method, stack(method), init_lora_weights=False, **SETTINGS)
+    x = batch(method, 0)[0]
     compiled(model, "eager")[0](x)
     model.save_pretrained(tmp_path)
-    fresh = adapted(method, stack(), **SETTINGS)
+    fresh = adapted(method, stack(method), **SETTINGS)
     fresh.load_adapter(tmp_path, "default")
     for name, layer in adapted_modules(fresh).items():
         wanted = adapted_modules(model)[name].get_delta_weight("default")

@@ -18,10 +18,10 @@ from method_cases import (
     adapted,
     assert_equal_bits,
     optimizer_of,
-    rank_of,
     ranks_of,
     ready,
     run,
+    start_of,
     trainable,
 )
 from rows import Rows
@@ -210,13 +210,14 @@ def test_two_processes_equal_one_with_the_averaged_loss(processes, method):
 
 @pytest.mark.slow
 @EVERY
-def test_two_processes_do_all_that_the_method_does(processes, method):
+def test_two_processes_do_all_that_the_method_does(processes, method, make_bert):
     for way in ("loop", "trainer"):
         ranks, does = processes[0][method.name][way, "whole"]["ranks"], CASES[method.name].ranks
         if does == "grow":
             assert sum(ranks.values()) == 3 * len(ranks)
             assert set(ranks.values()) != {3}
         else:
-            wanted = {name: rank_of(name) for name in ranks}
+            layers = adapted_modules(adapted(method, make_bert()))
+            wanted = {name: start_of(method, layer, name) for name, layer in layers.items()}
             assert all(rank <= wanted[name] for name, rank in ranks.items())
             assert (ranks != wanted) is (does == "fall")

@@ -13,11 +13,11 @@ from method_cases import (
     EVERY,
     adapted,
     adapted_modules,
+    asked_of,
     assert_equal_bits,
     batch,
     config_of,
     optimizer_of,
-    rank_of,
     run,
     tensors_of,
     trainable,
@@ -161,7 +161,7 @@ def test_the_configuration_names_the_method_and_is_read_back(method, model, save
     loaded = peft.PeftConfig.from_pretrained(str(saved))
     assert type(loaded) is method.config
     assert {name: loaded.rank_at(name) for name in adapted_modules(model)} == {
-        name: rank_of(name) for name in adapted_modules(model)
+        name: asked_of(name) for name in adapted_modules(model)
     }
     for name, value in CASES[method.name].settings.items():
         if name != "rank_pattern":

@@ -6,6 +6,7 @@ Where a method changes nothing but by gradients, what is attached must change no
 
 import copy
 import math
+from contextlib import nullcontext
 
 import peft
 import pytest
@@ -114,6 +115,15 @@ def test_after_detach_the_sizes_stay_and_training_goes_on(method, make_bert):
     assert scheduler.step == 3
     assert {n: p.shape for n, p in trainable(model).items()} == {n: p.shape for n, p in before.items()}
     assert not [name for name, p in trainable(model).items() if torch.equal(p, before[name])]
+
+
+@EVERY
+def test_a_training_that_lacks_what_the_method_does_is_told_so(method, make_bert):
+    model = adapted(method, make_bert()).train()
+    expected = pytest.warns(UserWarning, match=f"{method.title} and no scheduler attached")
+    with expected if method.policy is not None else nullcontext():
+        for _ in range(50):
+            model(**batch(0, rows=1)).loss.backward()
 
 
 OPTIMIZERS = {
@@ -258,7 +268,7 @@ def test_checkpointing_gives_the_same_gradients(method, make_llama, tokens, reen
         model = adapted(
             method,
             make_llama(),
-            target_modules=["q_proj", "v_proj", "down_proj"],
+            target_modules=["q_proj", "o_proj"],
             rank_pattern={},
             init_lora_weights=False,
             lora_dropout=0.2,

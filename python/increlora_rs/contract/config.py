@@ -155,11 +155,11 @@ class MethodConfig(LoraConfig):
         return self.rank_pattern.get(key, default)
 
     def check_rank(self, site: Site, rank: int) -> None:
-        """Checks the rank that a module begins with. One above min(in, out) says nothing more, but is taken
-        wherever it stays as it is, as LoRA takes it.
+        """Checks a module's size, and the rank that it begins with. One above min(in, out) says nothing more,
+        but is taken wherever it stays as it is, as LoRA takes it.
 
         Raises:
-            ValueError: the method cannot begin there.
+            ValueError: the method cannot adapt it, or not begin there; the message goes on after its name.
         """
 
     def alpha_of(self, module: str) -> float:
@@ -193,8 +193,9 @@ class MethodConfig(LoraConfig):
         self.unlike_lora = sorted(unlike_lora)
 
     def note_ranks(self, ranks: Mapping[str, int]) -> None:
-        """Takes down the ranks of the modules, by full name, where the configuration would make others."""
-        if any(self.rank_at(name) != rank for name, rank in ranks.items()):
+        """Takes down the ranks of the modules, by full name, where they can be others than those that the
+        configuration makes."""
+        if self.method.structure.growing and any(self.rank_at(name) != rank for name, rank in ranks.items()):
             self.rank_pattern = rank_pattern(dict(ranks))
 
     def site_of(self, module: str, parameters: Mapping[str, Tensor]) -> Site:

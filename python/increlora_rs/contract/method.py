@@ -23,6 +23,9 @@ class Method:
         policy: What changes between backward pass and optimizer; None: nothing.
         summary: What an adapter of it is, in a sentence that goes on with its ranks: the model card's.
         paper: Address of the paper.
+
+    Raises:
+        ValueError: PEFT would not find the structure's parameters.
     """
 
     name: str
@@ -34,6 +37,13 @@ class Method:
     paper: str = ""
 
     def __post_init__(self) -> None:
+        names = self.structure.names
+        if "lora_A" not in names or not all(name.startswith("lora_") for name in names):
+            raise ValueError(
+                f"{self.name}: the parameters are named {names}, but PEFT and transformers know an adapter's "
+                "by 'lora_', and that a layer has one by 'lora_A'; take names that begin so, 'lora_A' among "
+                "them."
+            )
         self.config.method = self
 
     @property

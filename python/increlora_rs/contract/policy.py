@@ -156,7 +156,8 @@ class Policy:
 
     A subclass takes of the methods below what it needs. All are called in every process alike, and have to do
     the same there: what differs between processes goes through the gauge, which is averaged, or through
-    ``training.distributed``; random numbers come from :meth:`generator`.
+    ``training.distributed``; random numbers come from :meth:`generator`. Those of a step are called under
+    ``torch.no_grad``.
 
     Args:
         modules: The adapted modules, in model order.
@@ -191,8 +192,8 @@ class Policy:
         """
 
     def after_step(self, step: Step) -> Event | None:
-        """After an update that counts, for what changes parameters: grow, mask, shrink, prune, merge. No grad
-        mode is on, and ``p.grad`` is what the update used. None: no rank and no size changed."""
+        """After an update that counts, for what changes parameters: grow, mask, shrink, prune, merge.
+        ``p.grad`` is what the update used. None: no rank and no size changed."""
         return None
 
     def resized(self) -> None:

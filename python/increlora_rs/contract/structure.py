@@ -25,6 +25,7 @@ class Structure(ABC):
     """
 
     #: Of the parameters, as files and optimizers have them: ``lora_A`` stands for ``lora_A.ADAPTER.weight``.
+    #: All begin with "lora_", and "lora_A" is one: PEFT finds adapters by it.
     names: ClassVar[tuple[str, ...]]
     #: What can be adapted: "linear", "embedding", "convolution".
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
@@ -39,7 +40,8 @@ class Structure(ABC):
 
     @abstractmethod
     def shapes(self, site: Site, rank: int, config: Any) -> dict[str, tuple[int, ...]]:
-        """The shapes of the parameters of a module of rank ``rank``, in the order of the checks."""
+        """The shapes of the parameters of a module of rank ``rank``, in the order of the checks; each of two
+        dimensions or more, for what has fewer is taken for a part that another process has the rest of."""
 
     @abstractmethod
     def draw(

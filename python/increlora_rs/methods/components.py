@@ -213,6 +213,16 @@ class Components(Structure):
         append(own_b, b, 1)
 
 
+class FixedComponents(Components):
+    """Components of which none comes or goes while they are trained."""
+
+    growing: ClassVar[Mapping[str, int]] = {}
+
+    def may_take(self, site: Site, shapes: Mapping[str, tuple[int, ...]], config: Any) -> bool:
+        """No other sizes."""
+        return False
+
+
 def _active(a: Tensor, b: Tensor, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Without the reserve: views."""
     rank = e.shape[0]

@@ -7,7 +7,7 @@ components whose gate is not 0, is a plain LoRA with a rank of its own in every 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -21,7 +21,7 @@ from ..contract.config import MethodConfig
 from ..contract.method import Method
 from ..contract.policy import AdaptedModule, Event, Plan, Policy, Step
 from ..support import arguments
-from .components import Components
+from .components import FixedComponents
 from .learning_rate import decoupled_decay, initial_lr, is_decoupled, multiplier
 
 _SCHEDULES = ("linear", "log_linear", "exp_linear")
@@ -129,10 +129,8 @@ class SoraConfig(MethodConfig):
         return [float(value) for value in values]
 
 
-class Gated(Components):
+class Gated(FixedComponents):
     """Components of which E is the gate; none comes or goes while they are trained."""
-
-    growing: ClassVar[Mapping[str, int]] = {}
 
     def draw(
         self, site: Any, rank: int, config: SoraConfig, generator: torch.Generator | None = None
@@ -148,10 +146,6 @@ class Gated(Components):
         open_ = torch.nonzero(gate.flatten()).flatten()
         kept = open_ if len(open_) else torch.zeros(1, dtype=torch.int64, device=gate.device)
         return {"lora_A": a[kept], "lora_B": b[:, kept], "lora_E": gate[kept]}
-
-    def may_take(self, site: Any, shapes: Mapping[str, tuple[int, ...]], config: Any) -> bool:
-        """No other sizes."""
-        return False
 
 
 class Gates(Policy):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -15,10 +16,23 @@ from .probe import Probe
 
 
 def observed(
-    update: Tensor, show: Callable[..., None], probe: Probe | None, slot: int, *tensors: Tensor
+    update: Tensor, show: Callable[..., None] | None, probe: Probe | None, slot: int, *tensors: Tensor
 ) -> Tensor:
-    """``update`` itself; ``show(gauge, slot, gradient, *tensors)`` is called in its backward pass where the
-    probe asks for it."""
+    """``update`` itself, whose backward pass the probe counts, and in which ``show(gauge, slot, gradient,
+    *tensors)`` is called where the probe asks for it; ``show`` None: no gauge is for such an update.
+
+    In a graph nothing is counted, and what is shown has to be an operation's own, as in ``convolution.py``.
+
+    Raises:
+        NotImplementedError: there is a gauge, and nothing to show it.
+    """
+    if show is None and probe is not None and probe.gauge is not None:
+        raise NotImplementedError(
+            f"the policy of {probe.title} has a gauge, and its update shows no gradient; take a policy "
+            "without, or give observed() a function that shows it."
+        )
+    if show is None and torch.compiler.is_compiling():
+        return update
     # Nobody trains by a scheduler what is no number yet, or what a transform makes of it.
     if probe is None or transformed() or not in_memory(update):
         return update
@@ -29,7 +43,7 @@ def observed(
 class _Observed(Function):
     @staticmethod
     def forward(
-        ctx: Any, update: Tensor, show: Callable[..., None], probe: Probe, slot: int, *tensors: Tensor
+        ctx: Any, update: Tensor, show: Callable[..., None] | None, probe: Probe, slot: int, *tensors: Tensor
     ) -> Tensor:
         ctx.show, ctx.probe, ctx.slot = show, probe, slot
         ctx.save_for_backward(*tensors)

@@ -35,7 +35,12 @@ class Update(Protocol):
     """What a linear layer takes of any update; none forms dW in a pass."""
 
     def add(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
-        """``y`` (..., out) and the update of x (..., in), of the shape and dtype of y."""
+        """``y`` (..., out) and the update of x (..., in), of the shape and dtype of y.
+
+        It drops x as ``call`` says, and computes as autocast does (:mod:`increlora_rs.ops.autocast`). What
+        torch's own operations compute goes through :func:`increlora_rs.ops.observed.observed`, which tells a
+        training that lacks its policy.
+        """
         ...
 
     def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor | None:

@@ -75,7 +75,8 @@ class ModuleRow:
         shape: (out, in) of dW.
         rank: Number of components.
         norm: Frobenius norm of dW.
-        singular_values: Those of dW that can differ from 0, ``rank`` in number, descending.
+        singular_values: Those of dW that can differ from 0, descending: ``rank`` in number, where dW is of
+            that rank.
     """
 
     name: str
@@ -167,7 +168,7 @@ def module_table(
 ) -> ModuleTable:
     """Shape, rank, norm and singular values of each module's update, of a model or a saved adapter.
 
-    Costs O((in + out) r^2) a module: no update is formed as a matrix.
+    Costs O((in + out) r^2) a module: no update is formed as a matrix that is one of a LoRA.
 
     Raises:
         ValueError, FileNotFoundError, TypeError: as for :func:`increlora_rs.export_lora`.
@@ -182,8 +183,12 @@ def module_table(
 
 
 def singular_values(module: SavedModule) -> list[float]:
-    """The ``rank`` leading singular values of the update, in float64, descending."""
-    a, b = (factor.cpu() for factor in module.lora(torch.float64))
+    """The singular values of the update that can differ from 0, in float64, descending."""
+    factors = module.update.lora(torch.float64)
+    if factors is None:
+        of_all: list[float] = torch.linalg.svdvals(module.update.dense().double().cpu()).tolist()
+        return of_all
+    a, b = (factor.cpu() for factor in factors)
     # With B = Q R and A' = P T, Q and P orthonormal, the values are those of the small R T'.
     left = torch.linalg.qr(b, mode="r").R
     right = torch.linalg.qr(a.T, mode="r").R

@@ -93,10 +93,12 @@ def export_lora(
     target = Path(out_dir)
     refuse_own_directory(model_or_adapter_dir, target)
     _refuse_unlike_lora(adapter)
-    rank = _rank(adapter, layout, rank, vllm_rank)
+    loras = {name: module.lora() for name, module in adapter.modules.items()}
+    # An update's own rank need not be that of the LoRA that does the same.
+    rank = _rank(max(a.shape[0] for a, _ in loras.values()), layout, rank, vllm_rank)
     _check_dtype(dtype)
     tensors = {key: _cast(key, tensor, dtype) for key, tensor in _others(adapter).items()}
-    factors, errors, error = _cut({name: m.lora() for name, m in adapter.modules.items()}, rank)
+    factors, errors, error = _cut(loras, rank)
     for name, (a, b) in factors.items():
         if layout == "uniform":
             a, b = _padded(a, b, rank)
@@ -128,13 +130,13 @@ def _others(adapter: SavedAdapter) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in adapter.others.items() if key not in weights}
 
 
-def _rank(adapter: SavedAdapter, layout: str, rank: int | None, vllm_rank: bool) -> int:
-    """The rank of the export, the largest one in the compact layout."""
+def _rank(largest: int, layout: str, rank: int | None, vllm_rank: bool) -> int:
+    """The rank of the export of an adapter whose largest is ``largest``, the largest one in the compact
+    layout."""
     if layout not in ("uniform", "compact"):
         raise ValueError(f"layout={layout!r} is unknown; it must be 'uniform' or 'compact'.")
     arguments.integer("rank", rank, at_least=1, optional=True)
     arguments.choice("vllm_rank", vllm_rank, (True, False))
-    largest = max(module.rank for module in adapter.modules.values())
     if layout == "compact" and vllm_rank:
         raise ValueError("vllm_rank=True pads, and goes with layout='uniform' only; leave it out.")
     if layout == "compact" and rank is not None and rank > largest:
