@@ -160,7 +160,8 @@ def test_a_load_of_other_ranks_is_told_before_the_next_step(make_plain, grow):
     scheduler = attach(model, optimizer, policy=Calls)
     train(model, optimizer, 1, 1)
     model.load_state_dict(other.state_dict())
-    train(model, optimizer, 2, 2)
+    with pytest.warns(UserWarning, match="optimizer state starts anew"):
+        train(model, optimizer, 2, 2)
     assert scheduler.policy.seen[3:] == ["resized", ("before", 2), ("after", 2)]
     assert scheduler.total_rank == 7
 

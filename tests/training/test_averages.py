@@ -618,6 +618,7 @@ def test_after_a_load_of_other_ranks_an_average_starts_anew_with_a_warning(train
     assert causes == ["load"]
 
 
+@pytest.mark.filterwarnings("ignore:the state .* of AdamW has shape")
 def test_an_average_loaded_along_with_an_adapter_of_other_ranks_is_kept(training, plain_input):
     model, optimizer = training()
     averaged = swa_utils.AveragedModel(model)

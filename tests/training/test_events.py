@@ -99,6 +99,7 @@ def test_components_in_reserve_come_and_go_with_an_event():
     assert all(list(resize.removed) and not list(resize.added) for resize in events[-1].resizes)
 
 
+@pytest.mark.filterwarnings("ignore:the state .* of AdamW has shape")
 def test_an_adapter_of_other_ranks_is_told_of_before_the_next_step():
     model, optimizer, scheduler = begin()
     first = copy.deepcopy(model.state_dict())

@@ -583,6 +583,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(form, stop, order, t
     assert scheduler.history.tolist() == uninterrupted.history.tolist()
 
 
+@pytest.mark.filterwarnings("ignore:the state .* of AdamW has shape")
 def test_an_optimizer_state_of_other_ranks_than_the_model_raises_at_the_next_step():
     model = adapted()
     optimizer = adamw(model)
