@@ -16,6 +16,7 @@ from method_cases import (
     CASES,
     EVERY,
     adapted,
+    adapted_modules,
     assert_equal_bits,
     optimizer_of,
     ranks_of,
