@@ -90,3 +90,10 @@ def test_updates_and_calls_are_made_within_one_graph(update, x):
     assert found[0][-1].min() > 0
     for eager, compiled in zip(*found, strict=True):
         torch.testing.assert_close(compiled, eager)
+
+
+def test_what_is_merged_is_not_rounded_by_autocast(update):
+    plain = update.dense()
+    with torch.autocast("cpu", torch.bfloat16):
+        around = update.dense()
+    assert torch.equal(around, plain)

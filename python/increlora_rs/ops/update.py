@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..resizing.graph import may_differ
+from .autocast import without_autocast
 from .linear import add_by_torch, add_low_rank, low_rank_linear
 from .modes import readable
 from .probe import Probe
@@ -130,7 +131,9 @@ class LowRank:
     def dense(self) -> Tensor:
         """dW (out, in) of the active components, float32 or wider."""
         a, b, e = self._active()
-        return (b * e) @ a * self.scale
+        # A merge within autocast must not round what it writes for good.
+        with without_autocast(a.device.type):
+            return (b * e) @ a * self.scale
 
     def lora(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """A (active, in) and B (out, active) with E and the scale in B; ``dtype`` None: float32 or wider."""
