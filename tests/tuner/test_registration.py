@@ -15,6 +15,7 @@ import peft.peft_model
 import pytest
 import torch
 from increlora_rs import IncreLoraConfig, IncreLoraModel, _core, _torch_check
+from increlora_rs.methods import METHODS
 from increlora_rs.tuner.registration import register
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -34,9 +35,9 @@ STAGE = ".increlora-save-*"
         lambda: PeftType.__members__["INCRELORA"],
         lambda: pickle.loads(pickle.dumps(IncreLoraConfig().peft_type)),
         lambda: copy.deepcopy(IncreLoraConfig().peft_type),
-        lambda: list(PeftType)[-1],
+        lambda: list(PeftType)[-len(METHODS)],
     ],
-    ids=["value", "name", "attribute", "iteration", "members", "pickle", "deepcopy", "last"],
+    ids=["value", "name", "attribute", "iteration", "members", "pickle", "deepcopy", "list"],
 )
 def test_member_is_one_and_the_same_however_found(find):
     assert find() is IncreLoraConfig().peft_type
