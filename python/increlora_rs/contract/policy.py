@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -94,8 +94,7 @@ class Plan:
     device: torch.device
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """The optimizer step at hand.
 
     Args:

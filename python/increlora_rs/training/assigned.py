@@ -35,10 +35,12 @@ class Assigned:
         self._places = [factor._parameters for factor in factors]
         self._parameters: list[nn.Parameter | None] = [place.get("weight") for place in self._places]
         self._sizes = self._sizes_now()
+        self._were_replaced = False
 
     def changed(self) -> bool:
-        """Is a size another than at the last :meth:`note`, or a parameter another object?"""
-        return self._replaced() or self._sizes_now() != self._sizes
+        """Is a size another than at the last :meth:`note`, or was a parameter another object when
+        :meth:`check_held` looked?"""
+        return self._were_replaced or self._sizes_now() != self._sizes
 
     def _replaced(self) -> bool:
         return not all(map(is_, (place.get("weight") for place in self._places), self._parameters))
@@ -48,7 +50,8 @@ class Assigned:
 
     def check_held(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises ValueError where a parameter was replaced, and ``optimizer`` does not hold the new one."""
-        if not self._replaced():
+        self._were_replaced = self._replaced()
+        if not self._were_replaced:
             return
         held = held_by(optimizer)
         for module in self._modules:
