@@ -48,7 +48,8 @@ class Components(Structure):
         device = None if generator is None else generator.device
         a = torch.empty(rank, site.features, device=device)
         b = torch.zeros(site.out, rank, device=device)
-        e = self._first_e(rank, config, device, generator)
+        first_e = torch.zeros if config.init_lora_weights == "svd" else torch.ones
+        e = first_e(rank, 1, device=device)
         if config.init_lora_weights == "svd":
             a.normal_(0.0, _PAPER_STD, generator=generator)
             b.normal_(0.0, _PAPER_STD, generator=generator)
@@ -60,12 +61,6 @@ class Components(Structure):
             # It gets no gradient: where A were not 0 there, it would move with B.
             a[:, site.padding] = 0.0
         return {"lora_A": a, "lora_B": b, "lora_E": e}
-
-    def _first_e(
-        self, rank: int, config: Any, device: torch.device | None, generator: torch.Generator | None
-    ) -> Tensor:
-        first = torch.zeros if config.init_lora_weights == "svd" else torch.ones
-        return first(rank, 1, device=device)
 
     def first_learners(self, site: Site, config: Any) -> tuple[str, ...]:
         """The factor that starts at 0; none where all are random."""

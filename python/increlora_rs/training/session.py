@@ -197,8 +197,7 @@ class Session:
     def _arm(self) -> None:
         """Asks the backward passes of the next step for the gauge, if the policy wants it."""
         if self.policy.gauge is not None:
-            self._armed = self.policy.wants(self.step + 1)
-            self.probe.arm(self._armed)
+            self.probe.arm(self.policy.wants(self.step + 1))
 
     def _drop_gauge(self) -> None:
         """Drops what the backward passes since the last step added."""
