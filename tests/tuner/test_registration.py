@@ -35,7 +35,7 @@ STAGE = ".increlora-save-*"
         lambda: PeftType.__members__["INCRELORA"],
         lambda: pickle.loads(pickle.dumps(IncreLoraConfig().peft_type)),
         lambda: copy.deepcopy(IncreLoraConfig().peft_type),
-        lambda: list(PeftType)[-len(METHODS)],
+        lambda: list(PeftType)[list(PeftType).index("INCRELORA")],
     ],
     ids=["value", "name", "attribute", "iteration", "members", "pickle", "deepcopy", "list"],
 )
