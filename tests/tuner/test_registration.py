@@ -15,7 +15,6 @@ import peft.peft_model
 import pytest
 import torch
 from increlora_rs import IncreLoraConfig, IncreLoraModel, _core, _torch_check
-from increlora_rs.methods import METHODS
 from increlora_rs.tuner.registration import register
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
