@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,12 +102,7 @@ class Method:
     def resolved(self, setting: Setting) -> dict[str, Any]:
         """The options of the configuration that are its class's own, defaults included: a default that a
         later release changes makes another run. Without the patterns by module."""
-        config = self.prepare(setting).config
-        if type(config) is LoraConfig:
-            return {}
-        annotated = vars(type(config))["__annotations__"]
-        own = {option.name for option in dataclasses.fields(config) if option.name in annotated} - _BY_MODULE
-        return {name: getattr(config, name) for name in sorted(own)}
+        return own_options(self.prepare(setting).config)
 
     def _callbacks(self, config: PeftConfig, setting: Setting) -> list[TrainerCallback]:
         if isinstance(config, AdaLoraConfig):
@@ -125,6 +120,15 @@ class Method:
         return float(factor)
 
 
+def own_options(config: PeftConfig) -> dict[str, Any]:
+    """The options of a configuration that are its class's own, defaults included; of LoRA none."""
+    if type(config) is LoraConfig:
+        return {}
+    annotated = vars(type(config))["__annotations__"]
+    own = {option.name for option in dataclasses.fields(config) if option.name in annotated} - _BY_MODULE
+    return {name: getattr(config, name) for name in sorted(own)}
+
+
 def _changes_in_training(config: PeftConfig) -> bool:
     return isinstance(config, MethodConfig) and config.method.policy is not None
 
@@ -140,34 +144,39 @@ def names() -> list[str]:
     return list(_FORMS)
 
 
-def parse_methods(text: str) -> list[Method]:
+def parse_methods(text: str, known: Sequence[str] | None = None, option: str = "--methods") -> list[Method]:
     """The methods of ``lora,increlora:beta1=0.9,top_h=4,adalora``: a piece with "=" alone goes on with
     the method before it.
+
+    Args:
+        known: Names that there are; None: those of :func:`names`.
+        option: The option that ``text`` was given to, for messages.
 
     Raises:
         ValueError: a method is unknown, there twice, or there is none.
     """
+    known = names() if known is None else known
     pieces: list[list[str]] = []
     for piece in filter(None, (piece.strip() for piece in text.split(","))):
         if "=" in piece and ":" not in piece and pieces:
             pieces[-1].append(piece)
         else:
             pieces.append(piece.split(":", 1))
-    methods = [_parse(name.strip(), options) for name, *options in pieces]
+    methods = [_parse(name.strip(), options, known, option) for name, *options in pieces]
     shown = [str(method) for method in methods]
     if not methods or len(set(shown)) < len(shown):
-        raise ValueError(f"--methods {text!r}: give one or more methods, each once, of {', '.join(names())}.")
+        raise ValueError(f"{option} {text!r}: give one or more, each once, of {', '.join(known)}.")
     return methods
 
 
-def _parse(name: str, options: list[str]) -> Method:
-    if name not in _FORMS:
-        raise ValueError(f"--methods: {name!r} is unknown; there are {', '.join(names())}.")
+def _parse(name: str, pairs: list[str], known: Sequence[str], option: str) -> Method:
+    if name not in known:
+        raise ValueError(f"{option}: {name!r} is unknown; there are {', '.join(known)}.")
     parsed = {}
-    for option in options:
-        key, sign, value = (part.strip() for part in option.partition("="))
+    for pair in pairs:
+        key, sign, value = (part.strip() for part in pair.partition("="))
         if not key or not sign or not value:
-            raise ValueError(f"--methods {name}: {option!r} is no option; write name=value.")
+            raise ValueError(f"{option} {name}: {pair!r} is no option; write name=value.")
         parsed[key] = _value(value)
     return Method(name, parsed)
 
