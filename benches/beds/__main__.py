@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kind=given.bed,
         options=kind.options(**sizes),
         arms=parse_methods(given.arms, names(), "--arms"),
-        rs=given.r,
+        rs=given.r or [kind.r],
         lrs=given.lr or kind.lrs,
         seeds=given.seeds,
         tune_seeds=given.tune_seeds,
@@ -83,8 +83,8 @@ def _shared(parser: argparse.ArgumentParser) -> None:
     add(
         "--r",
         type=_many(float),
-        default=[2.0],
-        help="budgets: parameters of LoRA of that rank everywhere (2)",
+        default=None,
+        help="budgets: parameters of LoRA of that rank everywhere (2; memory: 4)",
     )
     add(
         "--lr",

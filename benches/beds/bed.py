@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -61,8 +59,3 @@ class Bed(ABC):
     @abstractmethod
     def score(self, model: nn.Module, parameters: int) -> float:
         """The bed's figure for a trained model, by its trained parameters."""
-
-
-def digest_of(*parts: Any) -> str:
-    """Sixteen hexadecimal digits of what data were made from."""
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
-from .bed import Bed, Figure, digest_of
+from .bed import Bed, Figure
+from .losses import mean_loss
 from .modules import linear_sizes, weight_of
 from .sources import held_out, minilm, news
+from .store import stored
 from .tokens import windows
-from .training import mean_loss
 
 FIGURE = Figure("held-out loss over the untrained student's", higher_is_better=False)
 _TEST_BATCHES = 8
@@ -71,8 +72,9 @@ class Planted(Bed):
         shape = (options.batch, options.tokens)
         batches = [windows(learn, *shape, generator(seed, "batch", i)) for i in range(options.steps)]
         tests = [windows(test, 2 * shape[0], shape[1], generator(0, "test", i)) for i in range(_TEST_BATCHES)]
-        self._train = _with_outputs(teacher, batches, cache, f"{options}-{seed}")
-        self._test = _with_outputs(teacher, tests)
+        outputs = stored(cache, "planted", (options, seed), lambda: _outputs(teacher, batches))
+        self._train = list(zip(batches, outputs, strict=True))
+        self._test = list(zip(tests, _outputs(teacher, tests), strict=True))
         self.untrained = self._error(self.model())
         self.spectra = self._worth(teacher, values)
 
@@ -146,21 +148,10 @@ def _error(model: nn.Module, ids: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(model(input_ids=ids).last_hidden_state, target)
 
 
-def _with_outputs(
-    teacher: nn.Module, batches: list[Tensor], folder: Path | None = None, of: str = ""
-) -> list[tuple[Tensor, Tensor]]:
-    """Batches with what the teacher makes of them."""
-    file = None if folder is None else folder / f"planted-{digest_of(of)}.pt"
-    if file is not None and file.exists():
-        outputs = torch.load(file)
-    else:
-        teacher.eval()
-        with torch.no_grad():
-            outputs = torch.stack([teacher(input_ids=ids).last_hidden_state for ids in batches])
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(outputs, file)
-    return list(zip(batches, outputs, strict=True))
+def _outputs(teacher: nn.Module, batches: list[Tensor]) -> list[Tensor]:
+    teacher.eval()
+    with torch.no_grad():
+        return [teacher(input_ids=ids).last_hidden_state for ids in batches]
 
 
 @cache

@@ -6,6 +6,7 @@ nothing. Arms that are told their ranks come after those that tell them.
 
 from __future__ import annotations
 
+import platform
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -247,6 +248,8 @@ class Runs:
             "seed": seed,
             "alpha": self._of.alpha,
             "warmup": self._of.warmup,
+            # The text bed learns the library of this version.
+            "python": platform.python_version(),
             "told_by": None if teller is None else teller["id"],
         }
 

