@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from increlora_rs.compare.methods import parse_methods
-from increlora_rs.compare.results import Results
+from increlora_rs.compare.results import Results, read_results
 from rich.console import Console
 
 from . import __doc__ as _about
 from .arms import names
 from .kinds import KINDS
+from .plan import Comparison, Plan
 from .report import tables
-from .runs import Comparison, Runs
+from .runs import Runs
 
 _ARMS = "lora,lora-qv,lora-mlp,increlora,sensitivity,ceiling,shuffled-families,shuffled"
 _HERE = Path("target") / "beds"
@@ -42,17 +43,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source_r=given.source_r,
     )
     out = given.out or _HERE / f"{given.bed}.jsonl"
-    with Results(out) as results:
-        runs = Runs(comparison, results, given.cache, given.jobs, console.print)
-        if not given.report:
-            runs.run()
-        found = tables(comparison, runs)
+    failed = 0 if given.report else _train(comparison, out, given, console)
+    # Read, not locked: another process may be in the midst of it.
+    records = {record["id"]: record for record in read_results(out)}
+    found = tables(Plan(comparison, records.get))
     page = out.with_suffix(".md")
     text = "\n".join(table.markdown() for table in found)
     page.write_text(text, encoding="utf-8")
     console.print(text, markup=False)
     console.print(str(page), markup=False)
-    return 1 if runs.failed else 0
+    return 1 if failed else 0
+
+
+def _train(comparison: Comparison, out: Path, given: argparse.Namespace, console: Console) -> int:
+    with Results(out) as results:
+        runs = Runs(comparison, results, given.cache, given.jobs, console.print)
+        runs.run()
+    return runs.failed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,7 +91,7 @@ def _shared(parser: argparse.ArgumentParser) -> None:
         "--r",
         type=_many(float),
         default=None,
-        help="budgets: parameters of LoRA of that rank everywhere (2; memory: 4)",
+        help="budgets: parameters of LoRA of that rank everywhere (2; text: 1)",
     )
     add(
         "--lr",

@@ -79,7 +79,7 @@ class Prepared:
 
 def names() -> list[str]:
     """The arms that there are."""
-    return [*_LORA, *_OURS]
+    return [name for name in (*_LORA, *_OURS) if name != SOURCE]
 
 
 def is_told(arm: Method) -> bool:

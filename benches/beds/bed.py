@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from .ranks import Sizes
 
+_LEAST = 1e-6
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -24,7 +26,9 @@ class Figure:
     higher_is_better: bool
 
     def gain(self, value: float, other: float) -> float:
-        """How much better ``value`` is than ``other``: a ratio, above 1 where it is better."""
+        """How much better ``value`` is than ``other``: a ratio, above 1 where it is better. Bits may be below
+        0, which counts as next to none."""
+        value, other = max(value, _LEAST), max(other, _LEAST)
         return value / other if self.higher_is_better else other / value
 
 

@@ -35,7 +35,7 @@ class Kind:
 
 KINDS = {
     "planted": Kind(planted.FIGURE, planted.Options, [2.5e-3, 5e-3, 1e-2], 2.0, True, planted.Planted),
-    "memory": Kind(memory.FIGURE, memory.Options, [2e-3, 4e-3, 8e-3], 4.0, False, memory.Memory),
+    "memory": Kind(memory.FIGURE, memory.Options, [2e-3, 4e-3, 8e-3], 2.0, False, memory.Memory),
     "text": Kind(text.FIGURE, text.Options, [2.5e-3, 5e-3, 1e-2], 1.0, False, text.Text),
 }
 

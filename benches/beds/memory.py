@@ -29,18 +29,18 @@ class Options:
     """The memory bed's sizes. The data are the same at all budgets.
 
     Args:
-        strings: Strings to learn; 88 of 704 bits are 1.5 times 2 bits for each of rank 4's 20,480 parameters.
+        strings: Strings to learn; 44 of 704 bits are 1.5 times 2 bits for each of rank 2's 10,240 parameters.
         tokens, key: Of a string, after its key, and of the key.
         steps, batch: Of the training; strings of a step.
         layers: Of the decoder.
         pretraining: Steps of the decoder's own training.
     """
 
-    strings: int = 88
+    strings: int = 44
     tokens: int = 64
     key: int = 4
-    steps: int = 2000
-    batch: int = 8
+    steps: int = 4000
+    batch: int = 4
     layers: int = 2
     pretraining: int = 1500
 

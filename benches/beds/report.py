@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from increlora_rs.compare.methods import Method
 from increlora_rs.compare.results import Record
 
 from ..tables import Table, number
 from .arms import CEILING, REFERENCE, is_possible
 from .bed import Figure
-from .runs import Comparison, Runs
+from .plan import Comparison, Plan
 from .signflip import p_value
 
 # By how many standard errors the ceiling must be ahead of uniform LoRA for a bed to say anything.
@@ -30,13 +31,14 @@ _HEADER = [
 ]
 
 
-def tables(comparison: Comparison, runs: Runs) -> list[Table]:
+def tables(plan: Plan) -> list[Table]:
     """A table for each budget that has runs."""
-    return [table for r in comparison.rs if (table := _table(comparison, runs, r)).rows]
+    return [table for r in plan.comparison.rs if (table := _table(plan, r)).rows]
 
 
-def _table(comparison: Comparison, runs: Runs, r: float) -> Table:
-    found = {str(arm): runs.paired(arm, r) for arm in comparison.arms if is_possible(arm, r)}
+def _table(plan: Plan, r: float) -> Table:
+    comparison = plan.comparison
+    found = {str(arm): plan.paired(arm, r) for arm in comparison.arms if is_possible(arm, r)}
     plain = found.get(REFERENCE, {})
     notes = [
         f"Figure: mean of the {comparison.figure.name} over paired seeds, "
@@ -44,10 +46,10 @@ def _table(comparison: Comparison, runs: Runs, r: float) -> Table:
         f"over {REFERENCE}'s of the same seed; wins: seeds on which the arm is better; p: exact sign-flip "
         "test."
     ]
-    ceiling = next((runs_ for name, runs_ in found.items() if name.split(":")[0] == CEILING), {})
+    ceiling = next((records for name, records in found.items() if name.split(":")[0] == CEILING), {})
     notes += _ceiling_note(comparison.figure, ceiling, plain)
     edges = [
-        name for arm in comparison.arms if (name := str(arm)) in found and _at_edge(comparison, runs, arm, r)
+        name for arm in comparison.arms if (name := str(arm)) in found and _at_edge(comparison, plan, arm, r)
     ]
     if edges:
         notes.append(f"Best rate at the edge of the grid: {', '.join(edges)}.")
@@ -58,8 +60,8 @@ def _table(comparison: Comparison, runs: Runs, r: float) -> Table:
     return table
 
 
-def _at_edge(comparison: Comparison, runs: Runs, arm: object, r: float) -> bool:
-    best = runs.best_lr(arm, r)  # type: ignore[arg-type]
+def _at_edge(comparison: Comparison, plan: Plan, arm: Method, r: float) -> bool:
+    best = plan.best_lr(arm, r)
     return len(comparison.lrs) > 1 and best in (min(comparison.lrs), max(comparison.lrs))
 
 
@@ -77,8 +79,8 @@ def _row(
     return [
         name,
         f"{first['config']['lr']:g}",
-        number(float(np.mean([record["score"] for record in records.values()]))),
-        number(math.exp(sign * float(np.mean(logs)))) if compared else "",
+        f"{np.mean([record['score'] for record in records.values()]):.4g}",
+        f"{math.exp(sign * float(np.mean(logs))):.4g}" if compared else "",
         f"{sum(log > 0.0 for log in logs)}/{len(logs)}" if compared else "",
         number(p_value(logs)) if compared else "",
         f"{final:.0f} ({peak:.0f})",
