@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -44,6 +44,9 @@ class Job:
     options: Any
     told: dict[str, Any] | None
     cache: Path | None
+
+
+_CarryOut = Callable[[Sequence[Job]], Iterable[Record]]
 
 
 def work(job: Job) -> Record:
@@ -122,35 +125,41 @@ class Runs:
     def run(self) -> None:
         """Trains what is missing, arms that are told their ranks after those that tell them. Failed runs are
         tried again each time."""
+        if self._jobs == 1:
+            self._stages(lambda jobs: map(work, jobs))
+            return
+        with ProcessPoolExecutor(self._jobs, mp_context=get_context("spawn")) as pool:
+            self._stages(
+                lambda jobs: (
+                    done.result() for done in as_completed([pool.submit(work, job) for job in jobs])
+                )
+            )
+
+    def _stages(self, carry_out: _CarryOut) -> None:
         for r in self._of.rs:
             arms = [arm for arm in self._of.arms if is_possible(arm, r)]
             for arm in self._of.arms:
                 if arm not in arms:
                     self._tell(f"{arm} is left out at r={r:g}: it has whole ranks only")
-            self._stage([arm for arm in arms if not self._plan.waits(arm)], r)
+            self._stage([arm for arm in arms if not self._plan.waits(arm)], r, carry_out)
             if any(self._plan.waits(arm) and arm.name == CEILING for arm in arms):
-                self._stage([Method(SOURCE, {})], float(self._of.source_r))
-            self._stage([arm for arm in arms if self._plan.waits(arm)], r)
+                self._stage([Method(SOURCE, {})], float(self._of.source_r), carry_out)
+            self._stage([arm for arm in arms if self._plan.waits(arm)], r, carry_out)
 
-    def _stage(self, arms: Sequence[Method], r: float) -> None:
+    def _stage(self, arms: Sequence[Method], r: float, carry_out: _CarryOut) -> None:
         """Arms that do not wait for each other: their tuning, then their paired runs."""
         # By seed first: the runs of a seed share its bed.
-        self._all([(arm, r, lr, seed) for seed in self._of.tuning for arm in arms for lr in self._of.lrs])
+        self._all(
+            [(arm, r, lr, seed) for seed in self._of.tuning for arm in arms for lr in self._of.lrs], carry_out
+        )
         chosen = [(arm, lr) for arm in arms if (lr := self._plan.best_lr(arm, r)) is not None]
-        self._all([(arm, r, lr, seed) for seed in range(self._of.seeds) for arm, lr in chosen])
+        self._all([(arm, r, lr, seed) for seed in range(self._of.seeds) for arm, lr in chosen], carry_out)
 
-    def _all(self, wanted: Sequence[_Run]) -> None:
+    def _all(self, wanted: Sequence[_Run], carry_out: _CarryOut) -> None:
         """Carries out those of the runs that the results lack."""
         missing = [run for run in wanted if self._plan.found(*run) is None]
         jobs = [job for run in missing if (job := self._job(*run)) is not None]
-        if self._jobs == 1:
-            self._keep(map(work, jobs))
-        elif jobs:
-            with ProcessPoolExecutor(self._jobs, mp_context=get_context("spawn")) as pool:
-                self._keep(pool.map(work, jobs))
-
-    def _keep(self, records: Iterable[Record]) -> None:
-        for record in records:
+        for record in carry_out(jobs):
             self._results.append(record)
             config, failed = record["config"], record["status"] == "failed"
             self.failed += failed
