@@ -4,6 +4,8 @@
     python -m benches.beds planted --planted-ranks 4,8,24 --blocks 6 --decay 0.9 --r 0.25,0.5,1,2,4
     python -m benches.beds planted --arms lora,increlora:growth_end=0.6,importance=sensitivity,ceiling
     python -m benches.beds planted --report
+    python -m benches.beds memory --source-r 16 --jobs 2
+    python -m benches.beds text --r 1,2 --base small
 
 Three beds, all from packages of PyPI: ``planted`` (MiniLM with updates of low rank in a few modules is to
 be found again), ``memory`` (a small decoder learns random strings by heart), ``text`` (a decoder learns a
