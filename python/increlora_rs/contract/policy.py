@@ -69,6 +69,11 @@ class AdaptedModule(Protocol):
     ) -> None:
         """Makes more components active, where the structure can grow."""
 
+    def shrink(self, keep: Sequence[int]) -> None:
+        """Keeps of the active components those at the positions ``keep``, ascending, where the structure can
+        shrink. New ones, by :meth:`grow` in the same event, stand behind them: so components are moved from
+        module to module, or replaced."""
+
     def set_reserve(self, components: int, generator: torch.Generator | None = None) -> None:
         """Draws, or drops, components in reserve."""
 
@@ -135,7 +140,8 @@ class Event:
         changed: Indices of the modules whose rank changed, in the order of ``history``.
         scores: What it was decided by, a value a module.
         line: For the log.
-        resized: Did parameters change their size (``AdaptedModule.grow``, ``set_reserve``)? Then births,
+        resized: Did rows of parameters come or go (``AdaptedModule.grow``, ``shrink``, ``set_reserve``), also
+            where as many came as went? Then births,
             optimizer state, DDP's buckets and ``rank_pattern`` follow, listeners are told, and
             :meth:`Policy.resized` is called.
         restarted: Parameters whose values were replaced, so that their optimizer state has to begin anew.

@@ -1,4 +1,4 @@
-"""``s B diag(E) A``: components, each a row of A, a column of B and a number of E, that may grow in number.
+"""``s B diag(E) A``: components, each a row of A, a column of B and a number of E, that may come and go.
 
 Further rows of A and columns of B may be in reserve: they learn, with the constant ``RESERVE_E`` in the place
 of E, before they count (section 3.3 of arXiv 2308.12043).
@@ -7,7 +7,7 @@ of E, before they count (section 3.3 of arXiv 2308.12043).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +18,8 @@ from ..contract.structure import SizeMismatchError, Structure
 from ..layers import AdaptedLayer
 from ..ops.update import LowRank
 from ..resizing.graph import may_differ
-from ..resizing.parameter import append, resize
+from ..resizing.parameter import append, select
+from ..support import arguments
 from ..support.sites import Site
 
 _PAPER_STD = 0.02
@@ -123,7 +124,7 @@ class Components(Structure):
             return False
         return e[1] == 1 and 1 <= e[0] <= a[0]
 
-    # Growing, of one adapter of a layer.
+    # Growing and shrinking, of one adapter of a layer.
 
     def reserve(self, layer: AdaptedLayer, adapter: str) -> int:
         """Number of components in reserve."""
@@ -175,9 +176,43 @@ class Components(Structure):
         append(b, drawn["lora_B"], 1)
         append(e, torch.cat([reserve_e, drawn["lora_E"]]), 0)
 
+    def shrink(self, layer: AdaptedLayer, adapter: str, keep: Sequence[int]) -> None:
+        """Keeps of the active components those at the positions ``keep``; those in reserve stay.
+
+        The update loses exactly the shares ``s b_i e_i a_i^T`` of the components i that go: under
+        ``scaling="rank"``, with ``preserve_output``, E is rescaled for the scale s of the new rank, as at a
+        growth. Parameters keep their identity and lose their ``grad``.
+
+        Args:
+            keep: Positions among the active components, ascending.
+
+        Raises:
+            ValueError: the adapter is merged, or ``keep`` has positions that are not there, or not in order.
+            TypeError: ``keep`` holds something else than whole numbers.
+        """
+        if adapter in layer.merged_adapters:
+            raise ValueError(
+                f"adapter {adapter!r} is merged into the base weight and cannot shrink; call "
+                "unmerge_adapter() first."
+            )
+        rank = layer.rank(adapter)
+        kept = arguments.positions("keep", keep, rank, "components")
+        if len(kept) == rank:
+            return
+        a, b, e = layer.factors(adapter)
+        rows = [*kept, *range(rank, int(a.shape[0]))]
+        select(a, rows, 0)
+        select(b, rows, 1)
+        select(e, kept, 0)
+        rescaled = self.rescaled_by_growth(layer.configs[adapter], layer.lora_alpha[adapter], rank, len(kept))
+        if rescaled != 1.0:
+            with torch.no_grad():
+                e.mul_(rescaled)
+
     def rescaled_by_growth(self, config: Any, alpha: float, old_rank: int, rank: int) -> float:
-        """What a growth from ``old_rank`` to ``rank`` multiplies the old rows of E by."""
-        if not config.preserve_output:
+        """What a change of the rank from ``old_rank`` to ``rank`` multiplies the old rows of E by."""
+        # Of rank 0 there is no old row, and no scale.
+        if not config.preserve_output or 0 in (old_rank, rank):
             return 1.0
         return float(config.scale(alpha, old_rank) / config.scale(alpha, rank))
 
@@ -192,8 +227,8 @@ class Components(Structure):
             drawn = self.draw(layer.site, missing, layer.configs[adapter], generator)
             self.add_reserve(layer, adapter, drawn["lora_A"], drawn["lora_B"])
         elif missing < 0:
-            resize(a, a.detach()[:rows].clone(memory_format=torch.contiguous_format))
-            resize(b, b.detach()[:, :rows].clone(memory_format=torch.contiguous_format))
+            select(a, range(rows), 0)
+            select(b, range(rows), 1)
 
     def in_reserve(self, layer: AdaptedLayer, adapter: str) -> list[Tensor]:
         """Copies of the components in reserve: A (n, in), B (out, n)."""

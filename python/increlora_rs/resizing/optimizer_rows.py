@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,19 +19,21 @@ class CannotFollow(Exception):
 
 @dataclass(frozen=True)
 class Change:
-    """A parameter that changed its size.
+    """A parameter that changed its size, or rows of which left it.
 
     Args:
-        parameter: The parameter as it is now.
-        dim: The dimension along which it changed, at its end.
+        parameter: The parameter as it is now: rows that stayed, and new ones behind them.
+        dim: The dimension along which it changed.
         rescaled: What its old rows were multiplied by.
         group: Its group in the optimizer.
+        kept: The old positions of the rows that stayed, in order; None: all, cut off at the end.
     """
 
     parameter: Tensor
     dim: int
     rescaled: float
     group: Mapping[str, Any]
+    kept: Sequence[int] | None = None
 
     def old_size(self, entry: Entry | None, value: Any) -> int | None:
         """The size that the parameter had when ``value`` was made; None: ``value`` has no rows.
@@ -61,26 +63,28 @@ class Change:
         raise CannotFollow("it has no number for each of the parameter's")
 
     def follow(self, entry: Entry, value: Tensor, old: int) -> Tensor:
-        """``value`` at the present size, what was there as it is.
+        """``value`` at the present size, what stayed as it is.
 
         Raises:
-            CannotFollow: how new rows start is not known under the group's settings.
+            CannotFollow: how new rows start is not known under the group's settings, or ``value`` has not
+                the rows that stayed.
         """
-        size = self.parameter.shape[self.dim]
+        kept = self._kept_of(old)
         scale = self.rescaled if entry.is_weights else 1.0
         if value.dim() == 0:
             return self._spread(entry, value, old)
-        if old == size and scale == 1.0:
+        new = self.parameter.shape[self.dim] - len(kept)
+        if len(kept) == old and new == 0 and scale == 1.0:
             return value
         flat = _is_flat(entry, value, self.parameter)
         rows = value.view(self._shape(old)) if flat else value
         along = self.dim + (1 if entry.kind == "stacked" else 0)
         if scale != 1.0:
             rows = rows * scale
-        if size < old:
-            rows = rows.narrow(along, 0, size).clone(memory_format=torch.contiguous_format)
-        elif size > old:
-            start = self._start(entry, old)
+        if len(kept) < old:
+            rows = rows.index_select(along, torch.tensor(kept, dtype=torch.int64, device=rows.device))
+        if new:
+            start = self._start(entry, len(kept))
             if entry.kind == "stacked":
                 start = start.expand(value.shape[0], *start.shape)
             rows = torch.cat([rows, start.to(device=rows.device, dtype=rows.dtype)], along)
@@ -88,16 +92,23 @@ class Change:
 
     def _spread(self, entry: Entry, value: Tensor, old: int) -> Tensor:
         """One number for weights that all are 0 (Prodigy's p0) becomes one each, where new ones are not."""
-        size = self.parameter.shape[self.dim]
-        if size <= old:
+        kept = self._kept_of(old)
+        if self.parameter.shape[self.dim] == len(kept):
             return value
-        start = self._start(entry, old)
+        start = self._start(entry, len(kept))
         if not start.any():
             return value
         return self.follow(entry, value.expand(self._shape(old)).reshape(-1), old)
 
-    def _start(self, entry: Entry, old: int) -> Tensor:
-        new = self.parameter.detach().narrow(self.dim, old, self.parameter.shape[self.dim] - old)
+    def _kept_of(self, old: int) -> list[int]:
+        if self.kept is None:
+            return list(range(min(old, self.parameter.shape[self.dim])))
+        if any(position >= old for position in self.kept):
+            raise CannotFollow("it has not all of the rows that stayed")
+        return list(self.kept)
+
+    def _start(self, entry: Entry, first: int) -> Tensor:
+        new = self.parameter.detach().narrow(self.dim, first, self.parameter.shape[self.dim] - first)
         start = None if entry.start is None else entry.start(new, self.group)
         if start is None:
             raise CannotFollow("how it starts is not known under these settings")
@@ -120,6 +131,12 @@ def fits(entry: Entry | None, value: Any, parameter: Tensor) -> bool:
     if not _has_rows(entry, value, parameter) or entry.kind == "flat":
         return not _is_flat(entry, value, parameter) or value.numel() <= parameter.numel()
     return value.shape[1 if entry.kind == "stacked" else 0 :] == parameter.shape
+
+
+def is_of_rows(entry: Entry | None, value: Any) -> bool:
+    """Can ``value`` hold numbers of single rows?"""
+    whole = entry is not None and entry.kind in ("whole", "given")
+    return isinstance(value, Tensor) and value.dim() > 0 and not whole
 
 
 def _is_broadcast(value: Tensor, parameter: Tensor) -> bool:

@@ -1,8 +1,8 @@
-"""Keeps an optimizer's state in step with a parameter that grew or shrank in place."""
+"""Keeps an optimizer's state in step with a parameter whose rows came or went in place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..support.untraced import untraced
 from ..support.warning import warn
-from .optimizer_rows import CannotFollow, Change, fits
+from .optimizer_rows import CannotFollow, Change, fits, is_of_rows
 from .optimizer_starts import holder, known, outgrown
 
 
@@ -26,6 +26,7 @@ class _Look:
         state: The state that was looked at; loading makes another.
         resizes: How often any parameter had changed its size then.
         shapes: The shapes of the parameters that their state is for.
+        moves: How often rows had left these parameters then.
         parameters: Those of its parameters that had ever changed their size.
         sizes: Their numbers of elements.
     """
@@ -33,6 +34,7 @@ class _Look:
     state: Any
     resizes: int = -1
     shapes: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    moves: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     parameters: list[Tensor] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
 
@@ -40,9 +42,23 @@ class _Look:
         """As ``sizes``: ``p.data = other`` changes them, and tells nobody."""
         return [parameter.numel() for parameter in self.parameters]
 
+    def in_step(self, parameter: Tensor) -> bool:
+        """Is the state for the parameter's shape and rows?"""
+        return self.shapes.get(parameter) == parameter.shape and not self.moved(parameter)
 
-# Parameters that ever changed their size in place and how often any did, for the net below; the last look of
-# each optimizer; and the optimizers around an optimizer.
+    def moved(self, parameter: Tensor) -> bool:
+        """Have rows left the parameter since the last look at its state? What was never looked at may have
+        been loaded since."""
+        return parameter in self.moves and self.moves[parameter] != _resized_parameters.get(parameter, 0)
+
+    def note(self, parameter: Tensor) -> None:
+        """The state is in step."""
+        self.shapes[parameter] = parameter.shape
+        self.moves[parameter] = _resized_parameters.get(parameter, 0)
+
+
+# How often rows left each parameter that ever changed its size in place, and how often any changed it, for
+# the net below; the last look of each optimizer; and the optimizers around an optimizer.
 _resized_parameters = WeakIdKeyDictionary()
 _resizes = 0
 _looks: WeakKeyDictionary[torch.optim.Optimizer, _Look] = WeakKeyDictionary()
@@ -51,12 +67,16 @@ _net: Any = None
 
 
 def resize_state(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dim: int, rescaled: float = 1.0
+    optimizer: torch.optim.Optimizer,
+    parameter: nn.Parameter,
+    dim: int,
+    rescaled: float = 1.0,
+    kept: Sequence[int] | None = None,
 ) -> None:
-    """Brings the state of ``parameter`` in step with its size along ``dim``.
+    """Brings the state of ``parameter`` in step with its rows along ``dim``.
 
-    Rows are cut off, or appended, at the end, as the parameter's were. New ones start as the optimizer starts
-    those of a new parameter. State of which that is not known, and state that is not a plain tensor with a
+    Rows that stayed keep theirs. New ones, which stand at the end, start as the optimizer starts those of a
+    new parameter. State of which that is not known, and state that is not a plain tensor with a
     number for each of the parameter's (factors, blocks, quantised moments), cannot be kept: the
     parameter's state is dropped with a warning, and the optimizer starts it anew.
 
@@ -65,9 +85,16 @@ def resize_state(
         parameter: The parameter.
         dim: The dimension along which it changed.
         rescaled: What its old rows were multiplied by.
+        kept: The old positions of the rows that stayed, in order; None: all, cut off at the end.
     """
     for one in _with_state(optimizer):
-        _resize_one(one, parameter, dim, rescaled)
+        _resize_one(one, parameter, dim, rescaled, kept)
+
+
+def keep_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+    """Notes that the state of ``parameter`` is in step: rows came and went, and those of before are there."""
+    for one in _with_state(optimizer):
+        _look(one).note(parameter)
 
 
 def start_anew(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
@@ -82,17 +109,18 @@ def note_wrapper(inner: torch.optim.Optimizer, wrapper: torch.optim.Optimizer) -
         _wrappers.setdefault(inner, []).append(ref(wrapper))
 
 
-def watch(parameter: nn.Parameter) -> None:
-    """Notes that ``parameter`` changed its size, for optimizers that no scheduler looks after.
+def watch(parameter: nn.Parameter, *, moved: bool = False) -> None:
+    """Notes that ``parameter`` changed its size, or that rows left it (``moved``), for optimizers that no
+    scheduler looks after.
 
-    Before any optimizer's step, state of such a parameter that has another shape is dropped with a
-    warning: fused AdamW would write past the end of it.
+    Before any optimizer's step, state of such a parameter that is of another shape, or of other rows, is
+    dropped with a warning: fused AdamW would write past the end of it.
     """
     global _net, _resizes
     _resizes += 1
     if _net is None:
         _net = register_optimizer_step_pre_hook(_drop_misshapen)
-    _resized_parameters[parameter] = True
+    _resized_parameters[parameter] = _resized_parameters.get(parameter, 0) + moved
 
 
 def _with_state(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
@@ -103,10 +131,16 @@ def _with_state(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimi
             yield alive
 
 
-def _resize_one(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dim: int, rescaled: float) -> None:
+def _resize_one(
+    optimizer: torch.optim.Optimizer,
+    parameter: nn.Parameter,
+    dim: int,
+    rescaled: float,
+    kept: Sequence[int] | None,
+) -> None:
     look = _look(optimizer)
-    if look.shapes.get(parameter) != parameter.shape or rescaled != 1.0:
-        change = Change(parameter, dim, rescaled, _group(optimizer, parameter))
+    if look.shapes.get(parameter) != parameter.shape or rescaled != 1.0 or kept is not None:
+        change = Change(parameter, dim, rescaled, _group(optimizer, parameter), kept)
         try:
             resized = _followed(optimizer, change)
         except CannotFollow as why:
@@ -117,7 +151,7 @@ def _resize_one(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dim: 
             _forget(optimizer, parameter)
         else:
             optimizer.state.get(parameter, {}).update(resized)
-    look.shapes[parameter] = parameter.shape
+    look.note(parameter)
 
 
 def _followed(optimizer: torch.optim.Optimizer, change: Change) -> dict[str, Tensor]:
@@ -178,19 +212,26 @@ def _drop_misshapen(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     entries = known(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if parameter not in _resized_parameters or look.shapes.get(parameter) == parameter.shape:
+            if parameter not in _resized_parameters or look.in_step(parameter):
                 continue
-            look.shapes[parameter] = parameter.shape
+            moved = look.moved(parameter)
+            look.note(parameter)
             for key, value in optimizer.state.get(parameter, {}).items():
-                if not fits(entries.get(key), value, parameter):
-                    warn(
-                        f"the state {key!r} of {type(optimizer).__name__} has shape {tuple(value.shape)} "
-                        f"but its parameter {tuple(parameter.shape)}: it changed its rank without the "
-                        "optimizer. The parameter's optimizer state starts anew; use "
-                        "increlora_rs.attach, or make the optimizer after loading an adapter"
-                    )
-                    _forget(optimizer, parameter)
-                    break
+                entry = entries.get(key)
+                if not fits(entry, value, parameter):
+                    have, want = tuple(value.shape), tuple(parameter.shape)
+                    why = f"has shape {have} but its parameter {want}: it changed its rank"
+                elif moved and is_of_rows(entry, value):
+                    why = "is of rows that its parameter no longer has: its components changed"
+                else:
+                    continue
+                warn(
+                    f"the state {key!r} of {type(optimizer).__name__} {why} without the optimizer. The "
+                    "parameter's optimizer state starts anew; use increlora_rs.attach, or make the optimizer "
+                    "after loading an adapter"
+                )
+                _forget(optimizer, parameter)
+                break
 
 
 def _look(optimizer: torch.optim.Optimizer) -> _Look:

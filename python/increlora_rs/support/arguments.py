@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -47,6 +48,19 @@ def choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Fails unless ``value`` is one of ``choices``, type included."""
     if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
         raise ValueError(f"{name}={value!r} is unknown; it must be one of {list(choices)}.")
+
+
+def positions(name: str, value: Sequence[int], count: int, of: str) -> list[int]:
+    """``value`` as plain integers; fails unless they are positions among ``count``, ascending."""
+    if not all(isinstance(item, Integral) and not isinstance(item, bool) for item in value):
+        raise TypeError(f"{name}={value!r} must be integers, positions of {of}.")
+    found = [int(item) for item in value]
+    if not all(low < high for low, high in zip([-1, *found], [*found, count], strict=True)):
+        raise ValueError(
+            f"{name}={found} must be positions of the {count} {of}, from 0 to {count - 1}, each once and in "
+            "ascending order."
+        )
+    return found
 
 
 def collection(name: str, value: Any, kind: type, want: str) -> None:

@@ -1,4 +1,4 @@
-"""Averages of the weights (EMA, SWA) that others hold follow when ranks grow."""
+"""Averages of the weights (EMA, SWA) that others hold follow when ranks change."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ class _Follower:
 
     def __call__(self, event: GrowthEvent) -> None:
         """Takes the sizes after a growth, a load, or the end."""
-        resizes = {id(resize.parameter): resize for resize in event.resizes}
+        resized = {id(resize.parameter) for resize in event.resizes}
         restarted: dict[str, None] = {}
         for held in self._held():
             module = held.module
             named = zip(module.structure.names, module.factors, strict=True)
-            new_rank = any(id(p) in resizes for name, p in named if name in module.structure.active_only)
+            new_rank = any(id(p) in resized for name, p in named if name in module.structure.active_only)
             if event.cause == "detach" and new_rank:
                 # An adapter of other ranks was loaded at the end: the average is of the training.
                 continue
@@ -89,7 +89,7 @@ class _Follower:
                 if held.restart():
                     restarted[held.module.name] = None
                 continue
-            held.follow(event.step, [resizes.get(id(p)) for p, _, _ in held.module.parameters])
+            held.follow(event.step, event)
         if restarted:
             warn(
                 f"an adapter of other ranks was loaded without its average: the averages of {len(restarted)} "

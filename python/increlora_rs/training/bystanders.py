@@ -55,21 +55,29 @@ class Bystanders:
         self._looked = False
         self._told: set[int] = set()
 
-    def warn(self, step: int, before: Sequence[tuple[int, ...]]) -> None:
-        """After a growth and all who were told of it. ``before``: rows of the modules' parameters before
-        it."""
+    def warn(self, step: int, before: Sequence[tuple[int, ...]], changed: Sequence[AdaptedModule]) -> None:
+        """After a growth and all who were told of it. ``before``: rows of the modules' parameters before it;
+        ``changed``: the modules of which any came or went."""
+        now, of_changed = [module.sizes for module in self._modules], set(map(id, changed))
+        # An average of these has the right sizes, whether it followed or not.
+        moved = {
+            id(module)
+            for module, old, new in zip(self._modules, before, now, strict=True)
+            if old == new and id(module) in of_changed
+        }
         # The look at all objects takes longer than a growth: only where there is something new to find.
         first, self._looked = not self._looked, True
         tensors = first and any(name in sys.modules for name in _OF_TENSORS)
         if not (self._new_copies() or tensors):
             return
         for average in _living():
-            if id(average) not in self._told and self._lags(average, before):
+            if id(average) not in self._told and self._lags(average, before, moved):
                 self._told.add(id(average))
                 warn(
                     f"step {step}: {type(average).__name__} averages this adapter but did not grow with it: "
-                    "its next update will fail, or broadcast rows. Call increlora_rs.keep_average(scheduler, "
-                    "average) after attach, or use IncreLoraCallback(averages=[average])"
+                    "its next update will fail, broadcast rows, or average different components. Call "
+                    "increlora_rs.keep_average(scheduler, average) after attach, or use "
+                    "IncreLoraCallback(averages=[average])"
                 )
 
     def _new_copies(self) -> bool:
@@ -82,13 +90,13 @@ class Bystanders:
         first = self._modules[0]
         return first.layer.probes[first.adapter]
 
-    def _lags(self, average: Any, before: Sequence[tuple[int, ...]]) -> bool:
-        """Is ``average`` one of this adapter, and of other sizes than it has now?"""
+    def _lags(self, average: Any, before: Sequence[tuple[int, ...]], moved: set[int]) -> bool:
+        """Is ``average`` one of this adapter, and of other sizes than it has now, or of modules ``moved``?"""
         try:
             held = held_by(average, self._model, self._modules)
         except (ValueError, TypeError):
             return False
-        if not any(part.out_of_step() for part in held):
+        if not any(part.out_of_step() or id(part.module) in moved for part in held):
             return False
         copies = [part.copy for part in held if isinstance(part, HeldLayer)]
         if copies:

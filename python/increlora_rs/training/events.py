@@ -1,25 +1,26 @@
-"""Who is told when parameters of an adapter change their size, and what they are told."""
+"""Who is told when rows of an adapter's parameters come and go, and what they are told."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .modules import AdaptedModule
+from .modules import AdaptedModule, Rows
 
 Cause = Literal["growth", "load", "detach"]
 
 
 @dataclass(frozen=True, eq=False)
 class Resize:
-    """A parameter that changed its size in place; it is the same object as before.
+    """A parameter whose rows came or went in place; it is the same object as before.
 
-    Rows come and go at the end: those that stay keep their places.
+    Rows that stay keep their order and stand at the beginning, new ones behind them. As many may have come as
+    went: then the size is what it was, and the rows are not.
 
     Args:
         name: Its full name in the model given to ``attach``, as ``named_parameters()`` has it.
@@ -27,7 +28,8 @@ class Resize:
         dim: The dimension along which it changed: 0 for A (rows, in) and E (rank, 1), 1 for B (out, rows).
         old_size: Its size along ``dim`` before.
         new_size: Its size along ``dim`` now.
-        factor: What its old rows were multiplied by: at a growth under ``scaling="rank"``, with
+        kept: The old positions along ``dim`` of the rows that stayed, ascending; now they are 0, 1, 2, ...
+        factor: What its old rows were multiplied by: at a change of the rank under ``scaling="rank"``, with
             ``preserve_output``, the old scale by the new one for E; else 1.
     """
 
@@ -36,17 +38,18 @@ class Resize:
     dim: int
     old_size: int
     new_size: int
+    kept: tuple[int, ...]
     factor: float = 1.0
 
     @property
     def added(self) -> range:
-        """Positions of the new rows along ``dim``."""
-        return range(self.old_size, self.new_size)
+        """Positions along ``dim`` of the new rows, as the parameter is now."""
+        return range(len(self.kept), self.new_size)
 
     @property
-    def removed(self) -> range:
-        """Positions along ``dim`` of the rows that were cut off."""
-        return range(self.new_size, self.old_size)
+    def removed(self) -> tuple[int, ...]:
+        """Positions along ``dim`` of the rows that went, as the parameter was."""
+        return tuple(sorted(set(range(self.old_size)) - set(self.kept)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,16 +58,19 @@ class GrowthEvent:
 
     Args:
         step: Optimizer steps taken.
-        cause: "growth": ranks grew, and components in reserve may have been drawn or dropped with it. "load":
+        cause: "growth": ranks grew or fell, or components were replaced, and components in reserve may have
+            been drawn or dropped with it. "load":
             an adapter or a checkpoint of other ranks was loaded into the model since the last step, so that
             no row is what it was. "detach": what was in reserve is dropped at the end; an adapter of other
             ranks may have been loaded before it (``load_best_model_at_end``).
-        resizes: The parameters that changed their size, in model order.
+        resizes: The parameters whose rows came or went, in model order.
     """
 
     step: int
     cause: Cause
     resizes: tuple[Resize, ...]
+    # The tensors of averages that have followed it, by id: one that two look after follows once.
+    followed: set[int] = field(default_factory=set, init=False, repr=False)
 
 
 class SizeListeners:
@@ -74,6 +80,7 @@ class SizeListeners:
         self._model, self._modules = model, modules
         self._callbacks: OrderedDict[int, Callable[[GrowthEvent], Any]] = OrderedDict()
         self.known = self._sizes()
+        self._rows()
 
     def add(self, callback: Callable[[GrowthEvent], Any]) -> RemovableHandle:
         """Has ``callback`` called from now on.
@@ -89,33 +96,46 @@ class SizeListeners:
         self._callbacks[handle.id] = callback
         return handle
 
-    def tell(self, step: int, cause: Cause) -> bool:
-        """Calls the callbacks if a size changed since the last time. Did one?"""
-        before, now = self.known, self._sizes()
-        self.known = now
-        if before == now:
-            return False
-        if self._callbacks:
-            event = GrowthEvent(step, cause, tuple(self._resizes(before, now, cause)))
+    def tell(self, step: int, cause: Cause) -> list[AdaptedModule]:
+        """Calls the callbacks if rows came or went since the last time.
+
+        Returns:
+            The modules of which any did.
+        """
+        before, rows = self.known, self._rows()
+        self.known = self._sizes()
+        of_all = zip(self._modules, before, self.known, rows, strict=True)
+        changed = [each for each in of_all if _changed(*each[1:])]
+        if changed and self._callbacks:
+            event = GrowthEvent(step, cause, tuple(self._resizes(changed, cause)))
             # A callback may remove itself.
             for callback in tuple(self._callbacks.values()):
                 callback(event)
-        return True
+        return [module for module, *_ in changed]
 
     def _sizes(self) -> list[tuple[int, ...]]:
         """Rows of the parameters of every module."""
         return [module.sizes for module in self._modules]
 
+    def _rows(self) -> list[Rows]:
+        """What became of the rows of every module."""
+        return [module.told(sizes) for module, sizes in zip(self._modules, self.known, strict=True)]
+
     def _resizes(
-        self, before: list[tuple[int, ...]], now: list[tuple[int, ...]], cause: Cause
+        self, changed: list[tuple[AdaptedModule, tuple[int, ...], tuple[int, ...], Rows]], cause: Cause
     ) -> list[Resize]:
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
         found = []
-        for module, *sizes in zip(self._modules, before, now, strict=True):
+        for module, before, now, rows in changed:
             rescaled = module.structure.rescaled if cause == "growth" else ()
-            each = zip(module.structure.names, module.parameters, *sizes, strict=True)
-            for name, (parameter, dim, _), old, new in each:
-                if old != new:
-                    factor = module.rescaled_by_growth(old, new) if name in rescaled else 1.0
-                    found.append(Resize(names[id(parameter)], parameter, dim, old, new, factor))
+            each = zip(module.structure.names, module.parameters, before, now, rows.kept, strict=True)
+            for name, (parameter, dim, _), old, new, kept in each:
+                if old != new or len(kept) != old:
+                    factor = rows.factor if name in rescaled else 1.0
+                    resize = Resize(names[id(parameter)], parameter, dim, old, new, tuple(kept), factor)
+                    found.append(resize)
         return found
+
+
+def _changed(before: tuple[int, ...], now: tuple[int, ...], rows: Rows) -> bool:
+    return before != now or tuple(map(len, rows.kept)) != before

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..layers import AdaptedLayer
 from ..support.names import short
+from .events import GrowthEvent, Resize
 from .modules import AdaptedModule
 
 # Where objects keep what they average: lists by parameter (diffusers, torch_ema) with what was put aside
@@ -217,32 +218,48 @@ class HeldTensor:
         """Has it another number of rows than it is to have?"""
         return self.size_now != self.size
 
-    def followed(self, step: int, cut_from: int | None) -> Tensor | None:
-        """The value of the right size; None where it has that. ``cut_from``: rows of which some may be cut
-        off.
+    def followed(self, step: int, event: GrowthEvent | None) -> Tensor | None:
+        """The value with the rows of now; None where it has them.
 
         Raises:
-            ValueError: it has more rows than that.
+            ValueError: it has more rows than the adapter had.
         """
         parameter, dim, births = self.module.parameters[self.factor]
-        old, size = self.tensor.detach(), self.size_now
-        if size == self.size:
+        old, size, wanted = self.tensor.detach(), self.size_now, self.size
+        resize = None if event is None else self._resize(event)
+        was = size if resize is None else resize.old_size
+        if size == wanted and (resize is None or size != was):
             return None
-        if size > self.size:
-            if size != cut_from:
-                raise ValueError(
-                    f"average: the {self.what} has {size} rows, but the adapter has {self.size} at "
-                    f"{self.module.name!r}; load the average and the adapter of the same checkpoint."
-                )
-            return old.narrow(dim, 0, self.size).clone(memory_format=torch.contiguous_format)
-        new = parameter.detach().narrow(dim, size, self.size - size).to(old, copy=True)
+        if size > wanted and (resize is None or size != was):
+            raise ValueError(
+                f"average: the {self.what} has {size} rows, but the adapter has {wanted} at "
+                f"{self.module.name!r}; load the average and the adapter of the same checkpoint."
+            )
+        # One of an earlier state has the first of the rows that were there.
+        places = range(size) if resize is None or size > was else resize.kept
+        kept = [place for place in places if place < size]
+        if self._name in self.module.structure.rescaled:
+            if resize is not None and size == was:
+                old = old * resize.factor
+            else:
+                old = old * self.module.rescaled_by_growth(size, wanted)
+        if len(kept) < size:
+            old = old.index_select(dim, torch.tensor(kept, dtype=torch.int64, device=old.device))
+        new = parameter.detach().narrow(dim, len(kept), wanted - len(kept)).to(old, copy=True)
         if self._name in self.module.structure.silencing:
             # An older component takes part in no average so far.
-            older = [i for i in range(self.size - size) if births[size + i] != step]
+            older = [i for i, birth in enumerate(births[len(kept) : wanted]) if birth != step]
             new[:, older] = 0.0
-        if self._name in self.module.structure.rescaled:
-            old = old * self.module.rescaled_by_growth(size, self.size)
         return torch.cat([old, new], dim)
+
+    def _resize(self, event: GrowthEvent) -> Resize | None:
+        """What became of its rows."""
+        name, structure = self._name, self.module.structure
+        if self.active_only and structure.active_only:
+            # Those of a parameter that has no others.
+            name = next(iter(structure.active_only))
+        parameter = self.module.factors[structure.names.index(name)]
+        return next((resize for resize in event.resizes if resize.parameter is parameter), None)
 
     def current(self) -> Tensor | None:
         """The value of the adapter itself; None where the average has the right size."""
@@ -251,10 +268,10 @@ class HeldTensor:
         parameter, dim, _ = self.module.parameters[self.factor]
         return parameter.detach().narrow(dim, 0, self.size).to(self.tensor, copy=True)
 
-    def follow(self, step: int, resizes: Sequence[Any] | None = None) -> None:
-        """Takes its size of now."""
-        resize = None if resizes is None else resizes[self.factor]
-        self._set(self.followed(step, None if resize is None else resize.old_size))
+    def follow(self, step: int, event: GrowthEvent | None = None) -> None:
+        """Takes its rows of now, for ``event`` once."""
+        if event is None or _first_time(event, self.tensor):
+            self._set(self.followed(step, event))
 
     def restart(self) -> bool:
         """Takes the adapter's values if it has not its size. Did it?"""
@@ -301,11 +318,12 @@ class HeldLayer:
         """Has it other numbers of rows than the trained layer?"""
         return any(tensor.out_of_step() for tensor in self._tensors())
 
-    def follow(self, step: int, resizes: Sequence[Any] | None = None) -> None:
-        """Takes its size of now."""
+    def follow(self, step: int, event: GrowthEvent | None = None) -> None:
+        """Takes its rows of now, for ``event`` once."""
         tensors = self._tensors()
-        cuts = [None if one is None else one.old_size for one in resizes or [None] * len(tensors)]
-        self._set([t.followed(step, cut) for t, cut in zip(tensors, cuts, strict=True)])
+        first = [event is None or _first_time(event, tensor.tensor) for tensor in tensors]
+        if all(first):
+            self._set([tensor.followed(step, event) for tensor in tensors])
 
     def restart(self) -> bool:
         """Takes the adapter's values if it has not its size. Did it?"""
@@ -333,3 +351,10 @@ class HeldLayer:
 
 
 Held = HeldTensor | HeldLayer
+
+
+def _first_time(event: GrowthEvent, tensor: Tensor) -> bool:
+    """Has ``tensor`` not followed ``event`` yet? Two may look after one average."""
+    first = id(tensor) not in event.followed
+    event.followed.add(id(tensor))
+    return first

@@ -1,8 +1,9 @@
-"""One adapted module as the training sees it: its parameters, and when each of their rows was born."""
+"""One adapted module as the training sees it: its parameters, when each of their rows was born, and which of
+them went."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +12,38 @@ from torch import Tensor, nn
 
 from ..layers import AdaptedLayer
 from ..layers.found import adapted_layers
-from ..resizing.optimizer_state import resize_state
+from ..resizing.optimizer_state import keep_state, resize_state
 from ..support.names import short
+
+
+@dataclass
+class Rows:
+    """What became of the rows of a module's parameters since somebody followed them.
+
+    Args:
+        kept: Of each parameter the old positions, ascending, of the rows that are still there. They stand at
+            its beginning, and new ones behind them.
+        factor: What the old rows of a rescaled parameter were multiplied by.
+    """
+
+    kept: list[list[int]]
+    factor: float = 1.0
+
+    @classmethod
+    def of(cls, sizes: Sequence[int]) -> Rows:
+        """All of parameters of ``sizes`` rows, as they were."""
+        return cls([list(range(size)) for size in sizes])
+
+    def then(self, positions: Sequence[Iterable[int]], factor: float = 1.0) -> None:
+        """Of each parameter's present rows those at ``positions`` stay, ascending; some may be new ones."""
+        pairs = zip(self.kept, positions, strict=True)
+        self.kept = [[kept[place] for place in places if place < len(kept)] for kept, places in pairs]
+        self.factor *= factor
+
+    def fit(self, before: Sequence[int], now: Sequence[int]) -> None:
+        """Drops what parameters that had ``before`` rows, and have ``now``, cannot have kept."""
+        of_all = zip(self.kept, before, now, strict=True)
+        self.kept = [[place for place in kept if place < old][:size] for kept, old, size in of_all]
 
 
 @dataclass
@@ -31,8 +62,9 @@ class AdaptedModule:
     layer: AdaptedLayer
     adapter: str
     births: list[list[int]] = field(default_factory=list)
-    # What the old rows of a rescaled parameter were multiplied by since the optimizer's state followed.
-    _rescaled: float = field(default=1.0, init=False, repr=False)
+    # Since the optimizer's state followed, and since the listeners were told; None: nothing came or went.
+    _rows: Rows | None = field(default=None, init=False, repr=False)
+    _untold: Rows | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.births:
@@ -88,9 +120,10 @@ class AdaptedModule:
     def start(self) -> None:
         """Marks all rows as there from the start."""
         self.births = [[0] * size for size in self.sizes]
+        self._rows = None
 
     def rescaled_by_growth(self, old_rank: int, rank: int) -> float:
-        """What a growth from ``old_rank`` to ``rank`` multiplies the old rows of rescaled parameters by."""
+        """What a change of the rank to ``rank`` multiplies the old rows of rescaled parameters by."""
         config, alpha = self.layer.configs[self.adapter], self.layer.lora_alpha[self.adapter]
         factor: float = self.structure.rescaled_by_growth(config, alpha, old_rank, rank)
         return factor
@@ -102,25 +135,60 @@ class AdaptedModule:
         directions: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Makes more components active, where the structure can grow; :meth:`follow` comes after."""
-        before = self.rank
+        before, sizes = self.rank, self.sizes
         self.structure.grow(self.layer, self.adapter, components, generator, directions)
-        self._rescaled *= self.rescaled_by_growth(before, self.rank)
+        self._note([range(size) for size in sizes], sizes, self.rescaled_by_growth(before, self.rank))
+
+    def shrink(self, keep: Sequence[int]) -> None:
+        """Keeps of the active components those at the positions ``keep``, ascending, where the structure can
+        shrink; :meth:`follow` comes after, and a growth may come before it."""
+        before, sizes = self.rank, self.sizes
+        self.structure.shrink(self.layer, self.adapter, keep)
+        # Those in reserve stay.
+        stay = [[*keep, *range(before, size)] for size in sizes]
+        self._note(stay, sizes, self.rescaled_by_growth(before, self.rank))
 
     def set_reserve(self, components: int, generator: torch.Generator | None = None) -> None:
         """Draws, or drops, components in reserve; :meth:`follow` comes after."""
+        sizes = self.sizes
         self.structure.set_reserve(self.layer, self.adapter, components, generator)
+        self._note([range(size) for size in self.sizes], sizes)
+
+    def _note(self, stay: Sequence[Iterable[int]], sizes: Sequence[int], factor: float = 1.0) -> None:
+        """Of parameters that had ``sizes`` rows those at the positions ``stay`` are still there."""
+        if self._rows is None:
+            self._rows = Rows.of(sizes)
+        self._rows.then(stay, factor)
 
     def follow(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Brings births and optimizer state in step with the parameters; new rows are born now."""
-        named = zip(self.structure.names, self.parameters, strict=True)
-        for name, (parameter, dim, births) in named:
-            rescaled = self._rescaled if name in self.structure.rescaled else 1.0
-            size = int(parameter.shape[dim])
+        sizes = [len(births) for births in self.births]
+        known = self._rows is not None
+        rows = self._rows or Rows.of(sizes)
+        # Loading gives other sizes without a word.
+        rows.fit(sizes, self.sizes)
+        named = zip(self.structure.names, self.parameters, rows.kept, strict=True)
+        for name, (parameter, dim, births), kept in named:
+            rescaled = rows.factor if name in self.structure.rescaled else 1.0
+            old, size = len(births), int(parameter.shape[dim])
+            at_the_end = kept == list(range(min(old, size)))
             # State that did not have to follow stays, whatever it is.
-            if len(births) != size or rescaled != 1.0:
-                resize_state(optimizer, parameter, dim, rescaled)
-            births[size:] = [step] * (size - len(births))
-        self._rescaled = 1.0
+            if old != size or not at_the_end or rescaled != 1.0:
+                resize_state(optimizer, parameter, dim, rescaled, None if at_the_end else kept)
+            elif known:
+                keep_state(optimizer, parameter)
+            births[:] = [*(births[place] for place in kept), *[step] * (size - len(kept))]
+        if self._untold is None:
+            self._untold = Rows.of(sizes)
+        self._untold.then(rows.kept, rows.factor)
+        self._rows = None
+
+    def told(self, sizes: Sequence[int]) -> Rows:
+        """What became of the rows since the last call, when the parameters had ``sizes`` rows."""
+        rows, self._untold = self._untold or Rows.of(sizes), None
+        # A state that was resumed since has sizes of its own.
+        rows.fit(sizes, self.sizes)
+        return rows
 
 
 def adapted_modules(model: nn.Module, adapter: str) -> list[AdaptedModule]:

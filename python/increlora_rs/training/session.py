@@ -205,17 +205,18 @@ class Session:
             self.policy.gauge.total.zero_()
 
     def _follow(self) -> None:
-        """Births, optimizer state and DDP's buckets, after sizes changed."""
+        """Births, optimizer state and DDP's buckets, after rows came or went."""
         for module in self.modules:
             module.follow(self.optimizer, self.step)
         self.rebuild_buckets()
 
     def _tell(self, cause: Cause) -> None:
-        """Tells those who hold copies of the parameters that sizes changed, if they did."""
+        """Tells those who hold copies of the parameters that rows came or went, if they did."""
         self._assigned.note()
         before = self.listeners.known
-        if self.listeners.tell(self.step, cause) and cause == "growth":
-            self._bystanders.warn(self.step, before)
+        changed = self.listeners.tell(self.step, cause)
+        if changed and cause == "growth":
+            self._bystanders.warn(self.step, before, changed)
 
     def rebuild_buckets(self) -> None:
         """DDP's, for parameters that changed their size."""
