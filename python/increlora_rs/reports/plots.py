@@ -129,8 +129,9 @@ def draw_growth(history: GrowthHistory) -> Any:
 
 
 def draw_scores(history: GrowthHistory) -> Any:
-    """The matplotlib figure of the scores at each growth, on a logarithmic scale, a dot where the module
-    grew; a score stands where it was gathered, between the growth before and its own."""
+    """The matplotlib figure of the scores at each growth, on a logarithmic scale, a white dot where the
+    module grew and a black one where it lost rank; a score stands where it was gathered, between the growth
+    before and its own."""
     rows = _Rows.of(history.modules)
     scores = np.array(history.scores).T
     ranks = np.array([history.first_ranks, *history.ranks]).T
@@ -144,20 +145,25 @@ def draw_scores(history: GrowthHistory) -> Any:
     ends = {"vmin": low, "vmax": high if high > low else 10 * low}
     image = axes.pcolormesh(edges, rows.edges, shown, cmap="viridis", norm="log")
     image.set_clim(**ends)
-    grew = np.argwhere(np.diff(ranks, axis=1)[rows.order] > 0)
+    gains = np.diff(ranks, axis=1)[rows.order]
+    any_lost = bool((gains < 0).any())
     middles = (edges[:-1] + edges[1:]) / 2
     dot = min(5.0, 72 * 0.5 * min(rows.height, _WIDTH / len(history.steps)))
-    axes.scatter(
-        middles[grew[:, 1]],
-        grew[:, 0],
-        s=dot**2,
-        color="white",
-        edgecolors="black",
-        linewidths=0.15 * dot,
-        zorder=3,
-    )
+    lost = [(gains < 0, "black", "white")] if any_lost else []
+    for found, colour, edge in [(gains > 0, "white", "black"), *lost]:
+        places = np.argwhere(found)
+        axes.scatter(
+            middles[places[:, 1]],
+            places[:, 0],
+            s=dot**2,
+            color=colour,
+            edgecolors=edge,
+            linewidths=0.15 * dot,
+            zorder=3,
+        )
     rows.label(axes)
-    axes.set_title("scores at each growth; a dot: the module grew; grey: no score", fontsize=10)
+    words = ", a black one: it lost rank" if any_lost else ""
+    axes.set_title(f"scores at each growth; a dot: the module grew{words}; grey: no score", fontsize=10)
     figure.colorbar(image, cax=bar, label="score")
     return figure
 
