@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
 from increlora_rs import attach, growth_history, keep_average, rank_table
+from increlora_rs.contract.policy import Event, Policy
 from increlora_rs.methods.increlora.restart import RestartWarmup
 from increlora_rs.reports.plots import draw_growth, draw_scores
 from moving import MOVES, RANKS, STEPS, Moving, MovingWithReserve, adamw, adapted, backward, train, trainable
@@ -245,6 +247,35 @@ def test_several_changes_of_one_event_are_told_and_followed_as_one(make_plain, f
         wanted = average.lerp(gradient, 0.1).narrow(dim, 1, 1)
         torch.testing.assert_close(moment.narrow(dim, 0, 1), wanted)
         assert not moment.narrow(dim, 1, 2).any()
+
+
+class ComesAndGoes(Moving):
+    """At step 3 components come and go again, so that all is as it was."""
+
+    def after_step(self, step):
+        if step.number != 3:
+            return None
+        module, generator = self.modules[0], self.generator(3, 0, "short")
+        module.grow(1, generator)
+        module.shrink(range(3))
+        module.set_reserve(2, generator)
+        module.set_reserve(0)
+        return Event([], np.zeros(2), "nothing stayed")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adafactor])
+def test_what_came_and_went_in_one_event_leaves_all_as_it_was(make_plain, kind):
+    trained = []
+    for policy in (Policy, ComesAndGoes):
+        model = adapted(make_plain)
+        optimizer = kind(trainable(model), lr=1e-2)
+        scheduler = attach(model, optimizer, policy=policy)
+        scheduler.on_growth(trained.append)
+        train(model, optimizer, 1, 5)
+        trained.append(values(model))
+    assert len(trained) == 2
+    assert same(*trained)
 
 
 # Averages.

@@ -220,15 +220,20 @@ def _drop_misshapen(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                 entry = entries.get(key)
                 if not fits(entry, value, parameter):
                     have, want = tuple(value.shape), tuple(parameter.shape)
-                    why = f"has shape {have} but its parameter {want}: it changed its rank"
+                    why = (
+                        f"has shape {have} but its parameter {want}: it changed its rank without the "
+                        "optimizer. The parameter's optimizer state starts anew"
+                    )
                 elif moved and is_of_rows(entry, value):
-                    why = "is of rows that its parameter no longer has: its components changed"
+                    why = (
+                        "is of rows that its parameter no longer has: they went without the optimizer. The "
+                        "parameter's optimizer state starts anew"
+                    )
                 else:
                     continue
                 warn(
-                    f"the state {key!r} of {type(optimizer).__name__} {why} without the optimizer. The "
-                    "parameter's optimizer state starts anew; use increlora_rs.attach, or make the optimizer "
-                    "after loading an adapter"
+                    f"the state {key!r} of {type(optimizer).__name__} {why}; use "
+                    "increlora_rs.attach, or make the optimizer after loading an adapter"
                 )
                 _forget(optimizer, parameter)
                 break
