@@ -82,7 +82,7 @@ CASES = {
         # Rows of A and B beyond those of E are in reserve.
         rank=lambda tensors: tensors["lora_E"].shape[0],
         bad=(
-            ({"init_r": 0}, "init_r=0"),
+            ({"init_r": -1}, "init_r=-1"),
             ({"init_r": 4}, "init_r=4"),
             ({"top_h": -1}, "top_h=-1"),
             ({"beta1": 1.5}, "beta1=1.5"),

@@ -478,7 +478,7 @@ SHARED = [
     ({"lora_alpha": float("nan")}, "lora_alpha=nan"),
     ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
     ({"lora_dropout": -0.1}, "lora_dropout=-0.1"),
-    ({"rank_pattern": {"query": 0}}, "rank_pattern['query']=0"),
+    ({"rank_pattern": {"query": -1}}, "rank_pattern['query']=-1"),
     ({"rank_pattern": {"(": 2}}, "'('"),
     ({"alpha_pattern": {"query": -1}}, "alpha_pattern['query']=-1"),
     ({"bias": "some"}, "bias='some'"),

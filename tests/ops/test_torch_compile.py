@@ -113,6 +113,20 @@ def test_one_compilation_serves_a_whole_training_and_agrees_with_eager_mode(form
     assert_same_training(got["parameters"], expected["parameters"])
 
 
+@pytest.mark.parametrize("options", [{"importance_window": 2}, {"scaling": "rank", "use_rslora": True}])
+def test_a_training_from_nothing_agrees_with_eager_mode(options):
+    options = {"init_r": 0, "deltaT": 4} | options
+    expected = train(adapted(**options))
+    model = adapted(**options)
+    compiled, counter = compile_counting(model)
+    got = train(model, compiled)
+    # torch knows the stride of a B without columns: once anew for each of the three modules.
+    assert counter.frame_count <= 4
+    assert got["total_rank"] == got["budget"]
+    assert_same_growth(got["history"], expected["history"])
+    assert_same_training(got["parameters"], expected["parameters"])
+
+
 def test_a_compiled_training_again_gives_the_same_bits():
     results = []
     for _ in range(2):

@@ -86,6 +86,14 @@ def test_one_compilation_serves_a_whole_training(options):
     assert_same_training(got, expected)
 
 
+def test_a_training_from_nothing_agrees_with_eager_mode():
+    history, expected = train(*[adapted(init_r=0)] * 2)
+    model = adapted(init_r=0)
+    got, parameters = train(model, torch.compile(model, backend="aot_eager", fullgraph=True))
+    assert_same_growth(got.tolist(), history.tolist())
+    assert_same_training(parameters, expected)
+
+
 @pytest.mark.slow
 def test_inductor_agrees():
     _, expected = train(*[adapted()] * 2)

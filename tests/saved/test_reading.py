@@ -161,7 +161,6 @@ def test_value_that_is_not_finite_is_named_by_module_and_factor(make_plain, adap
         ("lora_B", (12,)),
         ("lora_E", (2, 2)),
         ("lora_E", (2,)),
-        ("lora_E", (0, 1)),
         ("lora_E", ()),
     ],
 )
@@ -171,6 +170,14 @@ def test_wrong_shape_is_named_by_module_and_factor(make_plain, adapter, reader, 
     assert "lin1" in message
     assert "lora_" in message
     assert str(shape) in message
+
+
+@readers(WITH_BASE + ALONE)
+def test_a_rank_of_zero_beside_factors_that_have_rows_is_refused(make_plain, adapter, reader):
+    edit(adapter, lambda tensors: tensors.update({key("lin1", "lora_E"): torch.zeros(0, 1)}))
+    message = refusal(reader, make_plain(), adapter)
+    assert "lora_A of module 'lin1' has shape (2, 20)" in message
+    assert "needs (0, 20)" in message
 
 
 @readers(WITH_BASE + ALONE)

@@ -72,6 +72,28 @@ def test_config_and_callback_are_enough(make_trainer):
     assert callback.scheduler.schedule.tinit == STEPS // 20
 
 
+@pytest.mark.parametrize("stop", [2, 8, 16])
+@pytest.mark.parametrize("task", ["SEQ_CLS", None])
+def test_a_training_from_nothing_resumes_bit_for_bit(make_trainer, task, stop):
+    """With a classifier that is trained along, and with nothing else that learns."""
+    config = {"init_r": 0, "top_h": 6, "task_type": task, "importance_window": 2}
+    arguments = {"save_strategy": "steps", "save_steps": stop, "warmup_steps": 0}
+    whole, callback = make_trainer(config=config, **arguments)
+    whole.train()
+    assert callback.scheduler.total_rank == callback.scheduler.budget
+    resumed, _ = make_trainer(config=config, **arguments)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{stop}")
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], value), name
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_warm_up_of_the_learning_rate_counts_every_step_from_nothing(make_trainer, clip):
+    trainer, callback = make_trainer(config={"init_r": 0, "task_type": None}, max_grad_norm=clip)
+    trainer.train()
+    assert callback.scheduler.step == STEPS
+
+
 def test_every_training_log_has_total_rank_and_orth_reg(make_trainer):
     trainer, callback = make_trainer()
     trainer.train()

@@ -148,6 +148,14 @@ class MethodConfig(LoraConfig):
             ValueError, TypeError: an argument is wrong; the message names it, the value and the way out.
         """
 
+    def check_r(self) -> None:
+        """Checks ``r``, which is a rank unless the method says otherwise.
+
+        Raises:
+            ValueError, TypeError: it is no integer of 1 or more.
+        """
+        arguments.integer("r", self.r, at_least=1)
+
     def rank_at(self, module: str) -> int:
         """The rank of a module at the start, by its full name: ``rank_pattern``'s, else ``r``."""
         key = get_pattern_key(self.rank_pattern.keys(), module)
@@ -252,11 +260,11 @@ class MethodConfig(LoraConfig):
             )
 
     def _check_shared(self) -> None:
-        arguments.integer("r", self.r, at_least=1)
+        self.check_r()
         arguments.number("lora_alpha", self.lora_alpha, above=0.0)
         arguments.number("lora_dropout", self.lora_dropout, at_least=0.0, below=1.0)
         for key, rank in arguments.pattern("rank_pattern", self.rank_pattern):
-            arguments.integer(f"rank_pattern[{key!r}]", rank, at_least=1)
+            arguments.integer(f"rank_pattern[{key!r}]", rank, at_least=self.method.structure.least_rank)
         for key, alpha in arguments.pattern("alpha_pattern", self.alpha_pattern):
             arguments.number(f"alpha_pattern[{key!r}]", alpha, above=0.0)
         arguments.choice("bias", self.bias, ("none", "all", "lora_only"))

@@ -31,6 +31,8 @@ class Structure(ABC):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     #: The parameters that may change their size, and along which dimension.
     growing: ClassVar[Mapping[str, int]] = {}
+    #: The smallest rank of a module; 0 where it may have nothing.
+    least_rank: ClassVar[int] = 1
     #: Those that have a row for each active component, and none for components in reserve.
     active_only: ClassVar[frozenset[str]] = frozenset()
     #: Those whose old rows a growth may rescale, so that it leaves the update as it is.
@@ -91,7 +93,7 @@ class Structure(ABC):
         Raises:
             ValueError: they do not fit each other, or are parts that several processes hold.
         """
-        check_gathered(name, parameters)
+        check_gathered(name, parameters, self.growing if self.least_rank == 0 else {})
         return parameters
 
     def acting(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -114,14 +116,17 @@ class Structure(ABC):
             SizeMismatchError: a shape is wrong.
             ValueError: a number is not finite.
         """
-        wanted = self.shapes(site, self._rank(parameters) if rank is None else rank, config)
+        found = self._rank(parameters) if rank is None else rank
+        wanted = self.shapes(site, found, config)
+        # Of a module that has nothing its own size tells whether it is one.
+        of_one = self.shapes(site, max(found, 1), config)
         for parameter, shape in wanted.items():
             have = tuple(parameters[parameter].shape)
-            if have != shape or 0 in shape:
+            if have != shape or 0 in of_one[parameter] or found < self.least_rank:
                 raise SizeMismatchError(
                     f"size mismatch: {parameter} of module {name!r} has shape {have} in the adapter, but the "
-                    f"model needs {shape}, with a rank of 1 or more; the adapter was saved from another base "
-                    "model, or is damaged."
+                    f"model needs {shape}, with a rank of {self.least_rank} or more; the adapter was saved "
+                    "from another base model, or is damaged."
                 )
         check_finite(name, {parameter: parameters[parameter] for parameter in wanted})
 
@@ -141,9 +146,18 @@ class Structure(ABC):
             return 0
 
 
-def check_gathered(name: str, parameters: Mapping[str, Tensor]) -> None:
-    """Raises ValueError where parameters of module ``name`` are parts of what they should be."""
-    if any(tensor.dim() < 2 or not tensor.numel() for tensor in parameters.values()):
+def check_gathered(name: str, parameters: Mapping[str, Tensor], may_be_empty: Mapping[str, int]) -> None:
+    """Raises ValueError where parameters of module ``name`` are parts of what they should be.
+
+    Args:
+        may_be_empty: Those that have no element at rank 0, and along which dimension they have no size then.
+    """
+
+    def is_part(parameter: str, tensor: Tensor) -> bool:
+        empty = [dim for dim, size in enumerate(tensor.shape) if size == 0]
+        return tensor.dim() < 2 or (empty != [] and empty != [may_be_empty.get(parameter)])
+
+    if any(is_part(parameter, tensor) for parameter, tensor in parameters.items()):
         shapes = " and ".join(
             f"{parameter} {tuple(tensor.shape)}" for parameter, tensor in parameters.items()
         )

@@ -256,13 +256,19 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.adapters:
-                former = self._changed_weight(self.get_delta_weight(name), name, safe_merge)
-                if not self.merged_adapters:
+                former = self._changed_weight(name, safe=safe_merge)
+                # That of the first that changed it.
+                if self._former is None:
                     self._former = former
                 self.merged_adapters.append(name)
 
-    def _changed_weight(self, delta: Tensor, name: str, safe: bool = False) -> Former | None:
-        return changed_weight(self, self.quantization, delta, name, check_finite=safe)
+    def _changed_weight(self, name: str, sign: int = 1, *, safe: bool = False) -> Former | None:
+        """Adds the update of an adapter to the base weight, or takes it off; without any component there is
+        none."""
+        if self.rank(name) == 0:
+            return None
+        delta = self.get_delta_weight(name)
+        return changed_weight(self, self.quantization, delta if sign > 0 else -delta, name, check_finite=safe)
 
     def unmerge(self) -> None:
         """Takes all merged updates out of the base weight again.
@@ -277,7 +283,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.adapters:
-                self._changed_weight(-self.get_delta_weight(name), name)
+                self._changed_weight(name, -1)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base layer plus the active adapters' updates."""
@@ -303,8 +309,9 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         else:
             names = names[1:]
         for name in names:
-            result = self._added(result, x, name, inplace=fresh)
-            fresh = unwatched
+            before, result = result, self._added(result, x, name, inplace=fresh)
+            # An update without components gives back what it is given.
+            fresh = unwatched and (fresh or result is not before)
         return result
 
     def _no_gradient(self) -> str:

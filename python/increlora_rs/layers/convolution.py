@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..ops.convolution import convolution
+from ..ops.convolution import convolution, show_gradient_of
 from ..support.sites import Site
 from .base import AdaptedLayer
 
@@ -48,5 +48,9 @@ class Convolution(AdaptedLayer):
 
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
         low_rank: Any = self._update_in_use(name, x)
-        update = convolution(self._dropped(x, name), low_rank, self._call(name), base=self.get_base_layer())
+        base, call = self.get_base_layer(), self._call(name, inplace)
+        if low_rank.is_empty:
+            left: Tensor = low_rank.leave(y, x, call, show_gradient_of(base))
+            return left
+        update = convolution(self._dropped(x, name), low_rank, call, base=base)
         return y.add_(update) if inplace else (y + update).to(y.dtype)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..ops.embedding import embedding
+from ..ops.embedding import embedding, show_gradient_of
 from ..ops.update import Call
 from ..support.sites import Site
 from .base import AdaptedLayer
@@ -39,16 +39,16 @@ class Embedding(AdaptedLayer):
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
         base = self.get_base_layer()
         low_rank: Any = self._update_in_use(name, x)
-        update = embedding(
-            x,
-            low_rank,
-            # Nothing is dropped from whole numbers.
-            Call(0.0, self.probes[name], self.slots[name]),
-            padding_idx=base.padding_idx,
-            scale_grad_by_freq=base.scale_grad_by_freq,
-        )
+        # Nothing is dropped from whole numbers.
+        call = Call(0.0, self.probes[name], self.slots[name], inplace)
         # Models like Gemma scale what they look up.
         factor = self._get_embed_scale()
+        if low_rank.is_empty:
+            left: Tensor = low_rank.leave(y, x, call, show_gradient_of(base, factor))
+            return left
+        update = embedding(
+            x, low_rank, call, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq
+        )
         if factor is not None:
             update = update * factor.to(update.dtype)
         return y.add_(update) if inplace else (y + update).to(y.dtype)

@@ -28,11 +28,12 @@ Parameters = Mapping[str, Tensor]
 
 
 class Components(Structure):
-    """A (rows, in), B (out, rows), E (rank, 1), rows = rank + components in reserve."""
+    """A (rows, in), B (out, rows), E (rank, 1), rows = rank + components in reserve; the rank may be 0."""
 
     names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_E")
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "convolution"})
     growing: ClassVar[Mapping[str, int]] = {"lora_A": 0, "lora_B": 1, "lora_E": 0}
+    least_rank: ClassVar[int] = 0
     active_only: ClassVar[frozenset[str]] = frozenset({"lora_E"})
     rescaled: ClassVar[frozenset[str]] = frozenset({"lora_E"})
     silencing: ClassVar[frozenset[str]] = frozenset({"lora_B"})
@@ -109,7 +110,7 @@ class Components(Structure):
         super().to_save(name, parameters)
         a, b, e = (parameters[factor] for factor in self.names)
         rank, rows = e.shape[0], a.shape[0]
-        if b.shape[1] != rows or not 1 <= rank <= rows:
+        if b.shape[1] != rows or not self.least_rank <= rank <= rows:
             raise SizeMismatchError(
                 f"size mismatch: module {name!r} has lora_A of shape {tuple(a.shape)}, lora_B of "
                 f"{tuple(b.shape)} and lora_E of {tuple(e.shape)}, which are of different ranks, so nothing "
@@ -122,7 +123,7 @@ class Components(Structure):
         a, b, e = (shapes[name] for name in self.names)
         if len(a) != 2 or len(e) != 2 or a[1] != site.features or b != (site.out, a[0]):
             return False
-        return e[1] == 1 and 1 <= e[0] <= a[0]
+        return e[1] == 1 and self.least_rank <= e[0] <= a[0]
 
     # Growing and shrinking, of one adapter of a layer.
 
@@ -247,6 +248,7 @@ class FixedComponents(Components):
     """Components of which none comes or goes while they are trained."""
 
     growing: ClassVar[Mapping[str, int]] = {}
+    least_rank: ClassVar[int] = 1
 
     def may_take(self, site: Site, shapes: Mapping[str, tuple[int, ...]], config: Any) -> bool:
         """No other sizes."""
@@ -264,8 +266,8 @@ def _active(a: Tensor, b: Tensor, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _fill(a: Tensor, b: Tensor, config: Any, generator: torch.Generator | None) -> None:
     """LoRA's initialisation of A, in place; B, which is 0, stays so unless the config wants it random."""
     if config.init_lora_weights == "gaussian":
-        # LoRA divides by the rank; the rank at the end is r.
-        a.normal_(0.0, 1.0 / config.r, generator=generator)
+        # LoRA divides by the rank; the rank at the end is r, and that of a component of its own 1.
+        a.normal_(0.0, 1.0 / max(config.r, 1), generator=generator)
         return
     bound = 1.0 / math.sqrt(a.shape[1])
     a.uniform_(-bound, bound, generator=generator)

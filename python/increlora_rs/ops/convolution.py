@@ -18,6 +18,7 @@ from .graph import ASKED, SCALE, TAKEN, empty_total, gradients_of_asked, keep, k
 from .observed import observed
 from .probe import for_graph
 from .scaled import scaled_b, through_scaled_b
+from .untouched import Show
 from .update import Call, LowRank
 
 _CONVOLUTIONS: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
@@ -72,6 +73,16 @@ def convolution(x: Tensor, update: LowRank, call: Call, *, base: Any) -> Tensor:
     return observed(result, show, probe, call.slot, x if seen is None else seen, a, b, e)
 
 
+def show_gradient_of(base: Any) -> Show:
+    """What has the gauge add the gradient of the weight of ``base``, for an update without components."""
+
+    def show(gauge: Gauge, slot: int, gy: Tensor, x: Tensor) -> None:
+        geometry, x = _geometry_of(base, x)
+        gauge.add_gradient(slot, _weight_gradient(geometry, gy, x))
+
+    return show
+
+
 def _geometry_of(base: Any, x: Tensor) -> tuple[Geometry, Tensor]:
     """That of a convolution module, and its input: padded where it does not pad with zeros on both sides
     alike."""
@@ -83,8 +94,20 @@ def _geometry_of(base: Any, x: Tensor) -> tuple[Geometry, Tensor]:
     return Geometry(base.kernel_size, base.stride, padding, base.dilation), x
 
 
+def _shape_of_output(x: Tensor, out: int, geometry: Geometry) -> tuple[int, ...]:
+    dims = len(geometry.kernel_size)
+    sizes = (
+        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, stride, padding, dilation in zip(x.shape[-dims:], *geometry, strict=True)
+    )
+    return *x.shape[: -dims - 1], out, *sizes
+
+
 def _forward(x: Tensor, a: Tensor, b: Tensor, e: Tensor, scale: float, geometry: Geometry) -> Tensor:
     convolve, (kernel, mix) = _CONVOLUTIONS[len(geometry.kernel_size)], _kernels(x, a, b, e, scale, geometry)
+    if not len(a):
+        # In a graph that knows no rank; torch has no convolution without channels.
+        return x.new_zeros(_shape_of_output(x, len(b), geometry))
     return convolve(convolve(x, kernel, None, *geometry[1:]), mix)
 
 
@@ -100,6 +123,9 @@ def _backward(
     needs_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Gradients of x (None unless ``needs_x``), A, B and E for that of the update."""
+    if not len(a):
+        gx = torch.zeros_like(x) if needs_x else None
+        return gx, torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(e)
     dims = len(geometry.kernel_size)
     shape, (x, gy) = x.shape, _batched(dims, x, gy)
     kernel, mix = _kernels(x, a, b, e, scale, geometry)

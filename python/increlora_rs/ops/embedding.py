@@ -16,6 +16,7 @@ from .graph import ASKED, SCALE, TAKEN, empty_total, gradients_of_asked, keep, k
 from .observed import observed
 from .probe import for_graph
 from .scaled import scaled_b, through_scaled_b
+from .untouched import Show
 from .update import Call, LowRank
 
 _LOOKUP = f"Tensor ids, Tensor a, Tensor b, Tensor e, {SCALE}, SymInt padding_idx, bool scale_grad_by_freq"
@@ -42,7 +43,7 @@ def embedding(
         Tensor (*ids, out) of the dtype of the parameters, under autocast of autocast's.
     """
     a, b, e = update.a, update.b, update.e
-    padding = _NO_PADDING if padding_idx is None else padding_idx % a.shape[1]
+    padding = _padding(padding_idx, a.shape[1])
     if torch.compiler.is_compiling():
         asked = for_graph(call.probe, call.slot)
         in_graph: Tensor = torch.ops.increlora.embedding_forward(
@@ -56,6 +57,26 @@ def embedding(
 
     result = _forward(ids, a, b, e, scale, padding, scale_grad_by_freq)
     return observed(result, show, call.probe, call.slot, ids, a, b, e)
+
+
+def show_gradient_of(base: Any, factor: Tensor | None) -> Show:
+    """What has the gauge add the gradient of the weight of ``base``, for an update without components.
+
+    Args:
+        base: An ``nn.Embedding``.
+        factor: What an update is multiplied by; None: 1.
+    """
+
+    def show(gauge: Gauge, slot: int, gy: Tensor, ids: Tensor) -> None:
+        gy = gy if factor is None else gy * factor.to(gy.dtype)
+        size, padding = base.num_embeddings, _padding(base.padding_idx, base.num_embeddings)
+        _add_lookup(gauge, slot, gy, ids, size, padding, base.scale_grad_by_freq)
+
+    return show
+
+
+def _padding(padding_idx: int | None, size: int) -> int:
+    return _NO_PADDING if padding_idx is None else padding_idx % size
 
 
 def _forward(
@@ -101,9 +122,15 @@ def _show(
     if gauge.fused:
         gauge.total[slot] += of_lookup(gy, ids, a, scaled_b(a, b, e, scale))
         return
+    _add_lookup(gauge, slot, gy, ids, a.shape[1], padding, scale_grad_by_freq)
+
+
+def _add_lookup(
+    gauge: Gauge, slot: int, gy: Tensor, ids: Tensor, size: int, padding: int, scale_grad_by_freq: bool
+) -> None:
     ids, gy = ids.flatten(), gy.reshape(-1, gy.shape[-1])
     if scale_grad_by_freq:
-        counts = gauge.total.new_zeros(a.shape[1]).index_add_(0, ids, gauge.total.new_ones(len(ids)))
+        counts = gauge.total.new_zeros(size).index_add_(0, ids, gauge.total.new_ones(len(ids)))
         gy = gy / counts[ids, None]
     if padding != _NO_PADDING:
         gy = gy.masked_fill((ids == padding)[:, None], 0.0)

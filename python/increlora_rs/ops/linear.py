@@ -144,6 +144,11 @@ def add_by_torch(
     return (y + update).to(y.dtype)
 
 
+def show_gradient(gauge: Gauge, slot: int, gy: Tensor, x: Tensor) -> None:
+    """Has the gauge add the gradient of the weight, for an update without components."""
+    gauge.add(slot, _flat(gy), _flat(x))
+
+
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 

@@ -95,7 +95,7 @@ class Scales(MutableMapping[str, float]):
         scale, layer = self._scales[name], self._layer
         # Not as a number: a graph must not know it.
         rank = layer.structure.rank_of(layer.tensors(name))
-        divisor = torch.ones(1, dtype=torch.float64, device="cpu") * rank
+        divisor = (torch.ones(1, dtype=torch.float64, device="cpu") * rank).clamp(min=1.0)
         return scale.tensor * scale.alpha / (divisor.sqrt() if scale.root else divisor)
 
     def _unscaled(self, name: str) -> float:

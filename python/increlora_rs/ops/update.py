@@ -8,11 +8,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..resizing.graph import may_differ
+from ..resizing.graph import is_zero, may_differ
 from .autocast import without_autocast
-from .linear import add_by_torch, add_low_rank, low_rank_linear
+from .linear import add_by_torch, add_low_rank, low_rank_linear, show_gradient
 from .modes import readable
 from .probe import Probe
+from .untouched import Show, untouched
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Update(Protocol):
 
 @dataclass
 class LowRank:
-    """``s B diag(E) A``, thin factors (arXiv 2308.12043, eq. 3).
+    """``s B diag(E) A``, thin factors (arXiv 2308.12043, eq. 3); without any component, 0.
 
     Args:
         a: Right vectors A, (rows, in).
@@ -76,13 +77,26 @@ class LowRank:
     e: Tensor
     scale: float | Tensor
 
+    @property
+    def is_empty(self) -> bool:
+        """Is there no component, so that the base layer alone is the layer? False too in a graph that does
+        not know it: its operations take any number."""
+        return is_zero(self.a.shape[0])
+
+    def leave(self, y: Tensor, x: Tensor, call: Call, show: Show) -> Tensor:
+        """``y`` where there is no component; see :func:`increlora_rs.ops.untouched.untouched`."""
+        factors = self.a, self.b, self.e
+        return untouched(y, x, factors, call.probe, call.slot, show, inplace=call.inplace)
+
     def add(self, y: Tensor, x: Tensor, call: Call) -> Tensor:
-        """``y + s B (E * (A drop(x)))``.
+        """``y + s B (E * (A drop(x)))``; without any component ``y`` itself.
 
         Raises:
             ValueError: shapes or devices do not fit, or a number is out of range.
             TypeError: a dtype does not fit.
         """
+        if self.is_empty:
+            return self.leave(y, x, call, show_gradient)
         if readable(y, x, self.a):
             return add_low_rank(
                 y,
@@ -108,13 +122,15 @@ class LowRank:
             slot=call.slot,
         )
 
-    def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor:
-        """``x W^T + bias + s B (E * (A drop(x)))``.
+    def with_base(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> Tensor | None:
+        """``x W^T + bias + s B (E * (A drop(x)))``; None without any component.
 
         Raises:
             ValueError: shapes or devices do not fit, or a number is out of range.
             TypeError: a dtype does not fit.
         """
+        if self.is_empty:
+            return None
         return low_rank_linear(
             x,
             weight,

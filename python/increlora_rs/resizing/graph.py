@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch._subclasses import meta_utils
-from torch.fx.experimental.symbolic_shapes import guard_or_true
+from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
 # Names by which torch.compile knows the adapter's parameters, and the dimension of their rows. Without
 # them it takes the shape of every parameter for fixed, whatever is marked.
@@ -42,6 +42,13 @@ def _hide_gradients() -> None:
 
 def _visible_gradient(tensor: Tensor) -> Tensor | None:
     return None if hasattr(tensor, "_dynamo_unbacked_indices") else _safe_grad(tensor)
+
+
+def is_zero(size: int) -> bool:
+    """``size == 0``; False too where a graph is made that does not know it."""
+    if torch.compiler.is_compiling():
+        return guard_or_false(size == 0)
+    return size == 0
 
 
 def may_differ(size: int, other: int) -> bool:

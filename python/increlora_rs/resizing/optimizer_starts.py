@@ -172,6 +172,20 @@ def steps_taken(optimizer: torch.optim.Optimizer, parameter: Tensor) -> int:
     return int(holder(optimizer).state.get(parameter, {}).get("step", 0))
 
 
+def counted_start(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, group: Mapping[str, Any], steps: int
+) -> dict[str, Tensor]:
+    """The state of a parameter that torch's Adam, or AdamW, has no moments of, after ``steps`` steps; of
+    other optimizers none, which they make in their next step."""
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return {}
+    # As torch.optim.Adam makes it: a number where its kernels read it.
+    on_device = group["capturable"] or group["fused"]
+    step = torch.tensor(float(steps), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+    moments = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+    return {"step": step} | {moment: torch.zeros_like(parameter) for moment in moments}
+
+
 def weights_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
     """Further weights that a step moves along with the parameter (schedule-free's z)."""
     if not any(kind.startswith("schedulefree.") for kind in kinds(optimizer)):

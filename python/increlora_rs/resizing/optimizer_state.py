@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..support.untraced import untraced
 from ..support.warning import warn
 from .optimizer_rows import CannotFollow, Change, fits, is_of_rows
-from .optimizer_starts import holder, known, outgrown
+from .optimizer_starts import counted_start, holder, known, outgrown
 
 
 @dataclass
@@ -97,10 +97,21 @@ def keep_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Non
         _look(one).note(parameter)
 
 
-def start_anew(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
-    """Drops the optimizer's state of a parameter whose values were replaced."""
+def start_anew(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, counted: int | None = None) -> None:
+    """Drops the optimizer's state of a parameter whose values were replaced, or which had no row before.
+
+    Args:
+        optimizer: The optimizer.
+        parameter: The parameter.
+        counted: Steps that Adam, which counts them for each parameter, is to have counted for this one
+            already, as for those that were there; None: none.
+    """
     for one in _with_state(optimizer):
         _forget(one, parameter)
+        _look(one).note(parameter)
+        group = _group(one, parameter)
+        if counted and group and (start := counted_start(one, parameter, group, counted)):
+            one.state[parameter] = start
 
 
 def note_wrapper(inner: torch.optim.Optimizer, wrapper: torch.optim.Optimizer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,8 +62,10 @@ def export_lora(
     """Writes the adapter to ``out_dir`` as a plain PEFT LoRA that gives the same outputs.
 
     E and the scale are multiplied into B, in float32, and ``lora_alpha`` equals the rank, so the
-    scale that a consumer applies is 1. In a mixture of experts, dense and shared layers that are called
-    as the experts are stand in ``target_parameters``: in ``target_modules`` PEFT would take them for these.
+    scale that a consumer applies is 1. A module of rank 0 has no part in the LoRA, whose
+    ``target_modules`` are then the full names of the others. In a mixture of experts, dense and shared
+    layers that are called as the experts are stand in ``target_parameters``: in ``target_modules`` PEFT would
+    take them for these.
 
     Args:
         model_or_adapter_dir: A model with an adapter of one of the methods, or a directory that
@@ -84,16 +87,22 @@ def export_lora(
     Raises:
         ValueError: ``layout`` is unknown, ``rank`` is below 1 or, for "compact", above the adapter's
             largest, ``vllm_rank`` is given for "compact" or for a rank above 512, a value is too large for
-            ``dtype``, the adapter is damaged, or it is on a convolution that PEFT's LoRA would compute in
-            another way.
+            ``dtype``, the adapter is damaged, every module is of rank 0, or one that is not is a convolution
+            that PEFT's LoRA would compute in another way.
         TypeError: ``dtype`` is no floating-point dtype.
         FileNotFoundError: the directory is missing.
     """
     adapter = read(model_or_adapter_dir, adapter_name)
     target = Path(out_dir)
     refuse_own_directory(model_or_adapter_dir, target)
-    _refuse_unlike_lora(adapter)
-    loras = {name: module.lora() for name, module in adapter.modules.items()}
+    loras = {name: module.lora() for name, module in adapter.modules.items() if module.rank}
+    if not loras:
+        raise ValueError(
+            f"model_or_adapter_dir: each of the {len(adapter.modules)} modules has rank 0, so that the "
+            "adapter does nothing and there is no LoRA to write; train it until ranks grow, or use the base "
+            "model."
+        )
+    _refuse_unlike_lora(adapter, loras)
     # An update's own rank need not be that of the LoRA that does the same.
     rank = _rank(max(a.shape[0] for a, _ in loras.values()), layout, rank, vllm_rank)
     _check_dtype(dtype)
@@ -106,15 +115,16 @@ def export_lora(
         for key, tensor in lora_tensors(name, a, b, module.kind).items():
             tensors[key] = _cast(key, tensor, dtype or module.dtype)
     ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
-    config = _config(adapter, layout, ranks, rank, _taken_for_experts(adapter))
+    config = _config(adapter, layout, ranks, rank, _taken_for_experts(adapter, list(ranks)))
     with staged(target) as stage:
         save_file(tensors, stage / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(stage))
-    return Export(config, errors, error)
+    # Of what is left out nothing is lost.
+    return Export(config, dict.fromkeys(adapter.modules, 0.0) | errors, error)
 
 
-def _refuse_unlike_lora(adapter: SavedAdapter) -> None:
-    unlike = [name for name in adapter.modules if name in adapter.config.unlike_lora]
+def _refuse_unlike_lora(adapter: SavedAdapter, names: Iterable[str]) -> None:
+    unlike = [name for name in names if name in adapter.config.unlike_lora]
     if unlike:
         raise ValueError(
             f"model_or_adapter_dir: {unlike} are convolutions with a dilation or a padding_mode, which "
@@ -200,16 +210,17 @@ def _cast(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.contiguous()
 
 
-def _taken_for_experts(adapter: SavedAdapter) -> list[str] | None:
-    """The modules whose names are those of fused experts to PEFT, in a base model that has such; else None.
+def _taken_for_experts(adapter: SavedAdapter, modules: list[str]) -> list[str] | None:
+    """Those of ``modules`` whose names are those of fused experts to PEFT, in a base model that has such;
+    else None.
 
     Raises:
         ValueError: one of them is no linear layer, which only ``target_modules`` could name.
     """
-    names = expert_names_of(adapter.config, list(adapter.modules))
+    names = expert_names_of(adapter.config, modules)
     if not names:
         return None
-    taken = [name for name in adapter.modules if name.rpartition(".")[2] in names]
+    taken = [name for name in modules if name.rpartition(".")[2] in names]
     for name in taken:
         kind = "Conv1D" if adapter.config.fan_in_fan_out else adapter.modules[name].kind
         if kind != "linear":
@@ -225,7 +236,16 @@ def _config(
 ) -> LoraConfig:
     ours = adapter.config
     targets, parameters = _target_modules(ours.target_modules), None
-    if taken is not None:
+    layers, left_out = ours.layers_to_transform, [name for name in adapter.modules if name not in ranks]
+    if left_out:
+        known = set(taken or ())
+        names = [name for name in ranks if name not in known]
+        # PEFT takes a name in a list for the end of names, too.
+        exact = taken is None and (isinstance(targets, str) or any(_adapts(name, left_out) for name in names))
+        targets, layers = "|".join(map(re.escape, names)) if exact else names, None
+        parameters = [f"{name}.weight" for name in taken or ()] or None
+        ranks = {f"{name}.weight" if name in known else name: rank for name, rank in ranks.items()}
+    elif taken is not None:
         # A regular expression would be resolved to the last parts of names, and match more than it did.
         known, taken_ends = set(taken), {name.rpartition(".")[2] for name in taken}
         if isinstance(targets, list):
@@ -249,8 +269,8 @@ def _config(
         target_modules=targets,
         target_parameters=parameters,
         exclude_modules=_target_modules(ours.exclude_modules),
-        layers_to_transform=ours.layers_to_transform,
-        layers_pattern=ours.layers_pattern,
+        layers_to_transform=layers,
+        layers_pattern=None if left_out else ours.layers_pattern,
         modules_to_save=ours.modules_to_save,
         trainable_token_indices=ours.trainable_token_indices,
         bias=ours.bias,

@@ -22,11 +22,12 @@ class Budget:
     unit: str
 
     @classmethod
-    def of(cls, r: int, unit: str, sizes: Iterable[tuple[int, int]]) -> Budget:
-        """The budget for modules of the given sizes (out, in): what rank ``r`` everywhere takes."""
+    def of(cls, r: float, unit: str, sizes: Iterable[tuple[int, int]]) -> Budget:
+        """The budget for modules of the given sizes (out, in): what rank ``r`` everywhere takes, rounded, and
+        never less than one component."""
         in_parameters = unit == "parameters"
         costs = [out + features + 1 if in_parameters else 1 for out, features in sizes]
-        return cls(r * sum(costs), costs, unit)
+        return cls(max(round(r * sum(costs)), min(costs, default=0)), costs, unit)
 
     def __str__(self) -> str:
         return amount(self.total, self.unit)

@@ -22,7 +22,9 @@ class Svd:
 
     @property
     def rank(self) -> int:
-        """Number of singular values that are not rounding, at least 1."""
+        """Number of singular values that are not rounding, at least 1 where there are any."""
+        if not len(self.s):
+            return 0
         return max(int((self.s > self.s[0] * _ROUNDING).sum()), 1)
 
     def first(self, rank: int) -> Svd:

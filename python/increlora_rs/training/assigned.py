@@ -35,7 +35,14 @@ class Assigned:
         self._places = [factor._parameters for factor in factors]
         self._parameters: list[nn.Parameter | None] = [place.get("weight") for place in self._places]
         self._sizes = self._sizes_now()
+        pairs = zip(self._parameters, self._sizes, strict=True)
+        self._empty = [parameter for parameter, size in pairs if parameter is not None and size == 0]
         self._were_replaced = False
+
+    @property
+    def empty(self) -> list[nn.Parameter]:
+        """Those of no element."""
+        return self._empty
 
     def changed(self) -> bool:
         """Is a size another than at the last :meth:`note`, or was a parameter another object when

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..layers import AdaptedLayer
 from ..layers.found import adapted_layers
-from ..resizing.optimizer_state import keep_state, resize_state
+from ..resizing.optimizer_state import keep_state, resize_state, start_anew
 from ..support.names import short
 
 
@@ -160,8 +160,13 @@ class AdaptedModule:
             self._rows = Rows.of(sizes)
         self._rows.then(stay, factor)
 
-    def follow(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Brings births and optimizer state in step with the parameters; new rows are born now."""
+    def follow(self, optimizer: torch.optim.Optimizer, step: int, counted: int | None = None) -> None:
+        """Brings births and optimizer state in step with the parameters; new rows are born now.
+
+        Args:
+            counted: Steps that the optimizer has counted, for a parameter that had no row before; None: it
+                counts those from now on.
+        """
         sizes = [len(births) for births in self.births]
         known = self._rows is not None
         rows = self._rows or Rows.of(sizes)
@@ -173,7 +178,9 @@ class AdaptedModule:
             old, size = len(births), int(parameter.shape[dim])
             at_the_end = kept == list(range(min(old, size)))
             # State that did not have to follow stays, whatever it is.
-            if old != size or not at_the_end or rescaled != 1.0:
+            if not kept and size:
+                start_anew(optimizer, parameter, counted)
+            elif old != size or not at_the_end or rescaled != 1.0:
                 resize_state(optimizer, parameter, dim, rescaled, None if at_the_end else kept)
             elif known:
                 keep_state(optimizer, parameter)

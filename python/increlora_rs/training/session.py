@@ -92,7 +92,9 @@ class Session:
     def _start(self) -> None:
         for module in self.modules:
             module.start()
-        self._lead = steps_taken(self.optimizer, self.modules[0].parameters[0][0])
+        # A parameter without rows has no state that counts.
+        first = next((module for module in self.modules if module.rows), self.modules[0])
+        self._lead = steps_taken(self.optimizer, first.parameters[0][0])
         self.policy.start()
         self._follow()
 
@@ -135,11 +137,14 @@ class Session:
             # Whatever was collected is of a batch that was dropped.
             self._drop_gauge()
             return
-        if step_kinds.is_trial(optimizer):
+        if step_kinds.is_trial(optimizer) and not self._measured():
             # Adam counts it, and newborn rows have to know.
             self._lead += 1
             return
         self.check_loaded()
+        # Some optimizers divide by the number of elements.
+        for parameter in self._assigned.empty:
+            parameter.grad = None
         self._scaler.note_step()
         found_inf = getattr(optimizer, "found_inf", None)
         at = Step(
@@ -199,6 +204,12 @@ class Session:
         if self.policy.gauge is not None:
             self.probe.arm(self.policy.wants(self.step + 1))
 
+    def _measured(self) -> bool:
+        """Did a backward pass add to the gauge? Where no module has anything, gradients have no element, and
+        none that is not 0."""
+        gauge = self.policy.gauge
+        return self.probe.armed and gauge is not None and bool(gauge.total.any())
+
     def _drop_gauge(self) -> None:
         """Drops what the backward passes since the last step added."""
         if self.policy.gauge is not None:
@@ -207,7 +218,7 @@ class Session:
     def _follow(self) -> None:
         """Births, optimizer state and DDP's buckets, after rows came or went."""
         for module in self.modules:
-            module.follow(self.optimizer, self.step)
+            module.follow(self.optimizer, self.step, self.step + self._lead)
         self.rebuild_buckets()
 
     def _tell(self, cause: Cause) -> None:

@@ -28,6 +28,9 @@ SCENARIOS = {
     "bucket view": {"gradient_as_bucket_view": True},
     "comm hook": {},
     "gradient": {},
+    "from nothing": {},
+    "from nothing, static graph": {"static_graph": True},
+    "from nothing, bucket view": {"gradient_as_bucket_view": True},
 }
 
 
@@ -36,6 +39,8 @@ def model_for(scenario):
     model = nn.Sequential(nn.Linear(9, 14), nn.Tanh(), nn.Linear(14, 11), nn.Tanh(), nn.Linear(11, 6))
     make = IncreLoraConfig.paper if scenario == "paper" else IncreLoraConfig
     options = {"importance": "gradient", "init_new": "gradient"} if scenario == "gradient" else {}
+    if scenario.startswith("from nothing"):
+        options = {"init_r": 0, "importance_window": 2}
     config = make(r=3, lora_alpha=6, target_modules=TARGETS, top_h=1, deltaT=5, **options)
     # In float64, so that only the method, not rounding, can make several processes differ from one.
     return peft.get_peft_model(model, config).double()

@@ -82,7 +82,7 @@ UNSUPPORTED = sorted(f.name for f in dataclasses.fields(LoraConfig) if f.init an
 WRONG_VALUES = [
     ("r", 0),
     ("r", -3),
-    ("init_r", 0),
+    ("init_r", -1),
     ("max_r", 0),
     ("add_r", 0),
     ("lora_alpha", 0),
@@ -211,7 +211,7 @@ def test_wrong_type_is_refused_by_name_and_value(name, value):
 @pytest.mark.parametrize(
     ("name", "value", "kind"),
     [
-        ("rank_pattern", 0, ValueError),
+        ("rank_pattern", -1, ValueError),
         ("rank_pattern", 2.0, TypeError),
         ("rank_pattern", True, TypeError),
         ("alpha_pattern", 0.0, ValueError),

@@ -21,9 +21,14 @@ class IncreLoraConfig(MethodConfig):
     """Configuration of IncreLoRA (arXiv 2308.12043), in place of ``peft.LoraConfig``.
 
     Args:
-        r: The budget: the average rank of the adapted modules at the end of training, 1 or more; see
-            ``budget_unit``.
-        init_r: Rank of every module at the start, from 1 to ``r``. ``rank_pattern`` sets it by module.
+        r: The budget: the average rank of the adapted modules at the end of training, an integer of 1 or
+            more or a fraction: 0.25 is one component for four modules; see ``budget_unit``. What a fraction
+            makes is rounded, and never less than one component. Below 1 it needs ``init_r=0``.
+        init_r: Rank of every module at the start, from 0 to ``r``. ``rank_pattern`` sets it by module. A
+            module of rank 0 is its base layer alone; ``importance="gradient"`` tells what it would gain, so
+            that with 0 a module has nothing until it is chosen. As long as no module has anything, the
+            gradient is measured in every step, for a loss has no other; steps outside of the window do not
+            count.
         max_r: Rank past which no module grows, at least ``r``; None: only min(in, out) of the module.
         total_step: Optimizer steps of the training; None: from the Trainer, or given to ``attach``.
         tinit: Steps before the first growth; None: 10 % of the steps, at most half of ``growth_end``.
@@ -40,11 +45,13 @@ class IncreLoraConfig(MethodConfig):
         orth_reg_weight: Weight of the orthogonality regulariser (eq. 4); None: 0.1 with
             ``init_lora_weights="svd"``, else 0, for LoRA's init is not orthonormal.
         init_lora_weights: True: LoRA's own (A Kaiming uniform, B 0, E 1; for embeddings A 0, B ~ N(0, 1)).
-            "gaussian": the same with A ~ N(0, 1 / r^2). "svd": the paper's (A, B ~ N(0, 0.02^2), E 0).
-            False: like True but both random, so that a fresh adapter is not the identity (for tests).
+            "gaussian": the same with A ~ N(0, 1 / r^2), N(0, 1) where r is below 1. "svd": the paper's
+            (A, B ~ N(0, 0.02^2), E 0). False: like True but both random, so that a fresh adapter is not the
+            identity (for tests).
         scaling: "budget": alpha / r for every module at all times, so alpha and learning rate carry
-            over from LoraConfig(r=r). "rank": alpha / r_k with the module's own rank (the paper).
-            ``use_rslora=True`` takes the square root of the rank in either.
+            over from LoraConfig(r=r); alpha where ``r`` is below 1, for the modules chosen have a component,
+            as with LoraConfig(r=1), however few they are. "rank": alpha / r_k with the module's own rank (the
+            paper). ``use_rslora=True`` takes the square root of the rank in either.
         advance_learning: Keep components in reserve that learn before they count (section 3.3);
             None: where ``init_lora_weights="svd"``, the only init for which it is defined.
         restart_warmup: New components go through the learning rate's warm-up anew (section 3.3).
@@ -58,7 +65,7 @@ class IncreLoraConfig(MethodConfig):
             most. ``beta1`` and ``beta2`` then say nothing but how long the window "auto" is, and
             ``importance_norm`` must be left at "sqrt": the value of one component does not depend on the
             module's size.
-            "sensitivity": ``sum |dW * G|`` of what the module has (eq. 6 of the paper).
+            "sensitivity": ``sum |dW * G|`` of what the module has (eq. 6 of the paper), 0 for one of rank 0.
         init_new: What a new component starts from: "random" numbers, or the leading singular vectors of the
             "gradient" that ``importance="gradient"`` chose by, as long as the random ones would be (B = 0
             stays 0). Not with components in reserve. None: "gradient" where that can be, else "random".
@@ -83,6 +90,7 @@ class IncreLoraConfig(MethodConfig):
 
     inits: ClassVar[tuple[Any, ...]] = (True, False, "gaussian", "svd")
 
+    r: int | float = field(default=8, metadata={"help": "Average rank at the end, an integer or a fraction."})
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Initial rank by module; kept up to date as ranks grow."}
     )
@@ -195,8 +203,9 @@ class IncreLoraConfig(MethodConfig):
             )
 
     def divisor(self, rank: int) -> float:
-        """What alpha is divided by for a module of ``rank`` active components."""
-        divisor = float(self.r if self.scaling == "budget" else max(rank, 1))
+        """What alpha is divided by for a module of ``rank`` active components: 1 or more, for a budget of
+        less than a component a module would scale each of the few up by so much."""
+        divisor = float(max(self.r if self.scaling == "budget" else rank, 1))
         return divisor**0.5 if self.use_rslora else divisor
 
     @property
@@ -220,7 +229,7 @@ class IncreLoraConfig(MethodConfig):
 
     def of_sum(self, ranks: Mapping[str, int]) -> dict[str, Any]:
         """Every module at scale 1, the budget their average rank."""
-        r = math.ceil(sum(ranks.values()) / len(ranks))
+        r = max(math.ceil(sum(ranks.values()) / len(ranks)), 1)
         return {
             "r": r,
             "lora_alpha": r,
@@ -237,14 +246,22 @@ class IncreLoraConfig(MethodConfig):
         self._check_schedule()
         self._check_choices()
 
+    def check_r(self) -> None:
+        """An integer, or a fraction."""
+        if isinstance(self.r, float) and not self.r.is_integer():
+            arguments.number("r", self.r, above=0.0)
+        else:
+            super().check_r()
+
     def _check_ranks(self) -> None:
-        arguments.integer("init_r", self.init_r, at_least=1)
+        arguments.integer("init_r", self.init_r, at_least=0)
         arguments.integer("max_r", self.max_r, at_least=1, optional=True)
         arguments.integer("add_r", self.add_r, at_least=1)
         if self.init_r > self.r:
             raise ValueError(
                 f"r={self.r} is below init_r={self.init_r}; r is the budget, the average rank at the "
-                "end of training: give at least init_r."
+                "end of training: give at least init_r, or a lower init_r: with 0 a module has nothing until "
+                "it is chosen."
             )
         if self.max_r is not None and self.max_r < self.r:
             raise ValueError(
@@ -284,6 +301,11 @@ class IncreLoraConfig(MethodConfig):
                 f"advance_learning=True needs init_lora_weights='svd', not "
                 f"{self.init_lora_weights!r}: with LoRA's init a new component starts at B = 0 and "
                 "there is nothing to keep in reserve."
+            )
+        if self.importance == "sensitivity" and self.init_r == 0:
+            raise ValueError(
+                "init_r=0 and importance='sensitivity': a module without components has no sensitivity, so "
+                "none would be chosen by it; give init_r=1 or more, or leave importance at 'gradient'."
             )
         if self.importance == "gradient" and self.importance_norm != "sqrt":
             raise ValueError(

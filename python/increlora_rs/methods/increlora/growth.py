@@ -59,6 +59,8 @@ class Growth(Policy):
         weight, smoothing = config.orthogonality_weight, self._scores.smoothing
         self._orthogonality = Orthogonality(modules, weight, smoothing)
         self._may_grow = False
+        # Is no component there, so that a loss has a gradient by what is measured alone?
+        self._nothing_there = False
         # Were modules that no gradient reaches looked for? Once, at the first growth.
         self._told_unreached = False
 
@@ -70,22 +72,40 @@ class Growth(Policy):
     @property
     def orth_reg(self) -> float:
         """Value of the orthogonality regulariser now, without its weight (eq. 4)."""
-        return float(self._orthogonality.value())
+        # A sum of nothing may be -0.0.
+        return abs(float(self._orthogonality.value()))
 
     def start(self) -> None:
-        """Makes the schedule, told where it may fall short, and the first components in reserve."""
+        """Makes the schedule, told where it may fall short, and the first components in reserve.
+
+        Raises:
+            ValueError: no module has a component, and by the sensitivity none is chosen then.
+        """
         steps = self.plan.total_steps
+        if self.config.importance == "sensitivity" and not any(self.ranks()):
+            raise ValueError(
+                "importance='sensitivity': a module without components has no sensitivity, and no module has "
+                f"one: rank_pattern={self.config.rank_pattern} makes every rank 0. Give some rank 1 or more, "
+                "or set importance='gradient'."
+            )
         self.schedule = new_schedule(self.config, self.modules, steps, self._in_budget)
         self._scores.start(self.plan.seed, self.schedule.add_r)
         self._update_may_grow(self.ranks())
         self._fill_reserves(0, range(len(self.modules)))
 
     def wants(self, number: int) -> bool:
-        """Will a growth need the importance of this step?"""
-        return self._may_grow and self._scores.wanted(self.schedule.next_event(number) - number)
+        """Will a growth need the importance of this step, or the loss a gradient?"""
+        return self._may_grow and (self._nothing_there or self._in_window(number))
+
+    def _in_window(self, number: int) -> bool:
+        return self._scores.wanted(self.schedule.next_event(number) - number)
 
     def before_step(self, step: Step) -> None:
         """The regulariser, the importances of the step, and newborn rows as they are."""
+        if step.armed and self._nothing_there and not self._in_window(step.number):
+            # Asked for only to give the loss a gradient.
+            self._scores.gauge.total.zero_()
+            step = step._replace(armed=False)
         self._orthogonality.before_step(step)
         self._scores.before_step(step)
         self.warmup.keep_old()
@@ -165,6 +185,7 @@ class Growth(Policy):
         left = self._in_budget.total - self._in_budget.spent(ranks)
         pairs = zip(self._in_budget.costs, self._room(ranks), strict=True)
         self._may_grow = any(cost <= left for cost, has in pairs if has)
+        self._nothing_there = not any(ranks) and not self.config.uses_reserve
 
     def _room(self, ranks: list[int]) -> list[bool]:
         """Which modules would be below the largest rank that they may have?"""

@@ -56,7 +56,8 @@ class SensitivityScores(Scores):
         """Which modules a gradient has reached, the same in every process; before :meth:`at_growth`."""
         counted = (self.smoothing.mean != 0.0).cpu()
         for k in torch.nonzero(~counted).flatten().tolist():
-            counted[k] = has_learned(self._modules[k], optimizer)
+            # Of a module without components nothing can be said.
+            counted[k] = self._modules[k].rows == 0 or has_learned(self._modules[k], optimizer)
         return in_any_process(counted, self._device)
 
     def values(self) -> npt.NDArray[np.float64]:
