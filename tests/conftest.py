@@ -11,7 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import peft
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig, attach
+from growing import growing
+from increlora_rs import attach
 from increlora_rs.layers.found import adapted_layers
 from increlora_rs.support.names import short
 from increlora_rs.training.fit import schedulers_of
@@ -139,7 +140,7 @@ def train_bert(make_bert):
         if model is None:
             torch.manual_seed(0)
             settings = {"r": 3, "target_modules": ["query", "value"], "tinit": 3, "deltaT": 2, "top_h": 2}
-            model = peft.get_peft_model(make_bert(), IncreLoraConfig(**(settings | config)))
+            model = peft.get_peft_model(make_bert(), growing(**(settings | config)))
         if optimizer is None:
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
         running = schedulers_of(model)

@@ -23,6 +23,7 @@ __all__ = [
     "add_l1_",
     "add_orthogonality_gradient_",
     "add_to_sketch_",
+    "choose_moves",
     "cuda_add_grad_x",
     "cuda_add_orthogonality_gradient_",
     "cuda_apply_mask",
@@ -42,6 +43,7 @@ __all__ = [
     "importance",
     "importance_window",
     "linear_forward",
+    "observe_fluctuation_",
     "orthogonality",
     "restart_",
     "shrink_gates_",
@@ -488,3 +490,55 @@ def cuda_add_orthogonality_gradient_(
     stream: int = 0,
 ) -> Tensor | None:
     """:func:`add_orthogonality_gradient_` in three launches for up to 256 modules of up to 64 ranks."""
+
+def observe_fluctuation_(
+    values: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    mean: Tensor,
+    squares: Tensor,
+    steps: Tensor,
+    rate: float,
+    *,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """Takes the first-order effects ``p = E dL/dE`` of one optimizer step in, in place::
+
+        weight  <- max(1 / (steps + 1), rate)
+        squares <- squares + (1 - weight) (p - mean)^2
+        mean    <- mean + weight (p - mean)
+        steps   <- steps + 1
+
+    A step in which any p is not finite changes nothing.
+
+    Args:
+        values, gradients: E and its gradient, of one shape, one of each a module; None is a gradient of 0.
+        mean, squares, steps: float64 (components of all modules), in the order of ``values``.
+        rate: In (0, 1].
+        grad_scale: One number that the gradients carry as a factor; it stays on its device.
+    """
+
+def choose_moves(
+    values: npt.NDArray[np.float64],
+    judged: npt.NDArray[np.bool_],
+    ranks: npt.NDArray[np.uint64],
+    caps: npt.NDArray[np.uint64],
+    costs: npt.NDArray[np.uint64],
+    *,
+    budget: int,
+    most: int,
+    keep_one: bool,
+) -> tuple[list[int], list[int]]:
+    """The components that leave, as positions among those of all modules, and how many each module gains.
+
+    All is weighed by value for cost. The least leave first; the next component of a module is expected to
+    be worth the lower quartile of those judged, divided by one more than it has that are not; it is given as
+    long as that is more than each is worth that has to leave for it. No module gives and gains.
+
+    Args:
+        values, judged: (components of all modules): what each is worth, finite and at least 0; may it leave,
+            and does it speak for its module?
+        ranks, caps, costs: (modules): components that each has, the most it may have, what one takes.
+        budget: What all may take afterwards.
+        most: What may be given, beside what has to leave for the budget.
+        keep_one: Does every module keep its best that is judged?
+    """

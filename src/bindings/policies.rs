@@ -1,5 +1,7 @@
 //! The policies' arithmetic as Python functions.
 
+use numpy::PyReadonlyArray1;
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
 
@@ -7,6 +9,7 @@ use super::{detached, raw};
 use crate::kernels::cuda;
 use crate::policies::{gate, orthogonality, smoothing};
 
+mod moves;
 mod schedule;
 mod step;
 
@@ -82,6 +85,17 @@ fn add_l1_(
     detached(py, move || gate::add_l1_(&gates, &mut gradients, weight, scale.as_ref()))
 }
 
+/// A copy of a contiguous vector.
+fn vector<T: numpy::Element + Copy>(
+    name: &str,
+    array: &PyReadonlyArray1<'_, T>,
+) -> PyResult<Vec<T>> {
+    let slice = array
+        .as_slice()
+        .map_err(|error| PyTypeError::new_err(format!("{name} is not contiguous: {error}")))?;
+    Ok(slice.to_vec())
+}
+
 /// Adds everything to the module.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(smooth_, module)?)?;
@@ -89,6 +103,7 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(add_orthogonality_gradient_, module)?)?;
     module.add_function(wrap_pyfunction!(shrink_gates_, module)?)?;
     module.add_function(wrap_pyfunction!(add_l1_, module)?)?;
+    moves::register(module)?;
     schedule::register(module)?;
     step::register(module)
 }

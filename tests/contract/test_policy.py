@@ -6,7 +6,8 @@ import logging
 import numpy as np
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig, attach, growth_history
+from growing import growing
+from increlora_rs import attach, growth_history
 from increlora_rs.contract.policy import Event, Policy
 from increlora_rs.gauges import Sensitivity
 from increlora_rs.methods.increlora.growth import Growth
@@ -17,7 +18,7 @@ STEPS = 12
 
 def adapted(make_plain):
     torch.manual_seed(5)
-    config = IncreLoraConfig(r=3, init_r=2, lora_alpha=6, target_modules=["lin0", "lin1"])
+    config = growing(r=3, init_r=2, lora_alpha=6, target_modules=["lin0", "lin1"])
     return get_peft_model(make_plain(), config)
 
 
@@ -388,7 +389,7 @@ def test_modules_are_chosen_by_the_scores_that_a_function_gives(make_plain):
         return Growth(modules, config, plan, choose_by=lambda scores: np.arange(1.0, 1.0 + len(scores)))
 
     torch.manual_seed(5)
-    config = IncreLoraConfig(r=3, target_modules=["lin0", "lin1"], tinit=1, deltaT=1, top_h=1)
+    config = growing(r=3, target_modules=["lin0", "lin1"], tinit=1, deltaT=1, top_h=1)
     model = get_peft_model(make_plain(), config)
     optimizer = adamw(model)
     scheduler = attach(model, optimizer, total_steps=STEPS, policy=last_first)

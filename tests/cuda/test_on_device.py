@@ -8,7 +8,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from increlora_rs import IncreLoraCallback, IncreLoraConfig, attach, growth_history
+from growing import growing
+from increlora_rs import IncreLoraCallback, attach, growth_history
 from rows import Rows
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -36,7 +37,7 @@ def make_trainer(make_bert, tmp_path):
         torch.manual_seed(4)
         settings = {"task_type": "SEQ_CLS", "r": 3, "lora_alpha": 8, "lora_dropout": 0.1}
         schedule = {"target_modules": TARGETS, "tinit": 4, "deltaT": 4, "top_h": 4}
-        config = IncreLoraConfig(**(settings | schedule | FORMS[form]))
+        config = growing(**(settings | schedule | FORMS[form]))
         defaults = {
             "output_dir": str(tmp_path / "out"),
             "max_steps": STEPS,
@@ -128,7 +129,7 @@ def test_a_saved_adapter_gives_the_same_logits(make_trainer, make_bert, tmp_path
 def stack(p=0.0, form="default", width=64):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(width, 96), nn.Tanh(), nn.Linear(96, 48))
-    config = IncreLoraConfig(r=4, lora_dropout=p, target_modules=["0", "2"], tinit=2, deltaT=3, **FORMS[form])
+    config = growing(r=4, lora_dropout=p, target_modules=["0", "2"], tinit=2, deltaT=3, **FORMS[form])
     return peft.get_peft_model(base, config).cuda().train()
 
 
@@ -268,7 +269,7 @@ def test_ddp_over_nccl_of_one_process_is_the_training_without(process_group, for
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_whole_model_is_the_one_of_the_cpu(make_llama, grow, dtype):
-    model = peft.get_peft_model(make_llama(), IncreLoraConfig(r=3, target_modules="all-linear", lora_alpha=6))
+    model = peft.get_peft_model(make_llama(), growing(r=3, target_modules="all-linear", lora_alpha=6))
     grow(model)
     ids = torch.randint(0, 99, (2, 7))
     model = model.to(dtype)

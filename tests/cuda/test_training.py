@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig, _core, attach
+from growing import growing
+from increlora_rs import _core, attach
 from increlora_rs.gauges import Sensitivity
 from increlora_rs.ops.linear import add_low_rank, low_rank_linear
 from increlora_rs.ops.probe import Probe
@@ -66,7 +67,7 @@ def trained(device, p, importance):
     """Parameters and ranks after a training with growth."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 16))
-    config = IncreLoraConfig(
+    config = growing(
         r=4,
         lora_dropout=p,
         target_modules=["0", "2"],

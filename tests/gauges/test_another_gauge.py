@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig
+from growing import growing
 from increlora_rs.gauges import GAUGES, Gauge
 from increlora_rs.training.modules import adapted_modules
 from peft import get_peft_model
@@ -67,9 +67,7 @@ IDS = torch.tensor([[1, 2, 2, 5, 0], [3, 3, 3, 6, 1]])
 def one_pass(*, compiled, dropout, armed=True):
     torch._dynamo.reset()
     torch.manual_seed(0)
-    config = IncreLoraConfig(
-        target_modules=["emb", "conv", "lin"], init_lora_weights=False, lora_dropout=dropout
-    )
+    config = growing(target_modules=["emb", "conv", "lin"], init_lora_weights=False, lora_dropout=dropout)
     model = get_peft_model(Chain().double(), config).double()
     modules = adapted_modules(model, "default")
     probe = modules[0].layer.probes["default"]

@@ -77,13 +77,21 @@ CASES = {
         scale=lambda alpha, rank: alpha / 3,
         count=lambda rank, out, features: rank * (out + features + 1),
         kinds=ALL,
-        training={"init_r": 1, "rank_pattern": {}, "tinit": 2, "deltaT": 2, "top_h": 4},
+        training={
+            "importance": "gradient",
+            "budget_unit": "rank",
+            "init_r": 1,
+            "rank_pattern": {},
+            "tinit": 2,
+            "deltaT": 2,
+            "top_h": 4,
+        },
         ranks="grow",
         # Rows of A and B beyond those of E are in reserve.
         rank=lambda tensors: tensors["lora_E"].shape[0],
         bad=(
             ({"init_r": -1}, "init_r=-1"),
-            ({"init_r": 4}, "init_r=4"),
+            ({"init_r": 4, "importance": "gradient"}, "init_r=4"),
             ({"top_h": -1}, "top_h=-1"),
             ({"beta1": 1.5}, "beta1=1.5"),
             ({"growth_end": 0.0}, "growth_end=0.0"),

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from increlora_rs import IncreLoraConfig
+from growing import growing
 from increlora_rs.contract.policy import Event, Policy
 from peft import get_peft_model
 
@@ -44,7 +44,7 @@ class MovingWithReserve(Moving):
 def adapted(make_plain, **config):
     torch.manual_seed(5)
     settings = {"r": 3, "init_r": 3, "lora_alpha": 6, "target_modules": ["lin0", "lin1"]}
-    return get_peft_model(make_plain(), IncreLoraConfig(**(settings | config)))
+    return get_peft_model(make_plain(), growing(**(settings | config)))
 
 
 def trainable(model):

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from growing import growing
 from increlora_rs import RESERVE_E, IncreLoraConfig
 from increlora_rs.layers.found import adapted_layers
 from peft import get_peft_model
@@ -25,8 +26,8 @@ def config_of(kind="default", **kwargs):
     if kind == "paper":
         return IncreLoraConfig.paper(**values)
     if kind == "svd":
-        return IncreLoraConfig(init_lora_weights="svd", **values)
-    return IncreLoraConfig(**values)
+        return growing(init_lora_weights="svd", **values)
+    return growing(**values)
 
 
 @pytest.fixture

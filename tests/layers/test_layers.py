@@ -6,6 +6,7 @@ import functools
 import increlora_rs
 import pytest
 import torch
+from growing import growing
 from increlora_rs import RESERVE_E, IncreLoraConfig, attach
 from increlora_rs.gauges import Sensitivity
 from increlora_rs.layers import AdaptedLayer
@@ -66,7 +67,7 @@ class One(nn.Module):
 
 
 def configure(**kwargs):
-    return IncreLoraConfig(**({"r": BUDGET, "lora_alpha": ALPHA, "target_modules": ["layer"]} | kwargs))
+    return growing(**({"r": BUDGET, "lora_alpha": ALPHA, "target_modules": ["layer"]} | kwargs))
 
 
 def adapted(case, *, dtype=torch.float64, seed=3, **kwargs):
@@ -520,7 +521,7 @@ TARGETS = ["embedding", "transposed", "conv1", "conv2", "conv3", "head"]
 
 def net(form="default", **kwargs):
     torch.manual_seed(0)
-    make = {"default": IncreLoraConfig, "paper": IncreLoraConfig.paper}[form]
+    make = {"default": growing, "paper": IncreLoraConfig.paper}[form]
     # Late, so that ranks grow through most of a training, and after a resume.
     values = {"r": 3, "lora_alpha": 6, "target_modules": TARGETS, "lora_dropout": 0.1, "growth_end": 0.6}
     values |= kwargs

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig
+from growing import growing
 from increlora_rs.layers.call import is_plain_call
 from increlora_rs.training.modules import adapted_modules
 from peft import get_peft_model
@@ -141,9 +141,7 @@ def adapted():
     def build(kind, fresh=False):
         make, draw = KINDS[kind]
         torch.manual_seed(1)
-        model = get_peft_model(
-            nn.Sequential(make()), IncreLoraConfig(r=2, lora_alpha=2, target_modules=["0"])
-        )
+        model = get_peft_model(nn.Sequential(make()), growing(r=2, lora_alpha=2, target_modules=["0"]))
         module = adapted_modules(model, "default")[0]
         if not fresh:
             with torch.no_grad():
@@ -222,7 +220,7 @@ def test_a_pre_hook_that_was_there_before_the_adapter_changes_the_input(kind):
     net, x = nn.Sequential(make()), draw()
     net[0].register_forward_pre_hook(lambda _, args: (args[0] * 0,))
     expected = net(x)
-    model = get_peft_model(net, IncreLoraConfig(r=2, target_modules=["0"]))
+    model = get_peft_model(net, growing(r=2, target_modules=["0"]))
     torch.testing.assert_close(model(x), expected)
 
 
@@ -249,7 +247,7 @@ def test_a_layer_that_was_pruned_before_it_was_adapted_stays_pruned(kind):
     net, x = nn.Sequential(make()), draw()
     prune.l1_unstructured(net[0], "weight", 0.5)
     expected = net(x)
-    torch.testing.assert_close(get_peft_model(net, IncreLoraConfig(r=2, target_modules=["0"]))(x), expected)
+    torch.testing.assert_close(get_peft_model(net, growing(r=2, target_modules=["0"]))(x), expected)
 
 
 def test_a_subclass_is_called():
@@ -259,7 +257,7 @@ def test_a_subclass_is_called():
 
     net, x = nn.Sequential(Doubled(4, 6)), torch.randn(3, 4)
     expected = net(x)
-    torch.testing.assert_close(get_peft_model(net, IncreLoraConfig(r=2, target_modules=["0"]))(x), expected)
+    torch.testing.assert_close(get_peft_model(net, growing(r=2, target_modules=["0"]))(x), expected)
 
 
 @pytest.mark.parametrize(("owner", "name"), [(functional, "linear"), (nn.Module, "_call_impl")])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig
+from growing import growing
 from increlora_rs.training.modules import adapted_modules
 from peft import get_peft_model
 from torch import nn
@@ -25,7 +25,7 @@ class Halved(nn.Module):
 @pytest.fixture(params=KINDS)
 def layer_and_input(request):
     build, shape = KINDS[request.param]
-    config = IncreLoraConfig(r=2, target_modules=["0"], init_lora_weights=False, lora_dropout=0.5)
+    config = growing(r=2, target_modules=["0"], init_lora_weights=False, lora_dropout=0.5)
     model = get_peft_model(nn.Sequential(build()), config)
     return adapted_modules(model, "default")[0].layer, torch.randn(shape)
 

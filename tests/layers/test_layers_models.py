@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig, attach
+from growing import growing
+from increlora_rs import attach
 from increlora_rs.layers import Convolution, Embedding, Linear, TransposedLinear
 from increlora_rs.layers.found import adapted_layers
 from increlora_rs.support.names import short
@@ -74,7 +75,7 @@ def t5():
 
 def adapted(model, **kwargs):
     torch.manual_seed(3)
-    return get_peft_model(model, IncreLoraConfig(**({"r": 3, "lora_alpha": 6} | kwargs)))
+    return get_peft_model(model, growing(**({"r": 3, "lora_alpha": 6} | kwargs)))
 
 
 def layers_of(model, name="default"):
@@ -125,7 +126,7 @@ def test_all_linear_adapts_the_conv1d_of_gpt2_but_its_head(tmp_path):
 
 def test_all_linear_of_a_second_adapter_finds_the_same_modules():
     model = adapted(gpt2(), target_modules="all-linear")
-    model.add_adapter("other", IncreLoraConfig(r=2, target_modules="all-linear"))
+    model.add_adapter("other", growing(r=2, target_modules="all-linear"))
     assert list(layers_of(model, "other")) == list(layers_of(model))
 
 

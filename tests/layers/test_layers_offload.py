@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from increlora_rs import IncreLoraConfig, attach
+from growing import growing
+from increlora_rs import attach
 from increlora_rs.layers import AdaptedLayer
 from increlora_rs.training.modules import adapted_modules
 from peft import PeftModel, get_peft_model
@@ -51,7 +52,7 @@ PLACES = {"cpu": _on_cpu, "disk": _on_disk, "dispatched": _dispatched}
 
 def _adapted(net, **config):
     config = {"r": 2, "lora_alpha": 2, "target_modules": _TARGETS} | config
-    model = get_peft_model(net, IncreLoraConfig(**config))
+    model = get_peft_model(net, growing(**config))
     torch.manual_seed(3)
     with torch.no_grad():
         for module in adapted_modules(model, "default"):

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig
+from growing import growing
 from increlora_rs.training.modules import adapted_modules
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -35,9 +35,7 @@ class Model(nn.Module):
 
 
 def _adapted(kind, targets=("linear1", "linear2"), **options):
-    model = get_peft_model(
-        Model(kind, **options), IncreLoraConfig(r=2, lora_alpha=2, target_modules=list(targets))
-    )
+    model = get_peft_model(Model(kind, **options), growing(r=2, lora_alpha=2, target_modules=list(targets)))
     torch.manual_seed(1)
     with torch.no_grad():
         for module in adapted_modules(model, "default"):
@@ -113,7 +111,7 @@ def test_the_fast_path_that_is_switched_off_is_told_once():
         model = _adapted("encoder")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model.add_adapter("other", IncreLoraConfig(r=2, target_modules=["linear1"]))
+        model.add_adapter("other", growing(r=2, target_modules=["linear1"]))
 
 
 def test_an_encoder_in_which_nothing_it_reads_is_adapted_keeps_its_fast_path():
@@ -122,7 +120,7 @@ def test_an_encoder_in_which_nothing_it_reads_is_adapted_keeps_its_fast_path():
             super().__init__("encoder")
             self.head = nn.Linear(8, 8)
 
-    model = get_peft_model(Headed(), IncreLoraConfig(r=2, target_modules=["head"]))
+    model = get_peft_model(Headed(), growing(r=2, target_modules=["head"]))
     assert model.base_model.model.body.use_nested_tensor
 
 
@@ -135,7 +133,7 @@ def test_a_decoder_in_evaluation_is_the_one_in_training(x):
         def forward(self, x):
             return self.body(x, x)
 
-    model = get_peft_model(Decoder(), IncreLoraConfig(r=2, target_modules=["linear1", "linear2"]))
+    model = get_peft_model(Decoder(), growing(r=2, target_modules=["linear1", "linear2"]))
     with torch.no_grad():
         for module in adapted_modules(model, "default"):
             module.factors[1].normal_()
@@ -150,7 +148,7 @@ def test_the_output_projection_of_attention_is_refused_by_name(own):
     with pytest.raises(
         ValueError, match=r"0\.out_proj: a MultiheadAttention reads the weight of its out_proj"
     ):
-        get_peft_model(net, IncreLoraConfig(r=2, target_modules=["out_proj"]))
+        get_peft_model(net, growing(r=2, target_modules=["out_proj"]))
 
 
 @pytest.mark.parametrize("name", ["q_proj", "out_proj"])
@@ -167,7 +165,7 @@ def test_attention_that_reads_its_projections_is_refused_by_name(name):
         num_conv_pos_embedding_groups=2,
     )
     with pytest.raises(ValueError, match=f"a WavLMAttention reads the weight of its {name} .Linear. without"):
-        get_peft_model(WavLMModel(config), IncreLoraConfig(r=2, target_modules=[name]))
+        get_peft_model(WavLMModel(config), growing(r=2, target_modules=[name]))
 
 
 @pytest.fixture
@@ -180,11 +178,11 @@ def test_the_output_of_a_mamba_mixer_is_refused_by_name(mamba):
     # Of a whole model of Transformers PEFT refuses it before, by the model's configuration.
     mixer = nn.Sequential(mamba.layers[0].mixer)
     with pytest.raises(ValueError, match="a MambaMixer reads the weight of its out_proj"):
-        get_peft_model(mixer, IncreLoraConfig(r=2, target_modules=["out_proj"]))
+        get_peft_model(mixer, growing(r=2, target_modules=["out_proj"]))
 
 
 def test_what_the_kernels_of_a_mamba_mixer_read_is_told(mamba):
     with pytest.warns(
         UserWarning, match="a MambaMixer with kernels of its own reads the weight of its x_proj"
     ):
-        get_peft_model(mamba, IncreLoraConfig(r=2, target_modules=["x_proj"]))
+        get_peft_model(mamba, growing(r=2, target_modules=["x_proj"]))

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig, attach
+from growing import growing
+from increlora_rs import attach
 from increlora_rs.layers.found import adapted_layers
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
@@ -176,7 +177,7 @@ def requantised(request, bias):
         # As a model that transformers quantised says it.
         said = SimpleNamespace(get_apply_tensor_subclass=lambda: config)
         net.hf_quantizer = SimpleNamespace(quantization_config=said)
-    model = get_peft_model(net, IncreLoraConfig(r=4, lora_alpha=4, target_modules=["0"])).eval()
+    model = get_peft_model(net, growing(r=4, lora_alpha=4, target_modules=["0"])).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, 0.0, 0.5)
@@ -252,7 +253,7 @@ def test_merging_and_unmerging_leave_all_but_the_weight(requantised):
 @pytest.mark.filterwarnings("ignore:.*quantised anew")
 def test_two_adapters_merge_and_unmerge(requantised):
     model, _, x, bits = requantised
-    model.add_adapter("other", IncreLoraConfig(r=2, lora_alpha=2, target_modules=["0"]))
+    model.add_adapter("other", growing(r=2, lora_alpha=2, target_modules=["0"]))
     for name, parameter in model.named_parameters():
         if "lora_B.other" in name:
             nn.init.normal_(parameter, 0.0, 0.5)
@@ -285,7 +286,7 @@ def test_a_weight_that_another_layer_shares_stays_there():
     second = _bnb_4bit(nn.Linear(WIDTH, WIDTH), quant_type="nf4")
     second.weight = first.weight
     model = get_peft_model(
-        nn.Sequential(first, second), IncreLoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+        nn.Sequential(first, second), growing(r=4, target_modules=["0"], init_lora_weights=False)
     ).eval()
     x = torch.randn(4, WIDTH)
     with torch.no_grad(), pytest.warns(UserWarning, match="quantised anew"):
@@ -302,7 +303,7 @@ def test_a_weight_that_cannot_be_quantised_anew_is_left_and_told():
     quantization.quantize_(net, config, filter_fn=None)
     said = SimpleNamespace(get_apply_tensor_subclass=lambda: config)
     net.hf_quantizer = SimpleNamespace(quantization_config=said)
-    config = IncreLoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    config = growing(r=4, target_modules=["0"], init_lora_weights=False)
     model = get_peft_model(net, config).eval()
     x = torch.randn(4, WIDTH)
     with torch.no_grad(), pytest.warns(UserWarning, match="quantised anew"):
@@ -323,7 +324,7 @@ def base(name):
 
 
 def adapted(name, **kwargs):
-    config = IncreLoraConfig(
+    config = growing(
         **({"r": 3, "lora_alpha": 6, "target_modules": ["first", "second"], "growth_end": 0.6} | kwargs)
     )
     net = base(name)
@@ -483,7 +484,7 @@ def test_a_model_that_transformers_quantised_trains_is_saved_and_merges(name, to
             dtype=torch.float32,
         )
 
-    config = IncreLoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"])
+    config = growing(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"])
     model = get_peft_model(prepare_model_for_kbit_training(load()), config).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     scheduler = attach(model, optimizer, total_steps=30)

@@ -11,7 +11,8 @@ import peft
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from increlora_rs import IncreLoraConfig, LoraMiniConfig, export_lora
+from growing import growing
+from increlora_rs import LoraMiniConfig, export_lora
 from method_cases import adapted_modules, optimizer_of, trainable
 from paths import assert_near
 from safetensors.torch import load_file
@@ -538,7 +539,7 @@ def test_a_model_offloaded_with_its_adapter_gives_the_same_output_and_file(
 def test_an_embedding_is_refused_and_increlora_named():
     with pytest.raises(ValueError, match=r"emb.*'embedding'.*LoRA-Mini.*IncreLoraConfig"):
         mini(nn.ModuleDict({"emb": nn.Embedding(9, 6)}), target_modules=["emb"])
-    peft.get_peft_model(nn.ModuleDict({"emb": nn.Embedding(9, 6)}), IncreLoraConfig(target_modules=["emb"]))
+    peft.get_peft_model(nn.ModuleDict({"emb": nn.Embedding(9, 6)}), growing(target_modules=["emb"]))
 
 
 @pytest.mark.parametrize(("a", "b"), [(1, 4), (4, 1)])

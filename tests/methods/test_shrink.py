@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig
+from growing import growing
 from increlora_rs.training.modules import adapted_modules
 from peft import get_peft_model
 from torch import nn
@@ -23,7 +23,7 @@ KEEP = [1, 3]
 def module_of(kind="linear", reserve=0, **config):
     torch.manual_seed(3)
     settings = {"r": 5, "init_r": 5, "lora_alpha": 6, "target_modules": ["0"]}
-    model = get_peft_model(nn.Sequential(KINDS[kind]()), IncreLoraConfig(**(settings | config))).double()
+    model = get_peft_model(nn.Sequential(KINDS[kind]()), growing(**(settings | config))).double()
     (module,) = adapted_modules(model, "default")
     module.set_reserve(reserve, torch.Generator().manual_seed(1))
     with torch.no_grad():

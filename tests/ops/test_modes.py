@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig, attach
+from growing import growing
+from increlora_rs import attach
 from increlora_rs.layers import Linear
 from increlora_rs.training.modules import adapted_modules
 from peft import get_peft_model
@@ -29,7 +30,7 @@ def adapted():
     def build(kind="linear", **config):
         make, draw = KINDS[kind]
         config = {"r": 2, "lora_alpha": 2, "target_modules": ["0"]} | config
-        model = get_peft_model(nn.Sequential(make()), IncreLoraConfig(**config))
+        model = get_peft_model(nn.Sequential(make()), growing(**config))
         with torch.no_grad():
             for factor, _, _ in adapted_modules(model, "default")[0].parameters:
                 factor.normal_()

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig
+from growing import growing
 from peft import get_peft_model
 from peft.helpers import rescale_adapter_scale
 from sizes import resize
@@ -13,7 +13,7 @@ from torch import nn
 
 
 def adapted(**options):
-    config = IncreLoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": ["0"]} | options))
+    config = growing(**({"r": 4, "lora_alpha": 8, "target_modules": ["0"]} | options))
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
     return model, model.base_model.model[0]
 
@@ -103,6 +103,6 @@ def test_a_rank_cannot_be_assigned():
 
 def test_a_deleted_adapter_has_no_scale():
     model, layer = adapted()
-    model.add_adapter("other", IncreLoraConfig(r=4, target_modules=["0"]))
+    model.add_adapter("other", growing(r=4, target_modules=["0"]))
     model.delete_adapter("default")
     assert list(layer.scaling) == list(layer.r) == ["other"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from growing import growing
 from increlora_rs import IncreLoraCallback, IncreLoraConfig, attach
 from paths import assert_near, assert_same_growth, assert_same_training
 from probes import armed_probe
@@ -42,7 +43,7 @@ class Stack(nn.Module):
         return self.inner(x)
 
 
-def adapted(make=IncreLoraConfig, checkpointed=False, **options):
+def adapted(make=growing, checkpointed=False, **options):
     torch.manual_seed(3)
     config = {"r": 3, "lora_alpha": 6, "target_modules": ["0", "2", "4"], "top_h": 1, "deltaT": 5}
     return peft.get_peft_model(Stack(checkpointed), make(**(config | options)))
@@ -89,12 +90,12 @@ def compile_counting(model, backend="aot_eager"):
 
 
 FORMS = {
-    "LoRA's": (IncreLoraConfig, {}),
-    "LoRA's with dropout": (IncreLoraConfig, {"lora_dropout": 0.2}),
+    "LoRA's": (growing, {}),
+    "LoRA's with dropout": (growing, {"lora_dropout": 0.2}),
     "the paper's": (IncreLoraConfig.paper, {}),
     "the paper's with dropout": (IncreLoraConfig.paper, {"lora_dropout": 0.2}),
-    "rsLoRA's scale by rank": (IncreLoraConfig, {"scaling": "rank", "use_rslora": True}),
-    "LoRA's by the sensitivity": (IncreLoraConfig, {"importance": "sensitivity"}),
+    "rsLoRA's scale by rank": (growing, {"scaling": "rank", "use_rslora": True}),
+    "LoRA's by the sensitivity": (growing, {"importance": "sensitivity"}),
 }
 
 
@@ -293,16 +294,14 @@ def test_compiled_training_goes_on_after_detach():
 
 
 def test_hooks_on_the_base_layer_are_kept(make_plain, plain_input):
-    model = peft.get_peft_model(
-        make_plain(), IncreLoraConfig(target_modules=["lin0"], init_lora_weights=False)
-    )
+    model = peft.get_peft_model(make_plain(), growing(target_modules=["lin0"], init_lora_weights=False))
     model.base_model.model.lin0.base_layer.register_forward_hook(lambda module, args, out: out * 2)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_near(compiled(plain_input), model(plain_input))
 
 
 def test_two_active_adapters(make_plain, plain_input, grow):
-    config = IncreLoraConfig(target_modules=["lin0", "lin1"], init_lora_weights=False)
+    config = growing(target_modules=["lin0", "lin1"], init_lora_weights=False)
     model = peft.get_peft_model(make_plain(), config)
     grow(model)
     model.add_adapter("other", copy.deepcopy(config))
@@ -324,7 +323,7 @@ class Signal(nn.Module):
 def test_embeddings_and_convolutions_train_outside_of_the_graphs():
     def make():
         torch.manual_seed(3)
-        config = IncreLoraConfig(r=3, lora_alpha=6, target_modules=["emb", "conv", "lin"], top_h=1, deltaT=5)
+        config = growing(r=3, lora_alpha=6, target_modules=["emb", "conv", "lin"], top_h=1, deltaT=5)
         return peft.get_peft_model(Signal(), config)
 
     expected = train(make())
@@ -347,7 +346,7 @@ def test_trainer_compiles_a_language_model_once(make_llama, tmp_path):
     for compiled in (False, True):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        config = IncreLoraConfig(r=3, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+        config = growing(r=3, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
         torch.manual_seed(2)
         model = peft.get_peft_model(make_llama(), config)
         callback = IncreLoraCallback()
@@ -394,7 +393,7 @@ def exported(model, tokens, **options):
 
 @pytest.fixture
 def trained_llama(make_llama, grow):
-    config = IncreLoraConfig(r=3, target_modules=["q_proj", "v_proj"])
+    config = growing(r=3, target_modules=["q_proj", "v_proj"])
     model = peft.get_peft_model(make_llama(), config)
     grow(model)
     return model.eval()
@@ -429,7 +428,7 @@ def test_a_merged_model_exports_without_our_operations(trained_llama, tokens):
 
 
 def test_a_model_exports_while_its_ranks_grow(make_llama, tokens):
-    model = peft.get_peft_model(make_llama(), IncreLoraConfig(target_modules=["q_proj"]))
+    model = peft.get_peft_model(make_llama(), growing(target_modules=["q_proj"]))
     attach(model, optimizer_of(model), total_steps=100)
     program = exported(model, tokens)
     assert_near(program.module()(tokens), Logits(model)(tokens))
@@ -463,7 +462,8 @@ def test_the_operations_keep_to_the_rules_of_torch_library(dropout, reserve, ske
 
 def run_processes(worker, processes, *arguments):
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(worker)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(worker.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run(
         [sys.executable, *command, *map(str, arguments)],
         env=environment,

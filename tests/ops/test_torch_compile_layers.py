@@ -4,6 +4,7 @@ ranks."""
 import peft
 import pytest
 import torch
+from growing import growing
 from increlora_rs import IncreLoraConfig, attach
 from paths import assert_same_growth, assert_same_training
 from probes import armed_probe
@@ -38,7 +39,7 @@ class Reader(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def adapted(make=IncreLoraConfig, **options):
+def adapted(make=growing, **options):
     torch.manual_seed(3)
     config = {"r": 3, "lora_alpha": 6, "target_modules": TARGETS, "top_h": 2, "deltaT": 3, "tinit": 3}
     return peft.get_peft_model(Reader(), make(**(config | options)))
@@ -123,7 +124,7 @@ def test_a_gradient_reaches_the_input_of_a_convolution(shape):
     for compiled in (False, True):
         torch.manual_seed(1)
         model = nn.Sequential(nn.Conv1d(8, 6, 3, stride=2, padding=1, padding_mode="reflect"))
-        config = IncreLoraConfig(target_modules=["0"], init_lora_weights=False)
+        config = growing(target_modules=["0"], init_lora_weights=False)
         model = peft.get_peft_model(model, config)
         net = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).requires_grad_()

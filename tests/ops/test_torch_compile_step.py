@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig, attach
+from growing import growing
+from increlora_rs import attach
 from increlora_rs.resizing.optimizer_state import watch
 from peft import get_peft_model
 from torch import nn
@@ -22,9 +23,7 @@ class Training:
     def __init__(self, optimizer="AdamW", scaler=None):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
-        config = IncreLoraConfig(
-            r=2, lora_alpha=2, target_modules=["0", "2"], init_r=1, tinit=1, deltaT=2, top_h=1
-        )
+        config = growing(r=2, lora_alpha=2, target_modules=["0", "2"], init_r=1, tinit=1, deltaT=2, top_h=1)
         self.model = get_peft_model(net, config)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = OPTIMIZERS[optimizer](self.trained)

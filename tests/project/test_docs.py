@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from increlora_rs import IncreLoraConfig
+from growing import growing
 from increlora_rs._core import Schedule
 from increlora_rs.compare.results import read_results
 from peft import AdaLoraConfig, LoraConfig
@@ -168,25 +168,25 @@ def test_every_row_has_a_known_status(rows):
 
 @pytest.mark.parametrize("name", sorted(set(of(LORA, {"works"}) + of(ADALORA, {"works"})) - {"peft_type"}))
 def test_an_argument_that_works_is_taken(name):
-    value = getattr(IncreLoraConfig(**ACCEPTED[name]), name)
+    value = getattr(growing(**ACCEPTED[name]), name)
     assert value == ACCEPTED[name][name]
-    assert value != getattr(IncreLoraConfig(), name)
+    assert value != getattr(growing(), name)
 
 
 def test_the_peft_type_is_ours_whatever_is_given():
-    assert IncreLoraConfig(peft_type="LORA").peft_type == "INCRELORA"
+    assert growing(peft_type="LORA").peft_type == "INCRELORA"
 
 
 @pytest.mark.parametrize("name", of(LORA, {"raises", "not yet"}))
 def test_an_argument_that_raises_is_named(name):
     with pytest.raises((ValueError, TypeError), match=rf"\b{name}\b"):
-        IncreLoraConfig(**{name: other_value(LORA_FIELDS[name])})
+        growing(**{name: other_value(LORA_FIELDS[name])})
 
 
 @pytest.mark.parametrize("name", of(ADALORA, {"raises", "not yet"}))
 def test_an_argument_of_adalora_that_raises_is_named(name):
     with pytest.raises((ValueError, TypeError), match=rf"\b{name}\b"):
-        IncreLoraConfig(**{name: other_value(ADALORA_FIELDS[name])})
+        growing(**{name: other_value(ADALORA_FIELDS[name])})
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytorch_lightning
 import torch
 import transformers
 import unets
+from growing import growing
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(?P<language>\w+)(?P<options>[^\n]*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
@@ -83,7 +84,7 @@ def arguments():
 def save_adapter(make_bert, **options):
     """A trained adapter in the folder ``adapter``."""
     settings = {"r": 4, "lora_alpha": 16, "target_modules": ["query", "value"]}
-    model = peft.get_peft_model(make_bert(), increlora_rs.IncreLoraConfig(**(settings | options)))
+    model = peft.get_peft_model(make_bert(), growing(**(settings | options)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scheduler = increlora_rs.attach(model, optimizer, total_steps=20)
     for batch in batches(20):
@@ -113,7 +114,7 @@ def quickstart_model(make_bert, names):
 
 
 def average_names(make_bert, names):
-    config = increlora_rs.IncreLoraConfig(r=2, target_modules=["query", "value"], growth_end=0.6)
+    config = growing(r=2, target_modules=["query", "value"], growth_end=0.6)
     return {"base": make_bert(), "config": config, "batches": batches(12)}
 
 
@@ -140,7 +141,7 @@ def saved_adapter(make_bert, names):
 
 def unet_names(make_bert, names):
     unet = unets.unet()
-    unet.add_adapter(increlora_rs.IncreLoraConfig(r=2, target_modules=["to_q", "to_v"]))
+    unet.add_adapter(growing(r=2, target_modules=["to_q", "to_v"]))
     return {"unet": unet, "fresh_unet": unets.unet()}
 
 
@@ -160,9 +161,7 @@ PRELUDES = {
     ("averages.md", 2): average_names,
     ("averages.md", 3): lightning_names,
     ("choosing.md", 0): lambda make_bert, names: {
-        "model": peft.get_peft_model(
-            make_bert(), increlora_rs.IncreLoraConfig(r=8, target_modules=["query", "value"])
-        )
+        "model": peft.get_peft_model(make_bert(), growing(r=8, target_modules=["query", "value"]))
     },
     ("export.md", 0): saved_adapter,
     ("export.md", 1): lambda make_bert, names: {"base": make_bert()},
@@ -171,7 +170,7 @@ PRELUDES = {
     ("export.md", 7): lambda make_bert, names: {"another_base": make_bert()},
     ("troubleshooting.md", 0): lambda make_bert, names: {
         "base": make_bert(),
-        "config": increlora_rs.IncreLoraConfig(r=2, target_modules=["query", "value"]),
+        "config": growing(r=2, target_modules=["query", "value"]),
         "increlora_rs": increlora_rs,
         "torch": torch,
     },

@@ -6,7 +6,8 @@ import shutil
 import peft
 import pytest
 import torch
-from increlora_rs import IncreLoraCallback, IncreLoraConfig
+from growing import growing
+from increlora_rs import IncreLoraCallback
 from transformers import Trainer, TrainingArguments
 
 HEADING = "## IncreLoRA adapter"
@@ -14,7 +15,7 @@ HEADING = "## IncreLoRA adapter"
 
 @pytest.fixture
 def model(make_bert, grow):
-    adapted = peft.get_peft_model(make_bert(), IncreLoraConfig(r=3, target_modules=["query", "value"]))
+    adapted = peft.get_peft_model(make_bert(), growing(r=3, target_modules=["query", "value"]))
     grow(
         adapted,
         {
@@ -103,9 +104,7 @@ def test_many_kinds_are_listed_module_by_module(grow, tmp_path):
     layers = torch.nn.ModuleList(
         torch.nn.ModuleDict({name: torch.nn.Linear(8, 8) for name in names}) for _ in range(2)
     )
-    model = peft.get_peft_model(
-        torch.nn.ModuleDict({"layers": layers}), IncreLoraConfig(r=2, target_modules=names)
-    )
+    model = peft.get_peft_model(torch.nn.ModuleDict({"layers": layers}), growing(r=2, target_modules=names))
     grow(model, {"layers.1.projection_07": 6})
     model.save_pretrained(tmp_path)
     text = card(tmp_path)
@@ -115,7 +114,7 @@ def test_many_kinds_are_listed_module_by_module(grow, tmp_path):
 
 
 def test_each_saved_adapter_has_a_section_with_its_folder(model, tmp_path):
-    model.add_adapter("other", IncreLoraConfig(target_modules=["key"], r=2))
+    model.add_adapter("other", growing(target_modules=["key"], r=2))
     model.save_pretrained(tmp_path / "both")
     assert [line for line in card(tmp_path / "both").splitlines() if line.startswith(HEADING)] == [
         HEADING,

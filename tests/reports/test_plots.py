@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import peft
 import pytest
-from increlora_rs import GrowthHistory, IncreLoraConfig, plot_growth, plot_ranks, plot_scores, rank_table
+from growing import growing
+from increlora_rs import GrowthHistory, plot_growth, plot_ranks, plot_scores, rank_table
 from increlora_rs.reports.plots import draw_growth, draw_ranks, draw_scores
 from increlora_rs.reports.tables import RankTable
 
@@ -258,7 +259,7 @@ def test_picture_is_a_png_without_empty_margins(plot, train_bert, tmp_path):
 
 
 def test_picture_of_a_partly_adapted_model_is_drawn(make_bert, grow, tmp_path):
-    config = IncreLoraConfig(
+    config = growing(
         target_modules=r".*(layer\.0\.attention\.self\.(query|key)|layer\.1.*self\.key|classifier)"
     )
     model = peft.get_peft_model(make_bert(), config)
@@ -282,7 +283,7 @@ def test_picture_into_a_missing_directory_is_refused_by_path(train_bert, tmp_pat
 
 
 def test_model_without_layers_is_drawn_module_by_module(make_plain, grow):
-    model = peft.get_peft_model(make_plain(), IncreLoraConfig(target_modules=["lin0", "lin1"]))
+    model = peft.get_peft_model(make_plain(), growing(target_modules=["lin0", "lin1"]))
     grow(model, {"lin0": 3, "lin1": 2})
     figure = drawn(draw_ranks(rank_table(model)))
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["lin0", "lin1"]

@@ -6,7 +6,8 @@ import re
 
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig, module_table, rank_table
+from growing import growing
+from increlora_rs import module_table, rank_table
 from peft import get_peft_model
 from rich.console import Console
 from torch import nn
@@ -37,7 +38,7 @@ def build(grow):
         if head:
             model["head"] = nn.Linear(16, 16)
             targets.append("head")
-        config = IncreLoraConfig(**({"target_modules": targets, "r": 6} | kwargs))
+        config = growing(**({"target_modules": targets, "r": 6} | kwargs))
         adapted = get_peft_model(model, config)
         names = [(k, kind, f"layers.{k}.{inner}") for k in range(layers) for kind, inner in KINDS.items()]
         ranks = {name: rank_of(k, kind) for k, kind, name in names}
@@ -102,20 +103,20 @@ def test_module_outside_of_layers_gets_the_last_row(build):
 def test_experts_are_kinds_of_their_layer(grow):
     layers = [nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(8, 8) for _ in range(2))}) for _ in range(2)]
     model = nn.ModuleDict({"layers": nn.ModuleList(layers)})
-    adapted = get_peft_model(model, IncreLoraConfig(target_modules=r".*experts\.\d"))
+    adapted = get_peft_model(model, growing(target_modules=r".*experts\.\d"))
     grow(adapted, {f"layers.{k}.experts.{e}": 1 + k + 2 * e for k in range(2) for e in range(2)})
     table = rank_table(adapted)
     assert [table.ranks[str(k), kind] for k in range(2) for kind in sorted(table.kinds)] == [1, 3, 2, 4]
 
 
 def test_kinds_of_the_same_ending_keep_what_tells_them_apart(make_bert, grow):
-    model = get_peft_model(make_bert(), IncreLoraConfig(target_modules=r".*layer.*dense"))
+    model = get_peft_model(make_bert(), growing(target_modules=r".*layer.*dense"))
     grow(model)
     assert sorted(rank_table(model).kinds) == ["attention.output.dense", "intermediate.dense", "output.dense"]
 
 
 def test_layer_that_is_adapted_in_part_has_gaps(make_bert, grow):
-    config = IncreLoraConfig(target_modules=r".*(layer\.0\.attention\.self\.(query|key)|layer\.1.*self\.key)")
+    config = growing(target_modules=r".*(layer\.0\.attention\.self\.(query|key)|layer\.1.*self\.key)")
     model = get_peft_model(make_bert(), config)
     grow(model)
     assert set(rank_table(model).ranks) == {("0", "query"), ("0", "key"), ("1", "key")}
@@ -123,7 +124,7 @@ def test_layer_that_is_adapted_in_part_has_gaps(make_bert, grow):
 
 def test_named_adapter_is_tabulated(build, grow):
     model = build(2)
-    model.add_adapter("other", IncreLoraConfig(target_modules=["up"], r=4))
+    model.add_adapter("other", growing(target_modules=["up"], r=4))
     grow(model, {"layers.0.mlp.up": 4, "layers.1.mlp.up": 3}, adapter_name="other")
     table = rank_table(model, "other")
     assert (table.ranks, table.budget) == ({("0", "up"): 4, ("1", "up"): 3}, 8)
@@ -158,9 +159,7 @@ def test_string_holds_no_terminal_codes(build, monkeypatch, variable):
 def test_wide_table_is_printed_with_all_its_ranks(grow, kinds):
     names = [f"a_rather_long_projection_{k:02}" for k in range(kinds)]
     layers = [nn.ModuleDict({name: nn.Linear(40, 40) for name in names})]
-    adapted = get_peft_model(
-        nn.ModuleDict({"layers": nn.ModuleList(layers)}), IncreLoraConfig(target_modules=names)
-    )
+    adapted = get_peft_model(nn.ModuleDict({"layers": nn.ModuleList(layers)}), growing(target_modules=names))
     grow(adapted, {f"layers.0.{name}": 1 + k for k, name in enumerate(names)})
     ranks = list(range(1, kinds + 1))
     assert numbers(str(rank_table(adapted))) == [[0, *ranks, sum(ranks)]]
@@ -188,7 +187,7 @@ def test_norm_and_singular_values_are_those_of_the_dense_update(build, scaling):
 
 
 def test_shape_is_out_by_in(make_plain, grow):
-    model = get_peft_model(make_plain(), IncreLoraConfig(target_modules=["lin0", "lin1"]))
+    model = get_peft_model(make_plain(), growing(target_modules=["lin0", "lin1"]))
     grow(model)
     assert {row.name: row.shape for row in module_table(model).rows} == {"lin0": (20, 12), "lin1": (6, 20)}
 
@@ -200,7 +199,7 @@ def test_module_rows_are_those_of_the_directory(build, tmp_path):
 
 
 def test_update_of_a_fresh_adapter_is_0(make_plain):
-    model = get_peft_model(make_plain(), IncreLoraConfig(target_modules=["lin0"]))
+    model = get_peft_model(make_plain(), growing(target_modules=["lin0"]))
     (row,) = module_table(model).rows
     assert (row.rank, row.norm, row.singular_values) == (1, 0.0, [0.0])
 
@@ -237,7 +236,7 @@ def test_totals_are_printed(build):
 
 
 def test_one_module_is_printed_under_its_own_name(make_plain):
-    text = str(module_table(get_peft_model(make_plain(), IncreLoraConfig(target_modules=["lin0"]))))
+    text = str(module_table(get_peft_model(make_plain(), growing(target_modules=["lin0"]))))
     assert "lin0" in text
     assert "names go on" not in text
 
@@ -250,7 +249,7 @@ def test_modules_can_be_told_apart_in_80_columns(grow, layers):
         for _ in range(layers)
     ]
     model = nn.ModuleDict({"transformer": nn.ModuleDict({"h": nn.ModuleList(blocks)})})
-    adapted = get_peft_model(model, IncreLoraConfig(r=6, target_modules=[n.split(".")[1] for n in names]))
+    adapted = get_peft_model(model, growing(r=6, target_modules=[n.split(".")[1] for n in names]))
     grow(adapted, dict.fromkeys([row.name for row in module_table(adapted).rows], 6))
     out = io.StringIO()
     Console(file=out, width=80).print(module_table(adapted))
@@ -280,7 +279,7 @@ def test_two_stacks_of_layers_each_have_their_columns(stacks):
         def forward(self, x):
             return x
 
-    model = get_peft_model(Two(), IncreLoraConfig(r=2, target_modules=["q"]))
+    model = get_peft_model(Two(), growing(r=2, target_modules=["q"]))
     table = rank_table(model)
     assert table.total_rank == 4
     assert table.kinds == [f"{stack}.q" for stack in sorted(stacks)]

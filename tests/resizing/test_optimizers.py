@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from increlora_rs import IncreLoraConfig, attach
+from growing import growing
+from increlora_rs import attach
 from increlora_rs.training import modules as adapted
 from peft import get_peft_model
 from torch import nn
@@ -39,7 +40,7 @@ OUTCOMES = {"kept", "true start", "anew", "anew from 4,096 numbers", "refused", 
 
 def make_model(width):
     torch.manual_seed(0)
-    config = IncreLoraConfig(r=9, init_r=2, lora_alpha=9, target_modules=["0"], tinit=3, deltaT=3, top_h=1)
+    config = growing(r=9, init_r=2, lora_alpha=9, target_modules=["0"], tinit=3, deltaT=3, top_h=1)
     return get_peft_model(nn.Sequential(nn.Linear(width, width)), config)
 
 
@@ -264,7 +265,7 @@ BYTES = dict(re.findall(r"^\| `([\w.]+)` \| ([\d,]+) \|$", PAGE, re.MULTILINE))
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("call", BYTES)
 def test_the_bytes_of_state_are_those_of_the_page(call):
-    config = IncreLoraConfig(r=16, lora_alpha=16, target_modules=["0"])
+    config = growing(r=16, lora_alpha=16, target_modules=["0"])
     model = get_peft_model(nn.Sequential(nn.Linear(1024, 1024)), config)
     optimizer = maker(call)(model)
     train(model, optimizer, 12)
@@ -290,7 +291,7 @@ SCHEDULE_FREE = ["AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"]
 @pytest.mark.parametrize("name", SCHEDULE_FREE)
 @pytest.mark.parametrize("scaling", ["budget", "rank"])
 def test_a_growth_leaves_the_weights_for_evaluation_as_they_were(name, scaling):
-    config = IncreLoraConfig(r=9, init_r=2, lora_alpha=9, target_modules=["0"], scaling=scaling)
+    config = growing(r=9, init_r=2, lora_alpha=9, target_modules=["0"], scaling=scaling)
     model = get_peft_model(nn.Sequential(nn.Linear(NARROW, NARROW)), config)
     optimizer = maker(f"schedulefree.{name}")(model)
     optimizer.param_groups[0]["lr"] = 0.05

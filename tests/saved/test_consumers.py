@@ -3,20 +3,21 @@
 import consumers
 import pytest
 import torch
+from growing import growing
 from increlora_rs import IncreLoraConfig, export_lora
 from increlora_rs.layers.found import adapted_layers
 from increlora_rs.support.names import short
 from peft import get_peft_model
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-forms = pytest.mark.parametrize("form", [IncreLoraConfig, IncreLoraConfig.paper], ids=["default", "paper"])
+forms = pytest.mark.parametrize("form", [growing, IncreLoraConfig.paper], ids=["default", "paper"])
 
 
 @pytest.fixture
 def model(make_llama, grow):
     """``model(form)``: a Llama with ranks from 1 to 3 and unequal alphas."""
 
-    def build(form=IncreLoraConfig):
+    def build(form=growing):
         config = form(target_modules=MODULES, r=2, lora_alpha=6, alpha_pattern={"v_proj": 3}, use_rslora=True)
         model = get_peft_model(make_llama(), config)
         grow(model)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from growing import growing
 from increlora_rs import IncreLoraConfig, export_lora
 from increlora_rs.layers.found import adapted_layers
 from increlora_rs.support.names import short
@@ -24,7 +25,7 @@ HIDDEN = 32
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 layouts = pytest.mark.parametrize("layout", ["uniform", "compact"])
-forms = pytest.mark.parametrize("form", [IncreLoraConfig, IncreLoraConfig.paper], ids=["default", "paper"])
+forms = pytest.mark.parametrize("form", [growing, IncreLoraConfig.paper], ids=["default", "paper"])
 sources = pytest.mark.parametrize("source", ["model", "directory"])
 
 SETTINGS = {
@@ -118,20 +119,20 @@ def test_plain_peft_gets_the_same_outputs_in_float32(
 
 
 def test_the_process_of_these_tests_never_imports_increlora(train, plain_peft, bert_dir, tokens, tmp_path):
-    path = exported(train(configure(IncreLoraConfig)), "model", tmp_path)
+    path = exported(train(configure(growing)), "model", tmp_path)
     answer = plain_peft(bert_dir, path, tokens)
     assert answer["knows_increlora"] is False
     assert "peft.tuners.lora.layer" in answer["classes"]
 
 
 def test_exported_adapter_differs_from_the_base(train, make_bert, tokens):
-    model = train(configure(IncreLoraConfig))
+    model = train(configure(growing))
     assert (logits(model, tokens) - logits(make_bert(), tokens)).abs().max() > 0.1
 
 
 @layouts
 def test_bfloat16_adapter_is_exported_near_enough(train, make_bert, tokens, tmp_path, layout):
-    model = train(configure(IncreLoraConfig), torch.bfloat16, autocast_adapter_dtype=False)
+    model = train(configure(growing), torch.bfloat16, autocast_adapter_dtype=False)
     path = exported(model, "model", tmp_path, layout)
     loaded = PeftModel.from_pretrained(make_bert().bfloat16(), path, autocast_adapter_dtype=False)
     wanted = logits(model, tokens)
@@ -140,7 +141,7 @@ def test_bfloat16_adapter_is_exported_near_enough(train, make_bert, tokens, tmp_
 
 @layouts
 def test_bfloat16_adapter_stays_bfloat16(train, tmp_path, layout):
-    model = train(configure(IncreLoraConfig), torch.bfloat16, autocast_adapter_dtype=False)
+    model = train(configure(growing), torch.bfloat16, autocast_adapter_dtype=False)
     tensors = load_file(exported(model, "model", tmp_path, layout) / WEIGHTS)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
@@ -148,7 +149,7 @@ def test_bfloat16_adapter_stays_bfloat16(train, tmp_path, layout):
 def test_bfloat16_base_with_float32_adapter_gives_the_same_outputs(
     train, plain_peft, bert_dir, tokens, tmp_path
 ):
-    model = train(configure(IncreLoraConfig), torch.bfloat16)
+    model = train(configure(growing), torch.bfloat16)
     answer = plain_peft(bert_dir, exported(model, "directory", tmp_path), tokens, "bfloat16")
     assert_same(answer, logits(model, tokens).float(), 0.1)
 
@@ -188,14 +189,14 @@ def test_b_times_a_is_the_update_with_scale_one(train, tmp_path, form, layout, a
 
 
 def test_padding_is_zero(train, tmp_path):
-    tensors = load_file(exported(train(configure(IncreLoraConfig)), "model", tmp_path) / WEIGHTS)
+    tensors = load_file(exported(train(configure(growing)), "model", tmp_path) / WEIGHTS)
     for name, rank in RANKS.items():
         assert not tensors[f"base_model.model.{name}.lora_A.weight"][rank:].any()
         assert not tensors[f"base_model.model.{name}.lora_B.weight"][:, rank:].any()
 
 
 def test_file_says_that_it_is_of_torch(train, tmp_path):
-    path = exported(train(configure(IncreLoraConfig)), "model", tmp_path)
+    path = exported(train(configure(growing)), "model", tmp_path)
     with safe_open(path / WEIGHTS, framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -212,7 +213,7 @@ def test_file_says_that_it_is_of_torch(train, tmp_path):
     ],
 )
 def test_other_trained_tensors_are_carried_over(train, tmp_path, layout, setting, extra):
-    model = train(configure(IncreLoraConfig, **SETTINGS[setting]))
+    model = train(configure(growing, **SETTINGS[setting]))
     tensors = load_file(exported(model, "directory", tmp_path, layout) / WEIGHTS)
     others = sorted(key for key in tensors if "lora_" not in key)
     assert others == [f"base_model.model.{name}" for name in extra]
@@ -241,7 +242,7 @@ def test_uniform_configuration_has_one_rank_and_scale_one(train, tmp_path, form,
 
 @sources
 def test_compact_configuration_has_alpha_equal_to_rank_everywhere(train, tmp_path, source):
-    config = config_of(exported(train(configure(IncreLoraConfig)), source, tmp_path, "compact"))
+    config = config_of(exported(train(configure(growing)), source, tmp_path, "compact"))
     wanted = {f"^{name}": rank for name, rank in RANKS.items()}
     assert {key.replace("\\", ""): rank for key, rank in config["rank_pattern"].items()} == wanted
     assert config["alpha_pattern"] == config["rank_pattern"]
@@ -250,7 +251,7 @@ def test_compact_configuration_has_alpha_equal_to_rank_everywhere(train, tmp_pat
 
 @layouts
 def test_configuration_is_plain_loras(train, tmp_path, layout):
-    path = exported(train(configure(IncreLoraConfig, lora_dropout=0.2)), "model", tmp_path, layout)
+    path = exported(train(configure(growing, lora_dropout=0.2)), "model", tmp_path, layout)
     config = config_of(path)
     fields = {key: config[key] for key in ("peft_type", "inference_mode", "lora_dropout", "bias", "use_dora")}
     assert fields == {
@@ -266,7 +267,7 @@ def test_configuration_is_plain_loras(train, tmp_path, layout):
 @sources
 def test_configuration_keeps_what_concerns_the_base_model(bert_dir, grow, tmp_path, source):
     base = AutoModelForSequenceClassification.from_pretrained(bert_dir)
-    model = get_peft_model(base, configure(IncreLoraConfig, task_type="SEQ_CLS", revision="v2"))
+    model = get_peft_model(base, configure(growing, task_type="SEQ_CLS", revision="v2"))
     grow(model, RANKS)
     config = config_of(exported(model, source, tmp_path))
     assert config["base_model_name_or_path"] == str(bert_dir)
@@ -278,12 +279,12 @@ def test_configuration_keeps_what_concerns_the_base_model(bert_dir, grow, tmp_pa
 @layouts
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
 def test_configuration_keeps_the_bias_setting(train, tmp_path, layout, bias):
-    path = exported(train(configure(IncreLoraConfig, bias=bias)), "model", tmp_path, layout)
+    path = exported(train(configure(growing, bias=bias)), "model", tmp_path, layout)
     assert config_of(path)["bias"] == bias
 
 
 def test_written_configuration_is_returned(train, tmp_path):
-    config = export_lora(train(configure(IncreLoraConfig)), tmp_path).config
+    config = export_lora(train(configure(growing)), tmp_path).config
     assert type(config) is LoraConfig
     assert (config.r, config.lora_alpha) == (LARGEST, LARGEST)
 
@@ -319,7 +320,7 @@ def test_smaller_rank_gives_the_nearest_update(train, tmp_path, form, layout, ra
 @sources
 @layouts
 def test_smaller_rank_reports_what_each_module_lost(train, tmp_path, source, layout):
-    model = train(configure(IncreLoraConfig), torch.float64)
+    model = train(configure(growing), torch.float64)
     wanted = {name: update.detach() for name, update in dense_updates(model).items()}
     if source == "directory":
         model.save_pretrained(tmp_path / "adapter")
@@ -338,13 +339,13 @@ def test_smaller_rank_reports_what_each_module_lost(train, tmp_path, source, lay
 
 @layouts
 def test_exact_export_reports_no_error(train, tmp_path, layout):
-    export = export_lora(train(configure(IncreLoraConfig)), tmp_path, layout)
+    export = export_lora(train(configure(growing)), tmp_path, layout)
     assert (export.errors, export.error) == (dict.fromkeys(RANKS, 0.0), 0.0)
 
 
 @layouts
 def test_smaller_rank_is_the_rank_of_files_and_configuration(train, make_bert, tmp_path, layout):
-    path = exported(train(configure(IncreLoraConfig)), "directory", tmp_path, layout, 2)
+    path = exported(train(configure(growing)), "directory", tmp_path, layout, 2)
     loaded = PeftModel.from_pretrained(make_bert(), path)
     ranks = {short(n): m.r["default"] for n, m in loaded.named_modules() if hasattr(m, "lora_A")}
     assert ranks == {n: 2 if layout == "uniform" else min(rank, 2) for n, rank in RANKS.items()}
@@ -353,7 +354,7 @@ def test_smaller_rank_is_the_rank_of_files_and_configuration(train, make_bert, t
 
 
 def test_an_update_of_zero_loses_nothing(make_bert, tmp_path):
-    model = get_peft_model(make_bert(), configure(IncreLoraConfig, init_r=3))
+    model = get_peft_model(make_bert(), configure(growing, init_r=3))
     export = export_lora(model, tmp_path, rank=1)
     assert export.error == 0.0
     assert set(export.errors.values()) == {0.0}
@@ -364,7 +365,7 @@ def test_an_update_of_zero_loses_nothing(make_bert, tmp_path):
 
 @pytest.mark.parametrize(("rank", "wanted"), [(None, 8), (1, 1), (2, 8), (9, 16), (16, 16), (257, 320)])
 def test_vllm_rank_rounds_up_to_one_that_vllm_takes(train, tmp_path, rank, wanted):
-    model = train(configure(IncreLoraConfig), torch.float64)
+    model = train(configure(growing), torch.float64)
     export = export_lora(model, tmp_path, rank=rank, vllm_rank=True)
     assert (export.config.r, export.config.lora_alpha, export.max_lora_rank) == (wanted, wanted, wanted)
     assert {t.shape[0] for key, t in load_file(tmp_path / WEIGHTS).items() if "lora_A" in key} == {wanted}
@@ -376,17 +377,17 @@ def test_vllm_rank_rounds_up_to_one_that_vllm_takes(train, tmp_path, rank, wante
 
 @pytest.mark.parametrize(("rank", "wanted"), [(None, 8), (8, 8), (9, 16), (33, 64), (512, 512), (513, None)])
 def test_needed_max_lora_rank_is_told(train, tmp_path, rank, wanted):
-    assert export_lora(train(configure(IncreLoraConfig)), tmp_path, rank=rank).max_lora_rank == wanted
+    assert export_lora(train(configure(growing)), tmp_path, rank=rank).max_lora_rank == wanted
 
 
 def test_vllm_rank_above_all_is_refused_with_the_largest(train, tmp_path):
     with pytest.raises(ValueError, match="vllm_rank=True: the rank is 513, and vLLM takes at most 512"):
-        export_lora(train(configure(IncreLoraConfig)), tmp_path, rank=513, vllm_rank=True)
+        export_lora(train(configure(growing)), tmp_path, rank=513, vllm_rank=True)
 
 
 def test_vllm_rank_must_be_a_truth_value(train, tmp_path):
     with pytest.raises(ValueError, match="vllm_rank=8"):
-        export_lora(train(configure(IncreLoraConfig)), tmp_path, vllm_rank=8)
+        export_lora(train(configure(growing)), tmp_path, vllm_rank=8)
 
 
 # Dtypes.
@@ -396,7 +397,7 @@ def test_vllm_rank_must_be_a_truth_value(train, tmp_path):
 @layouts
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_tensors_have_the_asked_dtype(train, tmp_path, source, layout, dtype):
-    model = train(configure(IncreLoraConfig, modules_to_save=["classifier"]))
+    model = train(configure(growing, modules_to_save=["classifier"]))
     path = exported(model, source, tmp_path, layout, dtype=dtype)
     assert {tensor.dtype for tensor in load_file(path / WEIGHTS).values()} == {dtype}
 
@@ -404,13 +405,13 @@ def test_tensors_have_the_asked_dtype(train, tmp_path, source, layout, dtype):
 def test_bfloat16_file_of_a_float32_adapter_gives_nearly_the_same_outputs(
     train, plain_peft, bert_dir, tokens, tmp_path
 ):
-    model = train(configure(IncreLoraConfig))
+    model = train(configure(growing))
     path = exported(model, "directory", tmp_path, dtype=torch.bfloat16)
     assert_same(plain_peft(bert_dir, path, tokens), logits(model, tokens), 0.05)
 
 
 def test_bfloat16_directory_of_others_is_exported(train, make_bert, tokens, tmp_path):
-    model = train(configure(IncreLoraConfig), torch.bfloat16, autocast_adapter_dtype=False)
+    model = train(configure(growing), torch.bfloat16, autocast_adapter_dtype=False)
     model.save_pretrained(tmp_path / "adapter")
     path = exported(model, "directory", tmp_path, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(make_bert(), path).eval()
@@ -419,7 +420,7 @@ def test_bfloat16_directory_of_others_is_exported(train, make_bert, tokens, tmp_
 
 
 def test_value_too_large_for_the_dtype_is_named(train, tmp_path):
-    model = train(configure(IncreLoraConfig))
+    model = train(configure(growing))
     next(iter(adapted_layers(model, "default").values())).lora_B["default"].data[0, 0] = 1e6
     with pytest.raises(ValueError, match=r"dtype=torch.float16: .*query.lora_B.weight holds .*bfloat16"):
         export_lora(model, tmp_path / "plain", dtype=torch.float16)
@@ -429,11 +430,11 @@ def test_value_too_large_for_the_dtype_is_named(train, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.int8, "bfloat16", 16])
 def test_dtype_that_is_none_is_refused(train, tmp_path, dtype):
     with pytest.raises(TypeError, match="dtype="):
-        export_lora(train(configure(IncreLoraConfig)), tmp_path, dtype=dtype)
+        export_lora(train(configure(growing)), tmp_path, dtype=dtype)
 
 
 def test_adapter_saved_without_safetensors_is_exported(train, make_bert, tokens, tmp_path):
-    model = train(configure(IncreLoraConfig))
+    model = train(configure(growing))
     model.save_pretrained(tmp_path / "adapter", safe_serialization=False)
     export_lora(tmp_path / "adapter", tmp_path / "plain")
     loaded = PeftModel.from_pretrained(make_bert(), tmp_path / "plain").eval()
@@ -445,7 +446,7 @@ def test_adapter_saved_without_safetensors_is_exported(train, make_bert, tokens,
 
 @pytest.mark.parametrize("rank", [LARGEST, LARGEST + 1, 16, 40])
 def test_rank_pads_to_the_asked_one(train, plain_peft, bert_dir, tokens, tmp_path, rank):
-    model = train(configure(IncreLoraConfig), torch.float64)
+    model = train(configure(growing), torch.float64)
     path = exported(model, "model", tmp_path, rank=rank)
     assert {t.shape[0] for key, t in load_file(path / WEIGHTS).items() if "lora_A" in key} == {rank}
     assert (config_of(path)["r"], config_of(path)["lora_alpha"]) == (rank, rank)
@@ -456,24 +457,24 @@ def test_rank_pads_to_the_asked_one(train, plain_peft, bert_dir, tokens, tmp_pat
 @layouts
 def test_rank_below_one_is_refused(train, tmp_path, rank, layout):
     with pytest.raises(ValueError, match=f"rank={rank} "):
-        export_lora(train(configure(IncreLoraConfig)), tmp_path / "plain", layout, rank)
+        export_lora(train(configure(growing)), tmp_path / "plain", layout, rank)
 
 
 @pytest.mark.parametrize("rank", ["8", 8.0])
 def test_rank_of_a_wrong_type_is_refused_by_name_and_value(train, tmp_path, rank):
     with pytest.raises(TypeError, match=f"rank={rank!r}"):
-        export_lora(train(configure(IncreLoraConfig)), tmp_path / "plain", rank=rank)
+        export_lora(train(configure(growing)), tmp_path / "plain", rank=rank)
 
 
 def test_rank_above_the_largest_is_refused_in_the_compact_layout(train, tmp_path):
     with pytest.raises(ValueError, match=rf"rank=8 is above .*{LARGEST}"):
-        export_lora(train(configure(IncreLoraConfig)), tmp_path / "plain", "compact", 8)
+        export_lora(train(configure(growing)), tmp_path / "plain", "compact", 8)
 
 
 @pytest.mark.parametrize("layout", ["dense", "", None])
 def test_unknown_layout_is_refused_with_the_choices(train, tmp_path, layout):
     with pytest.raises(ValueError, match=rf"layout={layout!r} .*'uniform'.*'compact'"):
-        export_lora(train(configure(IncreLoraConfig)), tmp_path / "plain", layout)
+        export_lora(train(configure(growing)), tmp_path / "plain", layout)
 
 
 @pytest.mark.parametrize(
@@ -487,12 +488,12 @@ def test_unknown_layout_is_refused_with_the_choices(train, tmp_path, layout):
 )
 def test_refused_export_writes_nothing(train, tmp_path, arguments):
     with pytest.raises(ValueError):
-        export_lora(train(configure(IncreLoraConfig)), tmp_path / "plain", **arguments)
+        export_lora(train(configure(growing)), tmp_path / "plain", **arguments)
     assert not (tmp_path / "plain").exists()
 
 
 def test_named_adapter_is_exported(train, grow, make_bert, tokens, tmp_path):
-    model = train(configure(IncreLoraConfig))
+    model = train(configure(growing))
     model.add_adapter("other", configure(IncreLoraConfig.paper))
     grow(model, {name: 6 - rank for name, rank in RANKS.items()}, adapter_name="other", seed=1)
     model.set_adapter("other")
@@ -511,13 +512,13 @@ def test_exported_model_is_left_as_it_was(train, tokens, tmp_path, layout):
 
 
 def test_adapter_of_a_single_rank_is_exported(make_bert, tokens, tmp_path):
-    model = get_peft_model(make_bert(), configure(IncreLoraConfig, init_lora_weights=False)).eval()
+    model = get_peft_model(make_bert(), configure(growing, init_lora_weights=False)).eval()
     loaded = PeftModel.from_pretrained(make_bert(), exported(model, "directory", tmp_path)).eval()
     torch.testing.assert_close(logits(loaded, tokens), logits(model, tokens), rtol=0.0, atol=5e-6)
 
 
 def test_model_that_is_not_of_transformers_is_exported(make_plain, grow, plain_input, tmp_path):
-    model = get_peft_model(make_plain(), IncreLoraConfig(target_modules=["lin0", "lin1"]))
+    model = get_peft_model(make_plain(), growing(target_modules=["lin0", "lin1"]))
     ranks = grow(model)
     export_lora(model, tmp_path, "compact")
     loaded = PeftModel.from_pretrained(make_plain(), tmp_path).eval()
@@ -530,7 +531,7 @@ def test_module_whose_name_ends_anothers_keeps_its_rank_in_the_compact_layout(gr
     def build():
         return nn.ModuleDict({"lin": nn.Linear(8, 8), "outer": nn.ModuleDict({"lin": nn.Linear(8, 8)})})
 
-    model = get_peft_model(build(), IncreLoraConfig(target_modules=["lin"]))
+    model = get_peft_model(build(), growing(target_modules=["lin"]))
     grow(model, {"lin": 5, "outer.lin": 2})
     export_lora(model, tmp_path, "compact")
     loaded = PeftModel.from_pretrained(build(), tmp_path).base_model.model
@@ -538,7 +539,7 @@ def test_module_whose_name_ends_anothers_keeps_its_rank_in_the_compact_layout(gr
 
 
 def test_failed_export_leaves_an_old_one(train, tmp_path, monkeypatch):
-    model = train(configure(IncreLoraConfig))
+    model = train(configure(growing))
     export_lora(model, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -552,6 +553,6 @@ def test_failed_export_leaves_an_old_one(train, tmp_path, monkeypatch):
 
 
 def test_export_into_the_adapters_own_directory_is_refused(make_plain, tmp_path):
-    get_peft_model(make_plain(), IncreLoraConfig(r=2, target_modules=["lin0"])).save_pretrained(tmp_path)
+    get_peft_model(make_plain(), growing(r=2, target_modules=["lin0"])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is the directory of the adapter itself"):
         export_lora(tmp_path, tmp_path)

@@ -7,7 +7,8 @@ import consumers
 import mixtures
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig, convert_lora, export_lora
+from growing import growing
+from increlora_rs import convert_lora, export_lora
 from increlora_rs.layers.found import adapted_layers
 from increlora_rs.support.names import short
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -32,7 +33,7 @@ def grown(grow):
     """``grown(name, targets)``: the model with an adapter of ranks from 1 to 3 that changes its outputs."""
 
     def run(name, targets, **arguments):
-        config = IncreLoraConfig(**({"r": 3, "lora_alpha": 6, "target_modules": targets} | arguments))
+        config = growing(**({"r": 3, "lora_alpha": 6, "target_modules": targets} | arguments))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             model = get_peft_model(mixtures.build(name), config).eval()

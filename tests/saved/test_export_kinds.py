@@ -8,7 +8,8 @@ from collections import OrderedDict
 import consumers
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig, convert_lora, export_lora
+from growing import growing
+from increlora_rs import convert_lora, export_lora
 from increlora_rs.layers.found import adapted_layers
 from increlora_rs.support.names import short
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -88,7 +89,7 @@ def grown(case, grow):
 
     def run(**arguments):
         build, _, targets = case
-        config = IncreLoraConfig(target_modules=targets, r=3, lora_alpha=6, **arguments)
+        config = growing(target_modules=targets, r=3, lora_alpha=6, **arguments)
         model = get_peft_model(build(), config)
         grow(model)
         return model
@@ -222,7 +223,7 @@ def test_converted_lora_is_exported_without_a_model_in_between(case, lora, tmp_p
 def test_weighted_sum_is_exact(case, grown, grow, tmp_path, kind):
     build, x, targets = case
     model = grown()
-    model.add_adapter("other", IncreLoraConfig(target_modules=targets, r=2, lora_alpha=3))
+    model.add_adapter("other", growing(target_modules=targets, r=2, lora_alpha=3))
     grow(model, adapter_name="other", seed=1)
     model.add_weighted_adapter(
         ["default", "other"], [0.7, -1.3], "sum", kind, svd_rank=None if kind == "cat" else 8
@@ -241,7 +242,7 @@ def test_weighted_sum_is_exact(case, grown, grow, tmp_path, kind):
 
 @pytest.fixture
 def llama(make_llama, grow):
-    config = IncreLoraConfig(target_modules=["embed_tokens", "lm_head", "q_proj"], r=2)
+    config = growing(target_modules=["embed_tokens", "lm_head", "q_proj"], r=2)
     model = get_peft_model(make_llama(), config)
     grow(model)
     return model
@@ -269,14 +270,14 @@ def test_exported_embeddings_are_right_in_vllm_and_llama_cpp(llama, tmp_path):
 @pytest.mark.parametrize("kinds", [3, {"words": 3}, {"words": "word"}, {"words": ["3"]}, {3: "embedding"}])
 def test_wrong_module_kinds_are_refused_by_name(kinds):
     with pytest.raises((TypeError, ValueError), match="module_kinds"):
-        IncreLoraConfig(module_kinds=kinds)
+        growing(module_kinds=kinds)
 
 
 @pytest.mark.parametrize("options", [{"dilation": 2}, {"padding": 1, "padding_mode": "reflect"}])
 @sources
 def test_convolutions_that_lora_computes_otherwise_are_refused_by_name(options, source, tmp_path):
     base = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3, **options))
-    model = get_peft_model(base, IncreLoraConfig(r=2, target_modules=["0", "1"]))
+    model = get_peft_model(base, growing(r=2, target_modules=["0", "1"]))
     if source == "directory":
         model.save_pretrained(tmp_path / "adapter")
         model = tmp_path / "adapter"

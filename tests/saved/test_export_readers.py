@@ -3,7 +3,8 @@
 import pytest
 import torch
 import unets
-from increlora_rs import IncreLoraConfig, export_lora
+from growing import growing
+from increlora_rs import export_lora
 from peft import PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 
@@ -17,7 +18,7 @@ def two_exports(make_bert, grow, tokens, tmp_path):
     def run(**arguments):
         found = []
         for k, ranks in enumerate(([1, 2, 3, 1], [4, 1, 1, 2])):
-            config = IncreLoraConfig(r=3, lora_alpha=6 + k, target_modules=["query", "value"])
+            config = growing(r=3, lora_alpha=6 + k, target_modules=["query", "value"])
             model = get_peft_model(make_bert(), config).eval()
             names = [
                 f"bert.encoder.layer.{j // 2}.attention.self." + ("query", "value")[j % 2] for j in range(4)
@@ -59,7 +60,7 @@ def test_a_hot_swap_between_exports_of_one_rank_keeps_every_shape(two_exports, m
 def adapted_unet(grow):
     """A UNet with an adapter of ranks from 1 to 3 on linear layers and convolutions, as diffusers adds it."""
     model = unets.unet()
-    model.add_adapter(IncreLoraConfig(r=3, target_modules=["to_q", "to_k", "to_out.0", "conv1", "proj_in"]))
+    model.add_adapter(growing(r=3, target_modules=["to_q", "to_k", "to_out.0", "conv1", "proj_in"]))
     grow(model)
     return model
 

@@ -9,7 +9,8 @@ import increlora_rs
 import peft
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig, growth_history
+from growing import growing
+from increlora_rs import growth_history
 from increlora_rs.saved.history_file import HISTORY_NAME
 
 STEPS = [4, 6, 8, 10]
@@ -74,7 +75,7 @@ def test_saved_adapter_has_the_history_of_its_model(trained, tmp_path, when):
 
 def test_named_adapter_has_its_history_in_its_folder(trained, tmp_path):
     model, _, _ = trained
-    model.add_adapter("other", IncreLoraConfig(target_modules=["key"], r=2))
+    model.add_adapter("other", growing(target_modules=["key"], r=2))
     model.save_pretrained(tmp_path)
     assert growth_history(tmp_path).steps == STEPS
     assert not (tmp_path / "other" / HISTORY_NAME).exists()
@@ -82,7 +83,7 @@ def test_named_adapter_has_its_history_in_its_folder(trained, tmp_path):
 
 def test_adapter_that_is_not_saved_leaves_no_history(trained, tmp_path):
     model, _, _ = trained
-    model.add_adapter("other", IncreLoraConfig(target_modules=["key"], r=2))
+    model.add_adapter("other", growing(target_modules=["key"], r=2))
     model.save_pretrained(tmp_path, selected_adapters=["other"])
     assert list(tmp_path.glob(f"**/{HISTORY_NAME}")) == []
 
@@ -158,13 +159,13 @@ def test_history_of_another_training_in_the_directory_is_refused(trained, train_
 
 
 def test_model_that_has_not_grown_says_so(make_bert):
-    model = peft.get_peft_model(make_bert(), IncreLoraConfig(target_modules=["query"]))
+    model = peft.get_peft_model(make_bert(), growing(target_modules=["query"]))
     with pytest.raises(ValueError, match="have not grown in this process"):
         growth_history(model)
 
 
 def test_directory_without_history_says_how_to_get_it(make_bert, tmp_path):
-    peft.get_peft_model(make_bert(), IncreLoraConfig(target_modules=["query"])).save_pretrained(tmp_path)
+    peft.get_peft_model(make_bert(), growing(target_modules=["query"])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"{HISTORY_NAME} does not exist.*Trainer's checkpoints"):
         growth_history(tmp_path)
 

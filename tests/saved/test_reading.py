@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from growing import growing
 from increlora_rs import IncreLoraConfig, export_lora, rank_table
 from increlora_rs.layers.found import adapted_layers
 from increlora_rs.saved.reading import read
@@ -18,7 +19,7 @@ FACTORS = ["lora_A", "lora_B", "lora_E"]
 
 
 def configure(**kwargs):
-    return IncreLoraConfig(**({"target_modules": ["lin0", "lin1"], "r": 3, "lora_alpha": 6} | kwargs))
+    return growing(**({"target_modules": ["lin0", "lin1"], "r": 3, "lora_alpha": 6} | kwargs))
 
 
 @pytest.fixture
@@ -219,7 +220,7 @@ def test_adapter_of_a_base_of_other_width_is_refused_by_module(adapter, reader, 
 
 @pytest.mark.parametrize("depth", [1, 3])
 def test_adapter_of_a_base_of_other_depth_is_refused_by_module(make_bert, grow, tmp_path, depth):
-    model = get_peft_model(make_bert(layers=2), IncreLoraConfig(target_modules=["query"]))
+    model = get_peft_model(make_bert(layers=2), growing(target_modules=["query"]))
     grow(model)
     model.save_pretrained(tmp_path)
     message = refusal(from_pretrained, make_bert(layers=depth), tmp_path)
@@ -263,7 +264,7 @@ def test_model_and_directory_give_the_same_factors(make_plain, grow, adapter):
             )
 
 
-@pytest.mark.parametrize("form", [IncreLoraConfig, IncreLoraConfig.paper])
+@pytest.mark.parametrize("form", [growing, IncreLoraConfig.paper])
 def test_factors_multiply_to_the_layers_update(make_plain, grow, form):
     model = get_peft_model(make_plain(), form(target_modules=["lin0", "lin1"], alpha_pattern={"lin1": 5}))
     grow(model, RANKS, reserve=1)

@@ -5,7 +5,8 @@ import warnings
 import peft
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig, export_lora, module_table, rank_table
+from growing import growing
+from increlora_rs import export_lora, module_table, rank_table
 from increlora_rs.layers.found import adapted_layers
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 def grown(make_bert, grow):
     """An adapter of ranks 0 but for two modules, which have 2 and 1."""
     model = peft.get_peft_model(
-        make_bert(), IncreLoraConfig(r=3, init_r=0, target_modules=["query", "value", "intermediate.dense"])
+        make_bert(), growing(r=3, init_r=0, target_modules=["query", "value", "intermediate.dense"])
     )
     prefix = "bert.encoder.layer"
     grow(model, {f"{prefix}.0.attention.self.value": 2, f"{prefix}.1.intermediate.dense": 1})
@@ -39,7 +40,7 @@ def test_a_saved_adapter_loads_with_its_ranks_and_without_a_warning(grown, make_
 def test_an_adapter_is_loaded_over_one_of_other_ranks(grown, make_bert, tokens, tmp_path):
     grown.save_pretrained(tmp_path)
     other = peft.get_peft_model(
-        make_bert(), IncreLoraConfig(r=3, init_r=3, target_modules=["query", "value", "intermediate.dense"])
+        make_bert(), growing(r=3, init_r=3, target_modules=["query", "value", "intermediate.dense"])
     )
     other.load_adapter(tmp_path, "default")
     assert ranks_of(other) == ranks_of(grown)
@@ -81,7 +82,7 @@ def test_peft_gives_the_same_outputs_by_an_export(grown, make_bert, tokens, tmp_
 def test_an_export_is_on_the_same_modules_however_they_were_named(
     make_bert, grow, tokens, tmp_path, settings
 ):
-    model = peft.get_peft_model(make_bert(), IncreLoraConfig(r=3, init_r=0, **settings))
+    model = peft.get_peft_model(make_bert(), growing(r=3, init_r=0, **settings))
     grow(model, {"bert.encoder.layer.1.attention.self.query": 2})
     export_lora(model, tmp_path)
     lora = PeftModel.from_pretrained(make_bert(), tmp_path).eval()
@@ -95,7 +96,7 @@ def test_a_module_whose_name_ends_another_of_rank_zero_is_exported_alone(tmp_pat
             {"a": torch.nn.Linear(3, 4), "b": torch.nn.ModuleDict({"a": torch.nn.Linear(4, 2)})}
         )
 
-    model = peft.get_peft_model(build(), IncreLoraConfig(r=1, rank_pattern={"^b.a": 0}, target_modules=["a"]))
+    model = peft.get_peft_model(build(), growing(r=1, rank_pattern={"^b.a": 0}, target_modules=["a"]))
     export_lora(model, tmp_path)
     lora = PeftModel.from_pretrained(build(), tmp_path)
     adapted = [
@@ -105,7 +106,7 @@ def test_a_module_whose_name_ends_another_of_rank_zero_is_exported_alone(tmp_pat
 
 
 def test_an_adapter_with_nothing_is_not_exported(make_bert, tmp_path):
-    model = peft.get_peft_model(make_bert(), IncreLoraConfig(r=3, init_r=0, target_modules=["query"]))
+    model = peft.get_peft_model(make_bert(), growing(r=3, init_r=0, target_modules=["query"]))
     with pytest.raises(ValueError, match="each of the 2 modules has rank 0"):
         export_lora(model, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()

@@ -4,7 +4,7 @@ import warnings
 
 import mixtures
 import pytest
-from increlora_rs import IncreLoraConfig
+from growing import growing
 from increlora_rs.layers.found import adapted_layers
 from increlora_rs.support.experts import expert_layers, fused_parameters
 from increlora_rs.support.names import short
@@ -48,7 +48,7 @@ def told(model, **arguments):
     """What is warned of when the model gets an adapter."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        get_peft_model(model, IncreLoraConfig(r=2, **arguments))
+        get_peft_model(model, growing(r=2, **arguments))
     return [str(warning.message) for warning in found if warning.category is UserWarning]
 
 
@@ -130,7 +130,7 @@ def test_layers_that_are_not_transformed_are_not_warned_of():
 
 def test_targets_of_experts_alone_are_refused_by_their_parameters():
     with pytest.raises(ValueError, match=r"only fused experts, 'model.layers.0.mlp.experts.gate_up_proj'"):
-        get_peft_model(mixtures.build("Mixtral"), IncreLoraConfig(target_modules=["w1", "w3"]))
+        get_peft_model(mixtures.build("Mixtral"), growing(target_modules=["w1", "w3"]))
 
 
 def test_a_mixture_of_ones_own_is_named():
@@ -149,17 +149,17 @@ def test_a_mixture_of_ones_own_is_named():
 
 def test_a_second_adapter_of_the_same_kind_is_not_warned_of_again():
     model = mixtures.build("Mixtral")
-    config = IncreLoraConfig(r=2, target_modules="all-linear")
+    config = growing(r=2, target_modules="all-linear")
     with pytest.warns(UserWarning, match="experts and routers"):
         model = get_peft_model(model, config)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        model.add_adapter("other", IncreLoraConfig(r=2, target_modules="all-linear"))
+        model.add_adapter("other", growing(r=2, target_modules="all-linear"))
 
 
 def test_an_adapter_that_is_loaded_for_inference_is_not_warned_of(tmp_path):
     with pytest.warns(UserWarning, match="experts and routers"):
-        model = get_peft_model(mixtures.build("Qwen3Moe"), IncreLoraConfig(r=2, target_modules=QWEN))
+        model = get_peft_model(mixtures.build("Qwen3Moe"), growing(r=2, target_modules=QWEN))
     model.save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -174,7 +174,7 @@ def phimoe():
     with pytest.warns(UserWarning, match=r"mlp\.router\.weight"):
         return get_peft_model(
             mixtures.build("Phimoe"),
-            IncreLoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
+            growing(r=2, target_modules="all-linear", init_lora_weights=False),
         )
 
 
@@ -191,7 +191,7 @@ def test_a_saved_adapter_leaves_that_router_alone_too(phimoe, tmp_path):
 
 def test_such_a_router_is_refused_by_name():
     with pytest.raises(ValueError, match="PhimoeTopKRouter gives out a choice"):
-        get_peft_model(mixtures.build("Phimoe"), IncreLoraConfig(target_modules=["router"]))
+        get_peft_model(mixtures.build("Phimoe"), growing(target_modules=["router"]))
 
 
 # modules_to_save.
@@ -199,7 +199,7 @@ def test_such_a_router_is_refused_by_name():
 
 def test_experts_that_are_trained_as_a_whole_are_saved_and_loaded(tmp_path):
     ways = {"modules_to_save": ["mlp.experts", "mlp.gate"], "init_lora_weights": False}
-    config = IncreLoraConfig(r=2, target_modules="all-linear", **ways)
+    config = growing(r=2, target_modules="all-linear", **ways)
     model = get_peft_model(mixtures.build("DeepseekV3"), config).eval()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_" not in name:
@@ -211,7 +211,7 @@ def test_experts_that_are_trained_as_a_whole_are_saved_and_loaded(tmp_path):
 
 def test_an_end_of_a_name_that_wraps_adapted_modules_is_refused():
     # PEFT would wrap shared_experts too, with what is adapted in them, and load nothing of it.
-    config = IncreLoraConfig(target_modules="all-linear", modules_to_save=["experts"])
+    config = growing(target_modules="all-linear", modules_to_save=["experts"])
     refused = pytest.raises(ValueError, match=r"modules_to_save: 'experts' is the end of .*shared_experts'")
     with pytest.warns(UserWarning, match="experts and routers that are parameters"), refused:
         get_peft_model(mixtures.build("DeepseekV3"), config)
@@ -219,7 +219,7 @@ def test_an_end_of_a_name_that_wraps_adapted_modules_is_refused():
 
 def test_names_of_experts_are_kept_in_the_configuration():
     model = mixtures.build("Qwen3Moe")
-    model = get_peft_model(model, IncreLoraConfig(target_modules=["q_proj"]))
+    model = get_peft_model(model, growing(target_modules=["q_proj"]))
     assert model.peft_config["default"].expert_names == ["down_proj", "gate", "gate_proj", "up_proj"]
     assert [short(name) for name in adapted_layers(model, "default")] == [
         f"model.layers.{k}.self_attn.q_proj" for k in range(2)
@@ -228,4 +228,4 @@ def test_names_of_experts_are_kept_in_the_configuration():
 
 def test_wrong_names_of_experts_are_refused():
     with pytest.raises(TypeError, match="expert_names"):
-        IncreLoraConfig(expert_names="up_proj")
+        growing(expert_names="up_proj")

@@ -5,7 +5,8 @@ import warnings
 
 import pytest
 import torch
-from increlora_rs import IncreLoraCallback, IncreLoraConfig, attach
+from growing import growing
+from increlora_rs import IncreLoraCallback, attach
 from peft import get_peft_model
 from rows import Rows
 from transformers import Trainer, TrainingArguments
@@ -19,7 +20,7 @@ def line_of(caught):
 
 def adapted(make_plain, **config):
     settings = {"r": 2, "target_modules": ["lin0", "lin1"]} | config
-    return get_peft_model(make_plain(), IncreLoraConfig(**settings))
+    return get_peft_model(make_plain(), growing(**settings))
 
 
 def adamw(model):
@@ -59,7 +60,7 @@ def test_a_warning_of_a_load_points_to_the_optimizers_call(make_plain):
 
 
 def test_a_warning_in_trainer_points_to_the_call_of_train(make_bert, tmp_path):
-    config = IncreLoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"], total_step=5)
+    config = growing(task_type="SEQ_CLS", r=2, target_modules=["query", "value"], total_step=5)
     trainer = Trainer(
         model=get_peft_model(make_bert(), config),
         args=TrainingArguments(

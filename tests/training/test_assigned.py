@@ -6,7 +6,8 @@ import warnings
 
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig, attach
+from growing import growing
+from increlora_rs import attach
 from increlora_rs.layers.found import adapted_layers
 from increlora_rs.training.modules import adapted_modules
 from peft import get_peft_model
@@ -17,7 +18,7 @@ STEPS = 30
 @pytest.fixture
 def training(make_plain):
     """A model of rank 1, its optimizer and the scheduler that is attached to both."""
-    config = IncreLoraConfig(r=3, lora_alpha=6, target_modules=["lin0", "lin1"], growth_end=0.6)
+    config = growing(r=3, lora_alpha=6, target_modules=["lin0", "lin1"], growth_end=0.6)
     model = get_peft_model(make_plain(), config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     return model, optimizer, attach(model, optimizer, total_steps=STEPS)
@@ -115,7 +116,7 @@ def test_moving_to_another_dtype_is_no_other_parameter(training, plain_input):
 def test_fused_adamw_without_a_scheduler_never_steps_with_state_of_another_size(
     make_plain, grow, plain_input
 ):
-    config = IncreLoraConfig(r=3, lora_alpha=6, target_modules=["lin0", "lin1"])
+    config = growing(r=3, lora_alpha=6, target_modules=["lin0", "lin1"])
     model = get_peft_model(make_plain(), config)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, fused=True)
@@ -130,7 +131,7 @@ def test_fused_adamw_without_a_scheduler_never_steps_with_state_of_another_size(
 
 
 def test_a_factor_that_is_computed_is_refused(make_plain):
-    model = get_peft_model(make_plain(), IncreLoraConfig(r=2, target_modules=["lin0", "lin1"]))
+    model = get_peft_model(make_plain(), growing(r=2, target_modules=["lin0", "lin1"]))
     torch.nn.utils.parametrizations.weight_norm(adapted_modules(model, "default")[0].layer.lora_B["default"])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     with pytest.raises(ValueError, match=r"lora_B of 'lin0' is computed.*take that off"):
@@ -138,7 +139,7 @@ def test_a_factor_that_is_computed_is_refused(make_plain):
 
 
 def test_a_factor_that_two_modules_share_is_refused(make_plain):
-    model = get_peft_model(make_plain(), IncreLoraConfig(r=2, target_modules=["lin0", "lin1"]))
+    model = get_peft_model(make_plain(), growing(r=2, target_modules=["lin0", "lin1"]))
     first, second = (module.layer for module in adapted_modules(model, "default"))
     second.lora_E["default"].weight = first.lora_E["default"].weight
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])

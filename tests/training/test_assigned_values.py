@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig
+from growing import growing
 from increlora_rs.layers.found import adapted_layers
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -17,7 +17,7 @@ def pair(make_plain, grow):
     """``pair(options)``: a model of ranks 3 and 2, and one that was copied before they grew."""
 
     def build(options):
-        config = IncreLoraConfig(r=3, lora_alpha=6, target_modules=["lin0", "lin1"], **options)
+        config = growing(r=3, lora_alpha=6, target_modules=["lin0", "lin1"], **options)
         model = get_peft_model(make_plain(), config)
         other = copy.deepcopy(model)
         grow(model, {"lin0": 3, "lin1": 2})

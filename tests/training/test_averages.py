@@ -9,7 +9,8 @@ import pytest
 import pytorch_lightning as lightning
 import torch
 from diffusers.training_utils import EMAModel
-from increlora_rs import IncreLoraCallback, IncreLoraConfig, attach, keep_average
+from growing import growing
+from increlora_rs import IncreLoraCallback, attach, keep_average
 from pytorch_lightning.callbacks import (
     EMAWeightAveraging,
     ModelCheckpoint,
@@ -39,7 +40,7 @@ def training(make_plain):
         torch.manual_seed(3)
         settings = {"r": 3, "lora_alpha": 6, "target_modules": ["lin0", "lin1"]}
         settings |= {"tinit": 3, "deltaT": 2, "top_h": 2}
-        model = peft.get_peft_model(make_plain(), IncreLoraConfig(**(settings | config)))
+        model = peft.get_peft_model(make_plain(), growing(**(settings | config)))
         return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
 
     return build
@@ -750,7 +751,7 @@ class Averaging(TrainerCallback):
 @pytest.mark.parametrize("holder", ["AveragedModel, SWA", "EMAModel", "dictionary"])
 def test_averages_given_to_the_callback_follow_in_trainer(make_bert, tmp_path, holder):
     config = {"task_type": "SEQ_CLS", "r": 2, "target_modules": ["query", "value"], "tinit": 3, "deltaT": 2}
-    model = peft.get_peft_model(make_bert(), IncreLoraConfig(**config))
+    model = peft.get_peft_model(make_bert(), growing(**config))
     held = HOLDERS[holder](model)
     heard = []
     callback = IncreLoraCallback(averages=[held.average], on_growth=heard.append)

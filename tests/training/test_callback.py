@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+from growing import growing
 from increlora_rs import IncreLoraCallback, IncreLoraConfig, growth_history
 from increlora_rs.training.modules import adapted_modules
 from rows import Rows
@@ -22,7 +23,7 @@ STEPS = 24
 def make_trainer(make_bert, tmp_path):
     """Builds a Trainer of 24 steps on a tiny BERT with a fresh adapter at rank 1."""
 
-    def build(form=IncreLoraConfig, callbacks=None, config=None, dtype=torch.float32, **arguments):
+    def build(form=growing, callbacks=None, config=None, dtype=torch.float32, **arguments):
         torch.manual_seed(4)
         defaults = {
             "output_dir": str(tmp_path / "out"),
@@ -254,7 +255,7 @@ def test_an_evaluation_log_holds_nothing_of_ours(make_trainer):
     assert all("total_rank" not in log for log in logged)
 
 
-@pytest.mark.parametrize("form", [IncreLoraConfig, IncreLoraConfig.paper])
+@pytest.mark.parametrize("form", [growing, IncreLoraConfig.paper])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_evaluation_loss_is_the_task_loss_alone(make_trainer, form, accumulation):
     trainer, _ = make_trainer(form, gradient_accumulation_steps=accumulation)
@@ -299,7 +300,7 @@ def test_a_model_without_an_adapter_raises_before_the_first_step(make_bert, tmp_
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", [IncreLoraConfig, IncreLoraConfig.paper])
+@pytest.mark.parametrize("form", [growing, IncreLoraConfig.paper])
 @pytest.mark.parametrize("stop", [3, 8, 9, 20])
 def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(make_trainer, form, dtype, stop):
     options = {"save_strategy": "steps", "save_steps": stop, "save_total_limit": None, "dtype": dtype}

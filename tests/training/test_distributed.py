@@ -21,7 +21,8 @@ pytestmark = pytest.mark.slow
 def torchrun(processes, script, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={processes}", str(WORKERS / script), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    paths = os.pathsep.join([str(WORKERS.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[:3000]
 
@@ -82,7 +83,7 @@ def trainers(tmp_path_factory):
     return [torch.load(out / f"rank{k}.pt") for k in range(2)]
 
 
-@pytest.mark.parametrize("form", ["IncreLoraConfig", "paper"])
+@pytest.mark.parametrize("form", ["growing", "paper"])
 def test_trainer_in_two_processes_meets_the_budget_with_equal_parameters(trainers, form):
     first, second = (result[form, "whole"] for result in trainers)
     assert first["total_rank"] == 12
@@ -91,7 +92,7 @@ def test_trainer_in_two_processes_meets_the_budget_with_equal_parameters(trainer
         assert torch.equal(parameter, second["parameters"][name]), name
 
 
-@pytest.mark.parametrize("form", ["IncreLoraConfig", "paper"])
+@pytest.mark.parametrize("form", ["growing", "paper"])
 def test_trainer_in_two_processes_resumes_bit_for_bit(trainers, form):
     whole, resumed = trainers[0][form, "whole"], trainers[0][form, "resumed"]
     assert resumed["history"] == whole["history"]

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from growing import growing
 from increlora_rs import IncreLoraConfig, attach, growth_history, load_checkpoint
 from increlora_rs.training import checkpoint as saved_state
 from increlora_rs.training.modules import adapted_modules
@@ -39,7 +40,7 @@ STOPS = [2, 6, 8]
 
 def adapted(kind="gradient", **config):
     torch.manual_seed(3)
-    form = IncreLoraConfig.paper if kind == "sensitivity" else IncreLoraConfig
+    form = IncreLoraConfig.paper if kind == "sensitivity" else growing
     settings = {"r": 3, "lora_alpha": 6, "target_modules": ["0", "2"], "tinit": 3, "deltaT": 3, "top_h": 1}
     base = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
     return peft.get_peft_model(base, form(**(settings | KINDS[kind] | config)))
@@ -472,7 +473,7 @@ def test_a_checkpoint_of_other_modules_is_refused_and_the_model_stays(targets, t
     torch.manual_seed(3)
     base = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
     base.extra = nn.Linear(4, 4)
-    model = peft.get_peft_model(base, IncreLoraConfig(r=3, lora_alpha=6, target_modules=targets))
+    model = peft.get_peft_model(base, growing(r=3, lora_alpha=6, target_modules=targets))
     before = parameters(model)
     with pytest.raises(ValueError, match=f"checkpoint: .*{told}"):
         load_checkpoint(model, tmp_path)
@@ -482,7 +483,7 @@ def test_a_checkpoint_of_other_modules_is_refused_and_the_model_stays(targets, t
 def test_a_checkpoint_of_a_wider_model_is_refused(tmp_path):
     saved_model(tmp_path)
     base = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 4))
-    model = peft.get_peft_model(base, IncreLoraConfig(r=3, lora_alpha=6, target_modules=["0", "2"]))
+    model = peft.get_peft_model(base, growing(r=3, lora_alpha=6, target_modules=["0", "2"]))
     with pytest.raises(ValueError, match="load it into the model that was trained"):
         load_checkpoint(model, tmp_path)
 

@@ -5,7 +5,8 @@ import copy
 import peft
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig, attach
+from growing import growing
+from increlora_rs import attach
 from torch import nn
 
 STEPS = 12
@@ -15,7 +16,7 @@ def adapted(**config):
     torch.manual_seed(3)
     settings = {"r": 3, "lora_alpha": 6, "target_modules": ["0", "2"], "tinit": 3, "deltaT": 2, "top_h": 1}
     base = nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 7))
-    return peft.get_peft_model(base, IncreLoraConfig(**(settings | config)))
+    return peft.get_peft_model(base, growing(**(settings | config)))
 
 
 def begin(**config):

@@ -7,7 +7,8 @@ from weakref import ref
 
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig, attach
+from growing import growing
+from increlora_rs import attach
 from increlora_rs.training.fit import schedulers_of
 from increlora_rs.training.modules import adapted_modules
 from peft import get_peft_model
@@ -17,7 +18,7 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 @pytest.fixture
 def model(make_plain):
-    config = IncreLoraConfig(r=3, lora_alpha=3, target_modules=["lin0", "lin1"])
+    config = growing(r=3, lora_alpha=3, target_modules=["lin0", "lin1"])
     return get_peft_model(make_plain(), config)
 
 
@@ -54,7 +55,7 @@ def test_a_frozen_factor_is_named(model, factor):
 
 
 def test_after_many_names_the_number_of_the_others_is_told(make_bert):
-    config = IncreLoraConfig(r=3, target_modules=["query", "key", "value"])
+    config = growing(r=3, target_modules=["query", "key", "value"])
     model = get_peft_model(make_bert(), config)
     for module in modules(model):
         module.factors[1].requires_grad_(False)
@@ -187,7 +188,7 @@ def test_a_scheduler_is_found_by_its_model_after_its_optimizer_is_gone(model):
 
 
 def test_a_scheduler_goes_with_its_model(make_plain):
-    config = IncreLoraConfig(r=3, lora_alpha=3, target_modules=["lin0", "lin1"])
+    config = growing(r=3, lora_alpha=3, target_modules=["lin0", "lin1"])
     model = get_peft_model(make_plain(), config)
     known = ref(attach(model, torch.optim.AdamW(trainable(model)), total_steps=20))
     del model

@@ -7,6 +7,7 @@ import accelerate
 import peft
 import pytest
 import torch
+from growing import growing
 from increlora_rs import IncreLoraConfig, attach
 from increlora_rs.training.modules import adapted_modules
 from torch import nn
@@ -34,7 +35,7 @@ class Twin(nn.Module):
         return self.second(checkpoint(self.body, x, use_reentrant=self.mode == "reentrant"))
 
 
-def adapted(mode=None, dtype=torch.float32, form=IncreLoraConfig, **kwargs):
+def adapted(mode=None, dtype=torch.float32, form=growing, **kwargs):
     torch.manual_seed(2)
     # Late, so that ranks grow through most of a training.
     schedule = {"importance_window": None, "growth_end": 0.6}
@@ -142,7 +143,7 @@ def test_an_optimizer_of_unknown_state_starts_it_anew_with_a_warning():
 
 
 @pytest.mark.parametrize("mode", ["reentrant", "not reentrant"])
-@pytest.mark.parametrize("form", [IncreLoraConfig, IncreLoraConfig.paper])
+@pytest.mark.parametrize("form", [growing, IncreLoraConfig.paper])
 def test_checkpointing_counts_the_importance_once_and_changes_nothing(mode, form):
     results = []
     for how in (None, mode):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig, attach
+from growing import growing
+from increlora_rs import attach
 from peft import get_peft_model
 
 
@@ -23,7 +24,7 @@ class Failing(torch.optim.AdamW):
 @pytest.fixture
 def begin(make_plain, plain_input):
     def run(cls):
-        config = IncreLoraConfig(r=3, lora_alpha=3, target_modules=["lin0", "lin1"])
+        config = growing(r=3, lora_alpha=3, target_modules=["lin0", "lin1"])
         model = get_peft_model(make_plain(), config)
         parameters = [p for p in model.parameters() if p.requires_grad]
         # Having made one of the base class, torch calls its hooks around that class's step, too.

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from growing import growing
 from increlora_rs import IncreLoraConfig, attach
 from increlora_rs.training import checkpoint as saved_state
 from increlora_rs.training.checkpoint import KEY as STATE_KEY
@@ -33,7 +34,7 @@ class Chain(nn.Module):
 
 WIDTHS = (10, 16, 12, 14, 6)
 TARGETS = ["maps.0", "maps.1", "maps.2", "maps.3"]
-FORMS = {"default": IncreLoraConfig, "paper": IncreLoraConfig.paper}
+FORMS = {"default": growing, "paper": IncreLoraConfig.paper}
 
 
 def adapted(form="default", widths=WIDTHS, seed=3, **kwargs):
@@ -86,7 +87,7 @@ def test_budget_is_met_exactly(form, r, steps):
 
 
 @pytest.mark.parametrize(
-    ("growth_end", "first", "last"), [(IncreLoraConfig().growth_end, 20, 40), (0.6, 40, 240), (0.3, 40, 120)]
+    ("growth_end", "first", "last"), [(growing().growth_end, 20, 40), (0.6, 40, 240), (0.3, 40, 120)]
 )
 def test_ranks_stay_during_the_warm_up_and_are_full_at_growth_end(growth_end, first, last):
     model = adapted(growth_end=growth_end)
@@ -473,7 +474,7 @@ def test_a_model_without_an_adapter_raises():
 
 def test_two_trainable_adapters_raise():
     model = adapted()
-    model.add_adapter("second", IncreLoraConfig(r=2, target_modules=TARGETS))
+    model.add_adapter("second", growing(r=2, target_modules=TARGETS))
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match="2 trainable adapters of increlora_rs"):
         attach(model, adamw(model), total_steps=60)
@@ -481,7 +482,7 @@ def test_two_trainable_adapters_raise():
 
 def test_a_named_adapter_is_taken_among_several():
     model = adapted()
-    model.add_adapter("second", IncreLoraConfig(r=2, target_modules=TARGETS))
+    model.add_adapter("second", growing(r=2, target_modules=TARGETS))
     model.base_model.set_adapter(["default", "second"])
     assert attach(model, adamw(model), total_steps=60, adapter_name="second").budget == 8
 
@@ -977,7 +978,7 @@ def test_a_saved_adapter_goes_on_growing_under_a_new_configuration(tmp_path):
     attach(model, optimizer, total_steps=60)
     train(model, optimizer, 1, 60)
     model.save_pretrained(tmp_path)
-    config = IncreLoraConfig(r=5, lora_alpha=40 / 3, target_modules=TARGETS)
+    config = growing(r=5, lora_alpha=40 / 3, target_modules=TARGETS)
     torch.manual_seed(3)
     again = peft.PeftModel.from_pretrained(Chain(WIDTHS), tmp_path, is_trainable=True, config=config)
     x, _ = batch(1)
@@ -1023,7 +1024,7 @@ def test_one_scaler_may_serve_two_schedulers():
 
 
 def test_one_configuration_may_serve_several_models():
-    config = IncreLoraConfig(r=3, target_modules=TARGETS)
+    config = growing(r=3, target_modules=TARGETS)
     for _ in range(2):
         model = peft.get_peft_model(Chain(WIDTHS), config)
         optimizer = adamw(model)

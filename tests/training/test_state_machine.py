@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+from growing import growing
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -27,7 +28,7 @@ class Training(RuleBasedStateMachine):
         warmup=st.integers(0, 9),
     )
     def begin(self, r, max_r, paper, interval, top_h, add_r, kind, warmup):
-        make = IncreLoraConfig.paper if paper else IncreLoraConfig
+        make = IncreLoraConfig.paper if paper else growing
         self.config = make(
             r=r,
             max_r=max_r,

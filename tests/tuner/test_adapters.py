@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import peft
 import pytest
 import torch
+from growing import growing
 from increlora_rs import IncreLoraCallback, IncreLoraConfig, attach
 from increlora_rs.layers.found import adapted_layers
 from increlora_rs.support.names import short
@@ -17,7 +18,7 @@ STEPS = 20
 def configure(**kwargs):
     # Late, so that ranks do not grow at the first steps already.
     values = {"target_modules": ["query", "value"], "r": 3, "lora_alpha": 6, "growth_end": 0.6} | kwargs
-    return IncreLoraConfig(**values)
+    return growing(**values)
 
 
 @pytest.fixture
@@ -210,7 +211,7 @@ def test_an_adapter_on_top_of_a_plain_lora_is_refused_with_the_way_out(make_bert
 # Going on from a finished adapter.
 
 
-@pytest.mark.parametrize("form", [IncreLoraConfig, IncreLoraConfig.paper], ids=["default", "paper"])
+@pytest.mark.parametrize("form", [growing, IncreLoraConfig.paper], ids=["default", "paper"])
 def test_a_finished_adapter_grows_on_to_a_larger_budget(make_bert, tokens, tmp_path, form):
     arguments = {"target_modules": ["query", "value"], "lora_alpha": 6}
     model = get_peft_model(make_bert(), form(r=2, **arguments))
@@ -220,7 +221,7 @@ def test_a_finished_adapter_grows_on_to_a_larger_budget(make_bert, tokens, tmp_p
     model.save_pretrained(tmp_path / "first")
     first = ranks_of(model, "default")
     # The scale of the default form is alpha / r, of the paper's alpha / r_k.
-    alpha = 15 if form is IncreLoraConfig else 6
+    alpha = 15 if form is growing else 6
     config = form(r=5, **(arguments | {"lora_alpha": alpha}))
     again = PeftModel.from_pretrained(make_bert(), tmp_path / "first", is_trainable=True, config=config)
     torch.testing.assert_close(logits(again, tokens), logits(model, tokens), rtol=0.0, atol=1e-5)

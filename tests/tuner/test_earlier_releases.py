@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from every_kind import IDS, TARGETS, EveryKind
+from growing import growing
 from increlora_rs import IncreLoraCallback, IncreLoraConfig, export_lora, rank_table
 from peft import PeftModel, get_peft_model
 from rows import Rows
@@ -52,7 +53,7 @@ def test_an_adapter_gives_its_output(base, kept):
 
 
 def test_an_adapter_loads_over_one_that_is_there(base, kept):
-    model = get_peft_model(base, IncreLoraConfig(r=2, lora_alpha=4, target_modules=TARGETS))
+    model = get_peft_model(base, growing(r=2, lora_alpha=4, target_modules=TARGETS))
     model.load_adapter(FIXTURES / "adapter", "default")
     torch.testing.assert_close(model(IDS), kept["output"])
 
@@ -67,7 +68,7 @@ def test_the_load_adapter_of_transformers_gives_pefts_output(adapter_name):
 
 
 def test_a_state_dict_of_the_whole_model_loads(kept):
-    model = get_peft_model(EveryKind(), IncreLoraConfig(r=2, lora_alpha=4, target_modules=TARGETS))
+    model = get_peft_model(EveryKind(), growing(r=2, lora_alpha=4, target_modules=TARGETS))
     model.load_state_dict(kept["state_dict"])
     torch.testing.assert_close(model(IDS), kept["output"])
 
@@ -83,7 +84,7 @@ def test_an_adapter_is_read_without_its_base_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "form"), [("checkpoint", IncreLoraConfig), ("checkpoint_paper", IncreLoraConfig.paper)]
+    ("checkpoint", "form"), [("checkpoint", growing), ("checkpoint_paper", IncreLoraConfig.paper)]
 )
 def test_a_checkpoint_of_trainer_resumes_and_meets_the_budget(checkpoint, form, tmp_path):
     base = bert()

@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from growing import growing
 from hypothesis import given
 from hypothesis import strategies as st
 from increlora_rs import IncreLoraConfig
@@ -40,7 +41,7 @@ HIDDEN = 32
 
 def configure(form, **kwargs):
     values = {"target_modules": ["query", "value"], "r": 3, "lora_alpha": 6} | kwargs
-    return IncreLoraConfig.paper(**values) if form == "paper" else IncreLoraConfig(**values)
+    return IncreLoraConfig.paper(**values) if form == "paper" else growing(**values)
 
 
 @pytest.fixture(params=["default", "paper"])
@@ -303,7 +304,7 @@ def nested():
 @pytest.mark.parametrize("order", [[5, 2, 3], [1, 4, 2], [2, 3, 6]])
 def test_module_whose_name_ends_anothers_keeps_its_rank(grow, tmp_path, order):
     ranks = dict(zip(["lin", "outer.lin", "outer.outer.lin"], order, strict=True))
-    model = get_peft_model(nested(), IncreLoraConfig(target_modules=["lin"]))
+    model = get_peft_model(nested(), growing(target_modules=["lin"]))
     grow(model, ranks)
     model.save_pretrained(tmp_path)
     config = IncreLoraConfig.from_pretrained(str(tmp_path))
@@ -314,7 +315,7 @@ def test_module_whose_name_matches_anothers_as_a_pattern_keeps_its_rank(grow, tm
     def build():
         return nn.ModuleDict({"a": nn.ModuleDict({"lin": nn.Linear(8, 8)}), "a_lin": nn.Linear(8, 8)})
 
-    model = get_peft_model(build(), IncreLoraConfig(target_modules=["a.lin", "a_lin"]))
+    model = get_peft_model(build(), growing(target_modules=["a.lin", "a_lin"]))
     grow(model, {"a.lin": 2, "a_lin": 5})
     model.save_pretrained(tmp_path)
     config = IncreLoraConfig.from_pretrained(str(tmp_path))
@@ -550,7 +551,7 @@ def test_refused_targets_leave_the_model_as_it_was(make_bert, tokens):
 )
 def test_module_of_an_unsupported_type_is_refused_by_name_and_type(build, target, kind):
     with pytest.raises(ValueError, match=kind) as error:
-        get_peft_model(build(), IncreLoraConfig(target_modules=[target]))
+        get_peft_model(build(), growing(target_modules=[target]))
     assert target in str(error.value)
 
 
@@ -686,7 +687,7 @@ def test_a_layer_class_of_ones_own_is_refused_by_name():
         pass
 
     with pytest.raises(ValueError, match=r"custom_modules=.*Own.* is not supported by IncreLoraConfig"):
-        IncreLoraConfig()._register_custom_module({nn.Linear: Own})
+        growing()._register_custom_module({nn.Linear: Own})
 
 
 @pytest.mark.parametrize(
@@ -724,7 +725,7 @@ def resized(embeddings):
 
 
 def test_sizes_that_do_not_fit_are_refused_or_left_out_as_asked(grow, tmp_path):
-    model = get_peft_model(resized(20), IncreLoraConfig(target_modules=["emb", "lin"], r=3))
+    model = get_peft_model(resized(20), growing(target_modules=["emb", "lin"], r=3))
     grow(model, {"emb": 2, "lin": 3})
     model.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match=r"size mismatch: lora_A of module 'emb'.*\(2, 20\).*\(2, 25\)"):

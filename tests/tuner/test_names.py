@@ -8,14 +8,14 @@ import tiny
 import torch
 from datasets import Dataset
 from every_kind import IDS, TARGETS, EveryKind
-from increlora_rs import IncreLoraConfig
+from growing import growing
 from increlora_rs.layers.factor import Factor
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from trl import DPOConfig, DPOTrainer
 
 
-def adapted(form=IncreLoraConfig, targets=TARGETS):
+def adapted(form=growing, targets=TARGETS):
     torch.manual_seed(0)
     return get_peft_model(EveryKind(), form(r=2, lora_alpha=4, target_modules=targets))
 
@@ -25,17 +25,17 @@ def trained_names(model):
 
 
 def test_names_are_those_of_lora_and_e():
-    ours, theirs = (trained_names(adapted(form, ["conv", "lin"])) for form in (IncreLoraConfig, LoraConfig))
+    ours, theirs = (trained_names(adapted(form, ["conv", "lin"])) for form in (growing, LoraConfig))
     assert {name for name in ours if "lora_E" not in name} == theirs
     assert {name for name in ours if "lora_E" in name} == {n.replace("_A", "_E") for n in theirs if "_A" in n}
 
 
 def test_saved_names_are_those_of_lora_and_e(tmp_path):
-    for form in (IncreLoraConfig, LoraConfig):
+    for form in (growing, LoraConfig):
         adapted(form, ["lin"]).save_pretrained(tmp_path / form.__name__)
     ours, theirs = (
         set(load_file(tmp_path / form.__name__ / "adapter_model.safetensors"))
-        for form in (IncreLoraConfig, LoraConfig)
+        for form in (growing, LoraConfig)
     )
     assert ours - theirs == {"base_model.model.lin.lora_E.weight"}
     assert theirs <= ours
@@ -56,7 +56,7 @@ def test_a_reference_made_by_name_is_the_adapter(grow):
 
 def test_the_first_loss_of_dpo_on_a_trained_adapter_is_that_of_equal_models(grow, tmp_path):
     model = get_peft_model(
-        tiny.llama(), IncreLoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
+        tiny.llama(), growing(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
     )
     grow(model)
     rows = Dataset.from_dict(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from growing import growing
 from increlora_rs import IncreLoraConfig
 from increlora_rs.methods.lora_mini import LoraMiniConfig
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -28,7 +29,7 @@ MAMBAS = {
 
 @pytest.fixture
 def adapted(make_plain):
-    return get_peft_model(make_plain(), IncreLoraConfig(r=2, target_modules=["lin0", "lin1"]))
+    return get_peft_model(make_plain(), growing(r=2, target_modules=["lin0", "lin1"]))
 
 
 # Told beside it, of x_proj and dt_proj.
@@ -46,7 +47,7 @@ def test_a_module_of_mamba_that_stops_lora_is_refused(name, targets):
 
 def test_a_module_of_mamba_that_lora_adapts_is_adapted():
     with pytest.warns(UserWarning, match="reads the weight of its x_proj"):
-        model = get_peft_model(MAMBAS["mamba"](), IncreLoraConfig(r=2, target_modules=["in_proj", "x_proj"]))
+        model = get_peft_model(MAMBAS["mamba"](), growing(r=2, target_modules=["in_proj", "x_proj"]))
     assert model.peft_config["default"].peft_type == "INCRELORA"
 
 
@@ -54,7 +55,7 @@ def test_a_base_that_is_split_over_processes_is_refused(make_plain):
     base = make_plain()
     base.lin1._hf_tp_plan = "colwise"
     with pytest.raises(ValueError, match=r"lin1: its weight is split over processes .*'colwise'"):
-        get_peft_model(base, IncreLoraConfig(r=2, target_modules=["lin0", "lin1"]))
+        get_peft_model(base, growing(r=2, target_modules=["lin0", "lin1"]))
 
 
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
@@ -108,7 +109,7 @@ def test_conversion_to_an_initial_model_is_refused(adapted, tmp_path):
         (lambda model, path: reduce_intruder_dimension(model), "is not using LoRA"),
         (
             lambda model, path: get_peft_model(
-                nn.Sequential(nn.Linear(4, 4)), IncreLoraConfig(target_modules=["0"]), mixed=True
+                nn.Sequential(nn.Linear(4, 4)), growing(target_modules=["0"]), mixed=True
             ),
             "is not compatible with the `PeftMixedModel`",
         ),

@@ -14,6 +14,7 @@ import peft
 import peft.peft_model
 import pytest
 import torch
+from growing import growing
 from increlora_rs import IncreLoraConfig, IncreLoraModel, _core, _torch_check
 from increlora_rs.tuner.registration import register
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
@@ -32,14 +33,14 @@ STAGE = ".increlora-save-*"
         lambda: PeftType.INCRELORA,
         lambda: next(member for member in PeftType if member == "INCRELORA"),
         lambda: PeftType.__members__["INCRELORA"],
-        lambda: pickle.loads(pickle.dumps(IncreLoraConfig().peft_type)),
-        lambda: copy.deepcopy(IncreLoraConfig().peft_type),
+        lambda: pickle.loads(pickle.dumps(growing().peft_type)),
+        lambda: copy.deepcopy(growing().peft_type),
         lambda: list(PeftType)[list(PeftType).index("INCRELORA")],
     ],
     ids=["value", "name", "attribute", "iteration", "members", "pickle", "deepcopy", "list"],
 )
 def test_member_is_one_and_the_same_however_found(find):
-    assert find() is IncreLoraConfig().peft_type
+    assert find() is growing().peft_type
 
 
 def test_member_is_a_string_as_the_others_are():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from growing import growing
 from increlora_rs import IncreLoraConfig, attach, export_lora
 from increlora_rs.layers.found import adapted_layers
 from increlora_rs.methods.lora_mini import LoraMiniConfig
@@ -24,7 +25,7 @@ SELECTIONS = {
 
 
 def configure(**kwargs):
-    return IncreLoraConfig(**({"target_modules": ["query", "value"], "r": 3, "lora_alpha": 6} | kwargs))
+    return growing(**({"target_modules": ["query", "value"], "r": 3, "lora_alpha": 6} | kwargs))
 
 
 @pytest.fixture
@@ -104,8 +105,8 @@ def test_cat_has_the_ranks_added_up(two):
 
 
 def test_cat_of_more_components_than_a_module_has_room_for_is_exact(make_plain, grow):
-    model = get_peft_model(make_plain().double(), IncreLoraConfig(r=4, target_modules=["lin0", "lin1"]))
-    model.add_adapter("other", IncreLoraConfig(r=4, target_modules=["lin0", "lin1"]))
+    model = get_peft_model(make_plain().double(), growing(r=4, target_modules=["lin0", "lin1"]))
+    model.add_adapter("other", growing(r=4, target_modules=["lin0", "lin1"]))
     grow(model, {"lin0": 4, "lin1": 4})
     grow(model, {"lin0": 4, "lin1": 5}, adapter_name="other", seed=1)
     model.add_weighted_adapter(["default", "other"], WEIGHTS, "sum", "cat")

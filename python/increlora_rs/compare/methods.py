@@ -126,7 +126,8 @@ def own_options(config: PeftConfig) -> dict[str, Any]:
         return {}
     annotated = vars(type(config))["__annotations__"]
     own = {option.name for option in dataclasses.fields(config) if option.name in annotated} - _BY_MODULE
-    return {name: getattr(config, name) for name in sorted(own)}
+    values = {name: getattr(config, name) for name in sorted(own)}
+    return values | config.resolved() if isinstance(config, MethodConfig) else values
 
 
 def _changes_in_training(config: PeftConfig) -> bool:
@@ -238,16 +239,28 @@ def _paper(setting: Setting, **options: Any) -> PeftConfig:
     return IncreLoraConfig.paper(**(values | options))
 
 
+def _growing(setting: Setting, **options: Any) -> PeftConfig:
+    # Components that come by lot cannot be told to go by it.
+    values = {"importance": "gradient", "budget_unit": "rank"}
+    return _increlora(setting, **(values | options))
+
+
 def _increlora_given(setting: Setting, **options: Any) -> PeftConfig:
-    return _increlora(setting, **({"rank_pattern": rank_pattern(setting.given)} | options))
+    # Ranks that grow stay where the budget is met.
+    return _growing(setting, **({"rank_pattern": rank_pattern(setting.given)} | options))
 
 
 def _lora_given(setting: Setting, **options: Any) -> PeftConfig:
     # Alpha by module, so that every module has the scale alpha / r, as it has in IncreLoRA's default form.
     alpha = setting.shared["lora_alpha"] / setting.r
-    ranks = rank_pattern(setting.given)
-    alphas = {name: alpha * rank for name, rank in ranks.items()}
-    return _lora(setting, **({"rank_pattern": ranks, "alpha_pattern": alphas} | options))
+    ranks = rank_pattern({name: rank for name, rank in setting.given.items() if rank})
+    values: dict[str, Any] = {
+        "rank_pattern": ranks,
+        "alpha_pattern": {name: alpha * rank for name, rank in ranks.items()},
+        # LoRA knows no rank 0.
+        "exclude_modules": [name for name, rank in setting.given.items() if not rank] or None,
+    }
+    return _lora(setting, **(values | options))
 
 
 _FORMS: dict[str, Callable[..., PeftConfig]] = {
@@ -256,7 +269,7 @@ _FORMS: dict[str, Callable[..., PeftConfig]] = {
     "adalora": _adalora,
     **{method.name: _ours(method.config) for method in METHODS},
     "paper": _paper,
-    "increlora-random": _increlora,
+    "increlora-random": _growing,
     "increlora-given": _increlora_given,
     "lora-given": _lora_given,
 }

@@ -156,6 +156,10 @@ class MethodConfig(LoraConfig):
         """
         arguments.integer("r", self.r, at_least=1)
 
+    def resolved(self) -> dict[str, Any]:
+        """Of the options that may be left at None, what they amount to."""
+        return {}
+
     def rank_at(self, module: str) -> int:
         """The rank of a module at the start, by its full name: ``rank_pattern``'s, else ``r``."""
         key = get_pattern_key(self.rank_pattern.keys(), module)
@@ -169,6 +173,15 @@ class MethodConfig(LoraConfig):
         Raises:
             ValueError: the method cannot adapt it, or not begin there; the message goes on after its name.
         """
+
+    def rank_for(self, site: Site, rank: int) -> int:
+        """The rank that a module begins with where ``rank`` is asked for.
+
+        Raises:
+            ValueError: as for :meth:`check_rank`.
+        """
+        self.check_rank(site, rank)
+        return rank
 
     def alpha_of(self, module: str) -> float:
         """``alpha_pattern``'s alpha for a full module name, else ``lora_alpha``."""

@@ -121,7 +121,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         probe: Probe,
     ) -> None:
         """Creates, or creates anew, the parameters of an adapter of rank ``r``."""
-        config.check_rank(self.site, r)
+        r = config.rank_for(self.site, r)
         self.lora_alpha[adapter_name] = lora_alpha
         self.configs[adapter_name] = config
         self.probes[adapter_name] = probe

@@ -1,9 +1,9 @@
 //! The schedule of growth as a Python class.
 
 use numpy::PyReadonlyArray1;
-use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 
+use super::vector;
 use crate::bindings::detached;
 use crate::checks;
 use crate::policies::growth::{self, Schedule, Wish};
@@ -120,16 +120,6 @@ impl PySchedule {
         let Schedule { warmup, interval, top_h, add_r } = self.plan.schedule;
         format!("Schedule(tinit={warmup}, deltaT={interval}, top_h={top_h}, add_r={add_r})")
     }
-}
-
-fn vector<T: numpy::Element + Copy>(
-    name: &str,
-    array: &PyReadonlyArray1<'_, T>,
-) -> PyResult<Vec<T>> {
-    let slice = array
-        .as_slice()
-        .map_err(|error| PyTypeError::new_err(format!("{name} is not contiguous: {error}")))?;
-    Ok(slice.to_vec())
 }
 
 /// Steps of the importance window.

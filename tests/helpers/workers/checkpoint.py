@@ -11,7 +11,8 @@ import peft
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from increlora_rs import IncreLoraConfig, attach, load_checkpoint
+from growing import growing
+from increlora_rs import attach, load_checkpoint
 from torch import nn
 from torch.distributed.checkpoint import state_dict as api
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +24,7 @@ def begin(wrap=True):
     torch.manual_seed(3)
     base = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
     model = peft.get_peft_model(
-        base, IncreLoraConfig(r=3, lora_alpha=6, target_modules=["0", "2"], tinit=3, deltaT=3, top_h=1)
+        base, growing(r=3, lora_alpha=6, target_modules=["0", "2"], tinit=3, deltaT=3, top_h=1)
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model = DistributedDataParallel(model) if wrap else model

@@ -10,6 +10,7 @@ from pathlib import Path
 import peft
 import torch
 import torch.distributed as dist
+from growing import growing
 from increlora_rs import IncreLoraConfig, attach, keep_average
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -37,7 +38,7 @@ SCENARIOS = {
 def model_for(scenario):
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(9, 14), nn.Tanh(), nn.Linear(14, 11), nn.Tanh(), nn.Linear(11, 6))
-    make = IncreLoraConfig.paper if scenario == "paper" else IncreLoraConfig
+    make = IncreLoraConfig.paper if scenario == "paper" else growing
     options = {"importance": "gradient", "init_new": "gradient"} if scenario == "gradient" else {}
     if scenario.startswith("from nothing"):
         options = {"init_r": 0, "importance_window": 2}

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from increlora_rs import IncreLoraConfig, attach
+from growing import growing
+from increlora_rs import attach
 from peft import get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,7 +22,7 @@ def main():
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    config = IncreLoraConfig(r=3, target_modules=["0", "2"])
+    config = growing(r=3, target_modules=["0", "2"])
     model = get_peft_model(nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12)), config)
     net = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

@@ -10,6 +10,7 @@ from pathlib import Path
 import peft
 import torch
 import torch.distributed as dist
+from growing import growing
 from increlora_rs import IncreLoraCallback, IncreLoraConfig, attach
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -78,7 +79,7 @@ def train(make, out, resume):
 
 
 def sharded():
-    model = adapted(IncreLoraConfig)
+    model = adapted(growing)
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     try:
@@ -92,8 +93,7 @@ def main():
     torch.set_num_threads(1)
     out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     results = {}
-    for make in (IncreLoraConfig, IncreLoraConfig.paper):
-        name = make.__name__
+    for name, make in (("growing", growing), ("paper", IncreLoraConfig.paper)):
         results[name, "whole"] = train(make, out / name, resume=False)
         results[name, "resumed"] = train(make, out / name, resume=True)
     results["sharded"] = sharded()

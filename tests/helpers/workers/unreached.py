@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from increlora_rs import IncreLoraConfig, attach
+from growing import growing
+from increlora_rs import attach
 from peft import get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -28,7 +29,7 @@ class Routed(nn.Module):
 
 def train(importance):
     torch.manual_seed(0)
-    config = IncreLoraConfig(r=3, target_modules=["all", "some", "none"], importance=importance)
+    config = growing(r=3, target_modules=["all", "some", "none"], importance=importance)
     model = get_peft_model(Routed(), config)
     net = DistributedDataParallel(model, find_unused_parameters=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

@@ -11,6 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from growing import growing
 from increlora_rs import IncreLoraConfig, attach, export_lora, growth_history, module_table, rank_table
 from increlora_rs.methods.increlora.growth import Growth
 from increlora_rs.reports.plots import draw_growth, draw_ranks
@@ -36,7 +37,7 @@ class Chain(nn.Module):
         return self.maps[-1](x)
 
 
-def adapted(make=IncreLoraConfig, seed=3, **kwargs):
+def adapted(make=growing, seed=3, **kwargs):
     torch.manual_seed(seed)
     options = {"r": R, "lora_alpha": 8, "target_modules": TARGETS, "budget_unit": "parameters"} | kwargs
     return peft.get_peft_model(Chain(), make(**options))
@@ -71,7 +72,7 @@ def test_the_budget_is_what_rank_r_everywhere_trains():
     assert lora.get_nb_trainable_parameters()[0] == TOTAL - R * len(TARGETS)
 
 
-@pytest.mark.parametrize("make", [IncreLoraConfig, IncreLoraConfig.paper])
+@pytest.mark.parametrize("make", [growing, IncreLoraConfig.paper])
 @pytest.mark.parametrize("importance", ["sensitivity", "gradient"])
 @pytest.mark.parametrize("steps", [5, 40, 200])
 def test_the_budget_is_spent_to_the_last_component_that_fits(make, importance, steps):
@@ -289,7 +290,7 @@ def test_a_weighted_sum_of_adapters_counts_in_rank(saved):
 
 
 def test_costs_are_of_a_row_a_column_and_a_number():
-    config = IncreLoraConfig(r=5, budget_unit="parameters")
+    config = growing(r=5, budget_unit="parameters")
     budget = config.budget([(3, 4), (10, 2)], ())
     assert (budget.costs, budget.total) == ([8, 13], 105)
     assert budget.spent([1, 2]) == 34

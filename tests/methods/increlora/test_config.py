@@ -5,17 +5,18 @@ import json
 
 import numpy as np
 import pytest
+from growing import growing
 from increlora_rs import IncreLoraConfig
 from peft import LoraConfig, PeftConfig, TaskType
 
 OWN_DEFAULTS = {
     "r": 8,
-    "init_r": 1,
+    "init_r": None,
     "max_r": None,
     "total_step": None,
     "tinit": None,
     "deltaT": None,
-    "growth_end": 0.1,
+    "growth_end": None,
     "top_h": None,
     "add_r": 1,
     "beta1": 0.85,
@@ -30,7 +31,7 @@ OWN_DEFAULTS = {
     "importance_norm": "sqrt",
     "importance": "gradient",
     "init_new": None,
-    "budget_unit": "rank",
+    "budget_unit": None,
 }
 
 PAPER = {
@@ -111,7 +112,6 @@ WRONG_VALUES = [
     ("scaling", "module"),
     ("importance_norm", "max"),
     ("importance", "weights"),
-    ("importance", None),
     ("init_new", "svd"),
     ("budget_unit", "bytes"),
     ("bias", "some"),
@@ -134,7 +134,6 @@ WRONG_TYPES = [
     ("deltaT", [1]),
     ("top_h", False),
     ("add_r", None),
-    ("growth_end", None),
     ("beta1", "0.9"),
     ("beta2", None),
     ("orth_reg_weight", True),
@@ -239,7 +238,7 @@ def test_wrong_pattern_entry_is_refused_by_its_key(name, value, kind):
 )
 def test_contradiction_is_refused_naming_both_sides(arguments, named):
     with pytest.raises(ValueError) as error:
-        IncreLoraConfig(**arguments)
+        growing(**arguments)
     assert [text for text in named if text not in str(error.value)] == []
 
 
@@ -281,7 +280,7 @@ def test_unsupported_option_at_its_default_is_accepted(name):
     ],
 )
 def test_value_on_the_edge_is_accepted(name, value):
-    assert getattr(IncreLoraConfig(**{name: value}), name) == value
+    assert getattr(growing(**{name: value}), name) == value
 
 
 @pytest.mark.parametrize(
@@ -296,7 +295,7 @@ def test_value_on_the_edge_is_accepted(name, value):
     ],
 )
 def test_reserve_is_used_where_the_init_is_svd(arguments, reserve):
-    assert IncreLoraConfig(**arguments).uses_reserve is reserve
+    assert growing(**arguments).uses_reserve is reserve
 
 
 @pytest.mark.parametrize(
@@ -310,7 +309,7 @@ def test_reserve_is_used_where_the_init_is_svd(arguments, reserve):
     ],
 )
 def test_regulariser_is_weighted_where_the_init_is_svd(arguments, weight):
-    assert IncreLoraConfig(**arguments).orthogonality_weight == weight
+    assert growing(**arguments).orthogonality_weight == weight
 
 
 @pytest.mark.parametrize(
@@ -326,7 +325,7 @@ def test_regulariser_is_weighted_where_the_init_is_svd(arguments, weight):
     ],
 )
 def test_scale_divides_alpha_by_budget_or_rank(arguments, rank, scale):
-    assert IncreLoraConfig(**arguments).scale(16, rank) == scale
+    assert growing(**arguments).scale(16, rank) == scale
 
 
 @pytest.mark.parametrize(
@@ -355,7 +354,7 @@ def test_scale_divides_alpha_by_budget_or_rank(arguments, rank, scale):
 )
 def test_options_that_contradict_each_other_are_both_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        IncreLoraConfig(**arguments)
+        growing(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +368,7 @@ def test_options_that_contradict_each_other_are_both_named(arguments, message):
     ],
 )
 def test_new_components_follow_the_gradient_where_that_can_be(arguments, follows):
-    assert IncreLoraConfig(**arguments).follows_gradient == follows
+    assert growing(**arguments).follows_gradient == follows
 
 
 def test_the_paper_form_takes_the_gradient_importance_and_its_reserve_refuses_the_init():
@@ -441,7 +440,7 @@ def test_patterns_are_not_shared_between_configurations():
 
 
 def test_numbers_of_numpy_are_saved_as_plain_ones(tmp_path):
-    config = IncreLoraConfig(
+    config = growing(
         r=np.int64(4),
         lora_alpha=np.float32(6),
         beta1=np.float64(0.5),
@@ -458,4 +457,4 @@ def test_numbers_of_numpy_are_saved_as_plain_ones(tmp_path):
 def test_what_is_no_regular_expression_is_refused_by_name(name):
     value = {"(": 2} if name.endswith("pattern") else "("
     with pytest.raises(ValueError, match=f"{name}='.'.*no regular expression"):
-        IncreLoraConfig(**{name: value})
+        growing(**{name: value})

@@ -8,6 +8,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from growing import growing
 from increlora_rs import IncreLoraConfig, attach, export_lora
 from increlora_rs.training import checkpoint as saved_state
 from increlora_rs.training.checkpoint import KEY as STATE_KEY
@@ -59,7 +60,7 @@ def adapted(build=Chain, dtype=torch.float64, seed=3, **kwargs):
     torch.manual_seed(seed)
     targets = [f"maps.{i}" for i in range(len(WIDTHS) - 1)]
     options = {"r": 3, "lora_alpha": 6, "target_modules": targets} | GRADIENT | kwargs
-    return peft.get_peft_model(build(), IncreLoraConfig(**options)).to(dtype)
+    return peft.get_peft_model(build(), growing(**options)).to(dtype)
 
 
 def adamw(model, **kwargs):

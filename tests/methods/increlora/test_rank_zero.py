@@ -7,7 +7,8 @@ import warnings
 import peft
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig, attach, convert_lora
+from growing import growing
+from increlora_rs import attach, convert_lora
 from increlora_rs.support.budget import Budget
 from increlora_rs.training.modules import adapted_modules
 from torch import nn
@@ -41,7 +42,7 @@ def adapted(dtype=torch.float64, checkpointed=None, **options):
     torch.manual_seed(3)
     targets = [f"maps.{i}" for i in range(len(WIDTHS) - 1)]
     config = {"r": 3, "lora_alpha": 6, "target_modules": targets} | FROM_NOTHING | options
-    return peft.get_peft_model(Chain(checkpointed), IncreLoraConfig(**config)).to(dtype)
+    return peft.get_peft_model(Chain(checkpointed), growing(**config)).to(dtype)
 
 
 def trainable(model):
@@ -82,7 +83,7 @@ def mean_gradients(model, steps):
 
 @pytest.mark.parametrize("r", [0.25, 1.5, 0.9])
 def test_a_fraction_is_a_budget(r):
-    assert IncreLoraConfig(r=r, init_r=0).r == r
+    assert growing(r=r, init_r=0).r == r
 
 
 @pytest.mark.parametrize(
@@ -91,17 +92,17 @@ def test_a_fraction_is_a_budget(r):
 )
 def test_a_wrong_fraction_is_refused_by_name_and_value(r, kind):
     with pytest.raises(kind, match=f"r={r}"):
-        IncreLoraConfig(r=r, init_r=0)
+        growing(r=r, init_r=0)
 
 
 def test_a_budget_below_the_first_rank_names_the_way_out():
     with pytest.raises(ValueError, match=r"r=0.5 is below init_r=1.*with 0 a module has nothing"):
-        IncreLoraConfig(r=0.5)
+        growing(r=0.5, init_r=1)
 
 
 def test_nothing_is_chosen_by_the_sensitivity_of_nothing():
     with pytest.raises(ValueError, match="init_r=0 and importance='sensitivity'"):
-        IncreLoraConfig(init_r=0, importance="sensitivity")
+        growing(init_r=0, importance="sensitivity")
 
 
 def test_ranks_that_all_are_zero_by_pattern_cannot_be_chosen_by_the_sensitivity():
@@ -147,11 +148,11 @@ def test_the_budget_is_rounded_and_pays_for_one_component(r, unit, total):
     ],
 )
 def test_alpha_is_divided_by_one_or_more(options, rank, scale):
-    assert IncreLoraConfig(**options).scale(16, rank) == scale
+    assert growing(**options).scale(16, rank) == scale
 
 
 def test_the_gaussian_of_a_small_budget_is_no_wider_than_that_of_one_component():
-    config = IncreLoraConfig(r=0.01, init_r=0, init_lora_weights="gaussian", target_modules=["maps.0"])
+    config = growing(r=0.01, init_r=0, init_lora_weights="gaussian", target_modules=["maps.0"])
     model = peft.get_peft_model(Chain(), config)
     (module,) = adapted_modules(model, "default")
     a = module.structure.draw(module.layer.site, 5, config)["lora_A"]

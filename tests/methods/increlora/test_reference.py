@@ -6,6 +6,7 @@ import increlora_rs
 import peft
 import pytest
 import torch
+from growing import growing
 from increlora_rs.training.modules import adapted_modules
 from reference import Module, Reference
 from torch import nn
@@ -133,7 +134,7 @@ def default(**kwargs):
     """LoRA's initialisation and scale, with the paper's importance and schedule."""
     settings = {"r": 3, "lora_alpha": 6, "target_modules": NAMES}
     of_the_paper = {"importance": "sensitivity", "importance_window": None, "growth_end": 0.6}
-    return increlora_rs.IncreLoraConfig(**(settings | of_the_paper | kwargs))
+    return growing(**(settings | of_the_paper | kwargs))
 
 
 def paper(**kwargs):

@@ -7,7 +7,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig, attach
+from growing import growing
+from increlora_rs import attach
 from increlora_rs._core import Schedule
 from increlora_rs.methods.increlora.unreached import choose
 from peft import get_peft_model
@@ -37,7 +38,7 @@ def trained(
     """(scheduler, the warnings that name modules) of a training."""
     torch.manual_seed(0)
     net = Net() if net is None else net
-    model = get_peft_model(net, IncreLoraConfig(**({"r": 4, "target_modules": list(targets)} | kwargs)))
+    model = get_peft_model(net, growing(**({"r": 4, "target_modules": list(targets)} | kwargs)))
     call = model if backend is None else torch.compile(model, backend=backend, fullgraph=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     scheduler = attach(model, optimizer, total_steps=steps)
@@ -114,9 +115,7 @@ def test_at_the_first_step_only_what_has_no_gradient_is_named(importance):
         torch.manual_seed(0)
         model = get_peft_model(
             Net(),
-            IncreLoraConfig(
-                r=2, target_modules=["first", "read", "last"], importance=importance, tinit=0, deltaT=1
-            ),
+            growing(r=2, target_modules=["first", "read", "last"], importance=importance, tinit=0, deltaT=1),
         )
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
         scheduler = attach(model, optimizer, total_steps=20)
@@ -183,7 +182,7 @@ def test_the_dt_proj_of_mamba_is_named(config, build):
     torch.manual_seed(0)
     base = build(config(vocab_size=30, hidden_size=16, state_size=4, num_hidden_layers=2))
     targets = ["in_proj", "x_proj", "dt_proj"]
-    model = get_peft_model(base, IncreLoraConfig(r=2, target_modules=targets))
+    model = get_peft_model(base, growing(r=2, target_modules=targets))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     scheduler = attach(model, optimizer, total_steps=4)
     ids = torch.randint(0, 30, (2, 5))
@@ -198,7 +197,7 @@ def test_the_dt_proj_of_mamba_is_named(config, build):
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
 def test_a_resumed_training_gives_the_same_ranks(importance):
-    config = IncreLoraConfig(r=4, target_modules=["first", "read", "last"], importance=importance)
+    config = growing(r=4, target_modules=["first", "read", "last"], importance=importance)
 
     def make(state=None):
         torch.manual_seed(0)

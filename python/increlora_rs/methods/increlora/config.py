@@ -23,18 +23,21 @@ class IncreLoraConfig(MethodConfig):
     Args:
         r: The budget: the average rank of the adapted modules at the end of training, an integer of 1 or
             more or a fraction: 0.25 is one component for four modules; see ``budget_unit``. What a fraction
-            makes is rounded, and never less than one component. Below 1 it needs ``init_r=0``.
-        init_r: Rank of every module at the start, from 0 to ``r``. ``rank_pattern`` sets it by module. A
-            module of rank 0 is its base layer alone; ``importance="gradient"`` tells what it would gain, so
-            that with 0 a module has nothing until it is chosen. As long as no module has anything, the
-            gradient is measured in every step, for a loss has no other; steps outside of the window do not
-            count.
+            makes is rounded, and never less than one component. Below 1 ranks that grow begin at 0.
+        init_r: Rank of every module at the start, from 0 to ``r``; None: 1, or 0 where ``r`` is below 1. With
+            ``importance="fluctuation"`` 1 or more, above ``r`` too; None: ``r``, its floor, at least 1, at
+            most min(in, out). ``rank_pattern`` sets it by module. A module of rank 0 is its base layer alone;
+            ``importance="gradient"`` tells what it would gain, so that with 0 a module has nothing until it
+            is chosen. As long as no module has anything, the gradient is measured in every step, for a loss
+            has no other; steps outside of the window do not count.
         max_r: Rank past which no module grows, at least ``r``; None: only min(in, out) of the module.
         total_step: Optimizer steps of the training; None: from the Trainer, or given to ``attach``.
-        tinit: Steps before the first growth; None: 10 % of the steps, at most half of ``growth_end``.
+        tinit: Steps before the first growth; None: 10 % of the steps, at most half of ``growth_end``. With
+            ``importance="fluctuation"`` the first step at which ranks may move; None: 20 % of the steps.
         deltaT: Steps between growth events; None: spread evenly until ``growth_end``.
-        growth_end: Share of the steps by which the budget is reached, above 0 and at most 1. From a ``tinit``
-            at or after it on, growth takes as many steps as it would have taken. Where no multiple of a given
+        growth_end: Share of the steps by which the budget is reached, above 0 and at most 1; None: 0.1. With
+            ``importance="fluctuation"`` the last at which ranks may move; None: 0.75. From a ``tinit`` at or
+            after it on, growth takes as many steps as it would have taken. Where no multiple of a given
             ``deltaT`` lies before it, or a given ``top_h`` is too low for it, growth goes on after it, and a
             warning says until when; where both are given, they alone decide.
         top_h: Modules that grow at one event; None: what the budget needs.
@@ -66,6 +69,10 @@ class IncreLoraConfig(MethodConfig):
             ``importance_norm`` must be left at "sqrt": the value of one component does not depend on the
             module's size.
             "sensitivity": ``sum |dW * G|`` of what the module has (eq. 6 of the paper), 0 for one of rank 0.
+            "fluctuation": of each component, the mean square of ``E dL/dE`` about its running mean. Ranks
+            then do not grow but move: from the budget's rank everywhere to where components do most
+            (docs/method.md). ``top_h``, ``add_r``, ``beta1``, ``beta2``, ``importance_norm``,
+            ``importance_window`` and ``advance_learning=True`` do not apply, and raise.
         init_new: What a new component starts from: "random" numbers, or the leading singular vectors of the
             "gradient" that ``importance="gradient"`` chose by, as long as the random ones would be (B = 0
             stays 0). Not with components in reserve. None: "gradient" where that can be, else "random".
@@ -74,7 +81,8 @@ class IncreLoraConfig(MethodConfig):
         budget_unit: What the budget counts. "rank": components, ``r`` times the number of modules in all.
             "parameters": the numbers that components train, in + out + 1 each, ``r`` times their sum over the
             modules in all: what rank ``r`` everywhere would train. Modules are then chosen by their score for
-            each parameter, and growth ends when no component fits any more.
+            each parameter, and growth ends when no component fits any more. None: "rank", for ranks that move
+            "parameters".
 
     The other arguments are LoraConfig's: ``target_modules``, ``lora_alpha``, ``lora_dropout``,
     ``bias``, ``use_rslora``, ``modules_to_save``, ``trainable_token_indices``, ``exclude_modules``,
@@ -94,12 +102,14 @@ class IncreLoraConfig(MethodConfig):
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Initial rank by module; kept up to date as ranks grow."}
     )
-    init_r: int = field(default=1, metadata={"help": "Rank of every module at the start."})
+    init_r: int | None = field(default=None, metadata={"help": "Rank of every module at the start."})
     max_r: int | None = field(default=None, metadata={"help": "Rank past which no module grows."})
     total_step: int | None = field(default=None, metadata={"help": "Optimizer steps in all."})
     tinit: int | None = field(default=None, metadata={"help": "Steps before the first growth."})
     deltaT: int | None = field(default=None, metadata={"help": "Steps between growth events."})
-    growth_end: float = field(default=0.1, metadata={"help": "Share of the steps until the budget is met."})
+    growth_end: float | None = field(
+        default=None, metadata={"help": "Share of the steps until the last change of a rank."}
+    )
     top_h: int | None = field(default=None, metadata={"help": "Modules that grow at an event."})
     add_r: int = field(default=1, metadata={"help": "Components each of them gains at least."})
     beta1: float = field(default=0.85, metadata={"help": "Decay of the smoothed importance."})
@@ -129,15 +139,15 @@ class IncreLoraConfig(MethodConfig):
     importance_norm: Literal["sqrt", "mean"] = field(
         default="sqrt", metadata={"help": "Divide the importance by sqrt(out in) or out in."}
     )
-    importance: Literal["sensitivity", "gradient"] = field(
+    importance: Literal["fluctuation", "sensitivity", "gradient"] = field(
         default="gradient",
-        metadata={"help": "sum |dW * G| ('sensitivity') or what a new component gains ('gradient')."},
+        metadata={"help": "What ranks go by: how what a component does fluctuates, sum |dW * G|, or G."},
     )
     init_new: Literal["random", "gradient"] | None = field(
         default=None, metadata={"help": "What new components start from."}
     )
-    budget_unit: Literal["rank", "parameters"] = field(
-        default="rank", metadata={"help": "What the budget counts: components, or their parameters."}
+    budget_unit: Literal["rank", "parameters"] | None = field(
+        default=None, metadata={"help": "What the budget counts: components, or their parameters."}
     )
 
     @classmethod
@@ -164,14 +174,42 @@ class IncreLoraConfig(MethodConfig):
             "importance_window": None,
             "importance_norm": "sqrt",
             "init_new": "random",
+            "budget_unit": "rank",
         }
         return cls(**(values | kwargs))
+
+    @property
+    def first_rank(self) -> int:
+        """``init_r``, None resolved."""
+        if self.init_r is not None:
+            return self.init_r
+        if self.importance == "fluctuation":
+            return max(1, math.floor(self.r))
+        return 1 if self.r >= 1 else 0
+
+    @property
+    def last_growth(self) -> float:
+        """``growth_end``, None resolved."""
+        if self.growth_end is not None:
+            return self.growth_end
+        return 0.75 if self.importance == "fluctuation" else 0.1
+
+    @property
+    def unit(self) -> Literal["rank", "parameters"]:
+        """``budget_unit``, None resolved."""
+        if self.budget_unit is not None:
+            return self.budget_unit
+        return "parameters" if self.importance == "fluctuation" else "rank"
+
+    def resolved(self) -> dict[str, Any]:
+        """The first rank, the last growth and the budget's unit, None resolved."""
+        return {"init_r": self.first_rank, "growth_end": self.last_growth, "budget_unit": self.unit}
 
     @property
     def uses_reserve(self) -> bool:
         """Are components kept in reserve (``advance_learning``, None resolved)?"""
         if self.advance_learning is None:
-            return self.init_lora_weights == "svd"
+            return self.init_lora_weights == "svd" and self.importance != "fluctuation"
         return self.advance_learning
 
     @property
@@ -191,7 +229,7 @@ class IncreLoraConfig(MethodConfig):
     def rank_at(self, module: str) -> int:
         """The rank of a module at the start: ``rank_pattern``'s, else ``init_r``."""
         key = get_pattern_key(self.rank_pattern.keys(), module)
-        return self.rank_pattern.get(key, self.init_r)
+        return self.rank_pattern.get(key, self.first_rank)
 
     def check_rank(self, site: Site, rank: int) -> None:
         """No module grows past min(in, out), so none begins there."""
@@ -201,6 +239,11 @@ class IncreLoraConfig(MethodConfig):
                 f"and out_features={site.out}; lower init_r or rank_pattern, or leave this module out of "
                 "target_modules."
             )
+
+    def rank_for(self, site: Site, rank: int) -> int:
+        """At most min(in, out), where the rank is nobody's wish but the budget's."""
+        own = self.init_r is None and rank == self.first_rank and self.importance == "fluctuation"
+        return super().rank_for(site, min(rank, site.largest_rank) if own else rank)
 
     def divisor(self, rank: int) -> float:
         """What alpha is divided by for a module of ``rank`` active components: 1 or more, for a budget of
@@ -219,7 +262,7 @@ class IncreLoraConfig(MethodConfig):
 
     def budget(self, sizes: Sequence[tuple[int, int]], ranks: Iterable[int]) -> Budget:
         """What rank ``r`` everywhere takes, in the unit of ``budget_unit``."""
-        return Budget.of(self.r, self.budget_unit, sizes)
+        return Budget.of(self.r, self.unit, sizes)
 
     def describe_ranks(self, sizes: Sequence[tuple[int, int]], ranks: Sequence[int]) -> str:
         """The total beside the budget."""
@@ -254,14 +297,21 @@ class IncreLoraConfig(MethodConfig):
             super().check_r()
 
     def _check_ranks(self) -> None:
-        arguments.integer("init_r", self.init_r, at_least=0)
+        arguments.integer("init_r", self.init_r, at_least=0, optional=True)
         arguments.integer("max_r", self.max_r, at_least=1, optional=True)
         arguments.integer("add_r", self.add_r, at_least=1)
-        if self.init_r > self.r:
+        arguments.choice("importance", self.importance, ("fluctuation", "sensitivity", "gradient"))
+        moves = self.importance == "fluctuation"
+        if self.first_rank > self.r and not moves:
             raise ValueError(
-                f"r={self.r} is below init_r={self.init_r}; r is the budget, the average rank at the "
+                f"r={self.r} is below init_r={self.first_rank}; r is the budget, the average rank at the "
                 "end of training: give at least init_r, or a lower init_r: with 0 a module has nothing until "
                 "it is chosen."
+            )
+        if self.first_rank == 0 and self.importance in ("sensitivity", "fluctuation"):
+            raise ValueError(
+                f"init_r=0 and importance={self.importance!r}: what a module without components does cannot "
+                "be told, so none would be chosen by it; give init_r=1 or more, or set importance='gradient'."
             )
         if self.max_r is not None and self.max_r < self.r:
             raise ValueError(
@@ -274,7 +324,8 @@ class IncreLoraConfig(MethodConfig):
         arguments.integer("tinit", self.tinit, at_least=0, optional=True)
         arguments.integer("deltaT", self.deltaT, at_least=1, optional=True)
         arguments.integer("top_h", self.top_h, at_least=1, optional=True)
-        arguments.number("growth_end", self.growth_end, above=0.0, at_most=1.0)
+        if self.growth_end is not None:
+            arguments.number("growth_end", self.growth_end, above=0.0, at_most=1.0)
         if self.total_step is not None and (self.tinit or 0) >= self.total_step:
             raise ValueError(
                 f"tinit={self.tinit} leaves no step for growth out of total_step={self.total_step}; "
@@ -290,8 +341,7 @@ class IncreLoraConfig(MethodConfig):
     def _check_choices(self) -> None:
         arguments.choice("scaling", self.scaling, ("budget", "rank"))
         arguments.choice("importance_norm", self.importance_norm, ("sqrt", "mean"))
-        arguments.choice("importance", self.importance, ("sensitivity", "gradient"))
-        arguments.choice("budget_unit", self.budget_unit, ("rank", "parameters"))
+        arguments.choice("budget_unit", self.budget_unit, ("rank", "parameters", None))
         arguments.choice("init_new", self.init_new, ("random", "gradient", None))
         arguments.choice("advance_learning", self.advance_learning, (True, False, None))
         for name in ("restart_warmup", "preserve_output"):
@@ -302,11 +352,8 @@ class IncreLoraConfig(MethodConfig):
                 f"{self.init_lora_weights!r}: with LoRA's init a new component starts at B = 0 and "
                 "there is nothing to keep in reserve."
             )
-        if self.importance == "sensitivity" and self.init_r == 0:
-            raise ValueError(
-                "init_r=0 and importance='sensitivity': a module without components has no sensitivity, so "
-                "none would be chosen by it; give init_r=1 or more, or leave importance at 'gradient'."
-            )
+        if self.importance == "fluctuation":
+            self._check_moves()
         if self.importance == "gradient" and self.importance_norm != "sqrt":
             raise ValueError(
                 f"importance_norm={self.importance_norm!r} does not apply to importance='gradient', which is "
@@ -328,11 +375,23 @@ class IncreLoraConfig(MethodConfig):
             )
         if self.init_new == "gradient" and self.importance != "gradient":
             raise ValueError(
-                f"init_new='gradient' needs importance='gradient', not {self.importance!r}, which does not "
-                "look for directions; set both, or leave init_new out."
+                f"init_new='gradient' needs importance='gradient', not {self.importance!r}, which "
+                "does not look for directions; set both, or leave init_new out."
             )
         if self.init_new == "gradient" and self.uses_reserve:
             raise ValueError(
                 "init_new='gradient' and advance_learning=True: a component in reserve was drawn long before "
                 "the growth that makes it count; set advance_learning=False, or leave init_new out."
             )
+
+    def _check_moves(self) -> None:
+        """What ranks that move have no use for is refused."""
+        unused = {"top_h": None, "add_r": 1, "beta1": 0.85, "beta2": 0.85, "importance_norm": "sqrt"}
+        unused |= {"importance_window": "auto", "advance_learning": None}
+        for name, default in unused.items():
+            value = getattr(self, name)
+            if value != default and not (name == "advance_learning" and value is False):
+                raise ValueError(
+                    f"{name}={value!r} does not apply to importance='fluctuation', by which ranks move; "
+                    "leave it out, or set importance='sensitivity' (the paper's) or 'gradient'."
+                )

@@ -139,7 +139,8 @@ def _expert_names(source: nn.Module | str | os.PathLike[str], lora: LoraConfig) 
 def _average_rank(lora: SavedAdapter, ranks: dict[str, int], options: dict[str, Any]) -> int:
     """The least budget that holds the ranks."""
     sizes = [(module.site.out, module.site.features) for module in lora.modules.values()]
-    of_rank_1 = IncreLoraConfig(r=1, budget_unit=options.get("budget_unit", "rank")).budget(sizes, ())
+    choice = {name: options[name] for name in ("importance", "budget_unit") if name in options}
+    of_rank_1 = IncreLoraConfig(r=1, **choice).budget(sizes, ())
     return math.ceil(of_rank_1.spent(ranks.values()) / of_rank_1.total)
 
 

@@ -224,7 +224,16 @@ class Growth(Policy):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on by the schedule that was planned; told where the configuration has another."""
+        """Goes on by the schedule that was planned; told where the configuration has another.
+
+        Raises:
+            ValueError: the run was planned for ranks that move.
+        """
+        if "fluctuation" in state:
+            raise ValueError(
+                f"importance={self.config.importance!r}, but the run that is resumed had "
+                "'fluctuation', by which ranks move: set importance='fluctuation' to go on with it."
+            )
         self._tell_differences(state)
         steps = self.plan.total_steps
         self.schedule = schedule_of(self.config, self.modules, steps, self._in_budget, state["schedule"])
@@ -257,8 +266,9 @@ class Growth(Policy):
                 )
         if state["importance"] != config.importance:
             warn(
-                f"importance={config.importance!r}, but the run that is resumed had {state['importance']!r}: "
-                f"the scores start anew. Set importance={state['importance']!r} to go on as before."
+                f"importance={config.importance!r}, but the run that is resumed had "
+                f"{state['importance']!r}: the scores start anew. Set importance={state['importance']!r} to "
+                "go on as before."
             )
 
 

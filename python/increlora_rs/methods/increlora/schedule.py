@@ -76,7 +76,7 @@ def new_schedule(
     elif schedule.last > schedule.end and (config.deltaT is None) != (config.top_h is None):
         given = f"deltaT={config.deltaT}" if config.top_h is None else f"top_h={config.top_h}"
         told = (
-            f"growth_end={config.growth_end} is step {schedule.end} of {total_steps}, but {given} makes "
+            f"growth_end={config.last_growth} is step {schedule.end} of {total_steps}, but {given} makes "
             f"growth go on to step {schedule.last}: {schedule}. Set growth_end along with it, or leave it "
             "out."
         )
@@ -103,6 +103,6 @@ def schedule_of(
         deltaT=interval,
         top_h=top_h,
         add_r=add_r,
-        growth_end=config.growth_end,
+        growth_end=config.last_growth,
         costs=np.array(budget.costs, dtype=np.uint64),
     )

@@ -1,0 +1,274 @@
+"""Ranks that move: every module begins as in LoRA, and components go from where they do little to where they
+do much.
+
+What a component does is judged by how its first-order effect on the loss fluctuates from step to step:
+
+    p = <s b E a^T, G> = E dL/dE,    worth = mean (p - running mean of p)^2
+
+Where training has settled, the mean of p says nothing, for what pulls a component up and down is in balance,
+and its variance is dW^T F dW with F the covariance of the gradients: Fisher's approximation of the curvature,
+so to second order what the loss would gain if the component were taken away.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ... import _core
+from ...contract.policy import AdaptedModule, Event, Plan, Policy, Step
+from ...support.warning import warn
+from ..orthogonality import Orthogonality
+from .config import IncreLoraConfig
+from .restart import RestartWarmup
+from .schedule import budget_of, caps_of, ranks_of
+
+_Vector = npt.NDArray[np.float64]
+
+# The running mean of p is over some ten steps: it follows what training changes, and leaves what batches do.
+_RATE = 0.1
+# Of an automatic schedule: the first event, as a share of the steps; events, at most; steps between two.
+_FIRST, _EVENTS, _INTERVAL = 0.2, 16, 5
+# The part of the budget that may move at one event.
+_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class MoveSchedule:
+    """When ranks move: at the multiples of ``deltaT`` from ``tinit`` to ``end``, in optimizer steps."""
+
+    tinit: int
+    deltaT: int
+    end: int
+
+    @classmethod
+    def of(cls, config: IncreLoraConfig, total_steps: int | None) -> MoveSchedule:
+        """What the configuration leaves open is chosen for so many steps.
+
+        Raises:
+            ValueError: the number of steps is not known.
+        """
+        if total_steps is None:
+            raise ValueError(
+                "total_steps=None: ranks move until a share of the steps (growth_end), so their number must "
+                "be known; give attach(..., total_steps=...) or set total_step in IncreLoraConfig."
+            )
+        end = int(total_steps * config.last_growth)
+        tinit = int(total_steps * _FIRST) if config.tinit is None else config.tinit
+        # A training of a few steps has an event, too.
+        least = min(_INTERVAL, max((end - tinit) // 3, 1))
+        interval = config.deltaT or max((end - tinit) // (_EVENTS - 1), least)
+        made = cls(tinit, interval, end)
+        if made.next_event(1) > end:
+            warn(
+                f"no step from tinit={tinit} to {end} (growth_end={config.last_growth} of {total_steps}) "
+                f"is a multiple of deltaT={interval}, so no rank will move. Train longer, or lower deltaT or "
+                "tinit."
+            )
+        return made
+
+    def is_event(self, step: int) -> bool:
+        """Do ranks move after this step?"""
+        return self.tinit <= step <= self.end and step % self.deltaT == 0
+
+    def next_event(self, step: int) -> int:
+        """The first event at or after ``step``; after ``end`` there is none."""
+        return -(-max(step, self.tinit, 1) // self.deltaT) * self.deltaT
+
+    @property
+    def middle(self) -> int:
+        """Until here every module keeps a component, so that it can be judged."""
+        return (self.tinit + self.end) // 2
+
+
+class Moves(Policy):
+    """Components that go where they do most; their total is the budget.
+
+    Args:
+        modules, config, plan: As for :class:`Policy`.
+
+    Attributes:
+        schedule: When ranks move (``tinit``, ``deltaT``, ``end``).
+
+    Raises:
+        ValueError: the number of steps is not known.
+    """
+
+    budget: int
+
+    def __init__(self, modules: Sequence[AdaptedModule], config: IncreLoraConfig, plan: Plan) -> None:
+        super().__init__(modules, config, plan)
+        self._in_budget = budget_of(config, modules)
+        self.budget = self._in_budget.total
+        self.costs = None if self._in_budget.unit == "rank" else self._in_budget.costs
+        self.schedule = MoveSchedule.of(config, plan.total_steps)
+        self.warmup = RestartWarmup(plan, enabled=config.restart_warmup)
+        self._orthogonality = Orthogonality(modules, config.orthogonality_weight)
+        self._e: list[Tensor] = [module.factors[-1] for module in modules]
+        self._first_spent = 0
+        self._scores = np.zeros(len(modules))
+        self._begin()
+
+    @property
+    def spent(self) -> int:
+        """What the ranks take of ``budget``, in its unit."""
+        return self._in_budget.spent(self.ranks())
+
+    @property
+    def orth_reg(self) -> float:
+        """Value of the orthogonality regulariser now, without its weight (eq. 4)."""
+        return float(self._orthogonality.value())
+
+    def start(self) -> None:
+        """Notes what the components take at first, which may be more than the budget."""
+        self._first_spent = self.spent
+        self._begin()
+
+    def before_step(self, step: Step) -> None:
+        """The regulariser, and newborn rows as they are."""
+        self._orthogonality.before_step(step)
+        self.warmup.keep_old()
+
+    def after_step(self, step: Step) -> Event | None:
+        """Corrects newborn rows, takes the step's effects in; moves, where the schedule says so."""
+        number, schedule = step.number, self.schedule
+        gradients = [e.grad for e in self._e]
+        self.warmup.correct(step)
+        if number > schedule.end:
+            return None
+        _core.observe_fluctuation_(
+            self._e, gradients, self._mean, self._squares, self._steps, _RATE, grad_scale=step.grad_scale
+        )
+        if number % schedule.deltaT:
+            return None
+        event = self._move(number) if schedule.is_event(number) else None
+        self._squares.zero_()
+        return event
+
+    def resized(self) -> None:
+        """Looks anew which rows are newborn; of ranks that were loaded nothing is known yet."""
+        self.warmup.find_young(self.modules)
+        if self._ranks != self.ranks():
+            self._begin()
+
+    def scores(self) -> _Vector:
+        """What the components of each module were worth in all at the last event."""
+        return self._scores
+
+    def finish(self) -> None:
+        """Drops what moving needs."""
+        self.warmup.find_young(())
+
+    def _begin(self) -> None:
+        """Nothing is known of any component."""
+        self._ranks = self.ranks()
+        self._mean, self._squares, self._steps = (
+            torch.zeros(sum(self._ranks), dtype=torch.float64, device=self.plan.device) for _ in range(3)
+        )
+
+    # Moving.
+
+    def _move(self, number: int) -> Event | None:
+        worth, ranks = self._squares.cpu().numpy(), self._ranks
+        starts = np.concatenate([[0], np.cumsum(ranks)])
+        self._scores = np.array([worth[i:j].sum() for i, j in itertools.pairwise(starts)])
+        allowed = self._allowed(number)
+        removed, gained = _core.choose_moves(
+            worth,
+            self._judged(number),
+            ranks_of(self.modules),
+            caps_of(self.config, self.modules),
+            np.array(self._in_budget.costs, dtype=np.uint64),
+            budget=allowed,
+            most=int(_SHARE * self.budget),
+            keep_one=number <= self.schedule.middle and allowed >= sum(self._in_budget.costs),
+        )
+        if not removed and not any(gained):
+            return None
+        leaving = np.zeros(len(worth), dtype=bool)
+        leaving[removed] = True
+        lost = worth[leaving].sum() / max(worth.sum(), np.finfo(np.float64).tiny)
+        stay = [np.flatnonzero(~leaving[i:j]).tolist() for i, j in itertools.pairwise(starts)]
+        changed = [k for k, kept in enumerate(stay) if len(kept) < ranks[k] or gained[k]]
+        for k in changed:
+            self.modules[k].shrink(stay[k])
+            self.modules[k].grow(gained[k], self.generator(number, k, "grow"))
+        self._carry(stay, gained)
+        return Event(
+            changed=changed,
+            scores=self._scores,
+            line=f"{len(removed)} components left, worth {100 * lost:.1f} % of all, {sum(gained)} came, "
+            f"total rank {self._in_budget.told(self._ranks, 'of')}",
+        )
+
+    def _allowed(self, number: int) -> int:
+        """What the components may take after an event: where they began above the budget, they come down to
+        it in equal steps until the middle."""
+        over, schedule = self._first_spent - self.budget, self.schedule
+        if over <= 0 or number >= schedule.middle:
+            return self.budget
+        return self.budget + int(
+            over * (schedule.middle - number) / (schedule.middle - schedule.tinit + schedule.deltaT)
+        )
+
+    def _judged(self, number: int) -> npt.NDArray[np.bool_]:
+        """Components that lived through the whole interval, and had time to learn before it."""
+        births = np.array(
+            [birth for module in self.modules for birth in module.parameters[-1][2]], dtype=np.int64
+        )
+        return (births == 0) | (number - births > self.schedule.deltaT)
+
+    def _carry(self, stay: list[list[int]], gained: list[int]) -> None:
+        """What is known of the components that stay; of new ones nothing is."""
+        places, start = [], 0
+        for kept, rank, new in zip(stay, self._ranks, gained, strict=True):
+            places += [start + 1 + place for place in kept] + [0] * new
+            start += rank
+        index = torch.tensor(places, dtype=torch.int64, device=self._mean.device)
+        zero = self._mean.new_zeros(1)
+        self._mean, self._squares, self._steps = (
+            torch.cat([zero, vector])[index] for vector in (self._mean, self._squares, self._steps)
+        )
+        self._ranks = self.ranks()
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Budget, schedule, and what is known of the components."""
+        schedule = self.schedule
+        return {
+            "budget": self.budget,
+            "budget_unit": self._in_budget.unit,
+            "schedule": [schedule.tinit, schedule.deltaT, schedule.end],
+            "was_linear": self.warmup.was_linear,
+            "first_spent": self._first_spent,
+            "ranks": self._ranks,
+            "scores": torch.from_numpy(self._scores.copy()),
+            "fluctuation": [vector.clone() for vector in (self._mean, self._squares, self._steps)],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on by the schedule that was planned.
+
+        Raises:
+            ValueError: the run was planned by another importance, so its ranks grow and do not move.
+        """
+        if "fluctuation" not in state:
+            raise ValueError(
+                f"importance='fluctuation', but the run that is resumed had {state.get('importance')!r}, by "
+                f"which ranks grow: set importance={state.get('importance')!r} to go on with it."
+            )
+        self.schedule = MoveSchedule(*state["schedule"])
+        self.warmup.was_linear = state["was_linear"]
+        self._first_spent, self._ranks = state["first_spent"], list(state["ranks"])
+        self._scores = state["scores"].cpu().numpy()
+        self._mean, self._squares, self._steps = (
+            vector.to(self.plan.device, copy=True) for vector in state["fluctuation"]
+        )
