@@ -332,7 +332,7 @@ def test_a_run_is_told_apart_by_every_option_of_its_own():
     assert adalora.resolved(SETTING)["init_r"] == math.ceil(1.5 * SETTING.r)
     options = plain.resolved(SETTING)
     assert options == json.loads(json.dumps(options))
-    assert options["growth_end"] == IncreLoraConfig().growth_end
+    assert options["growth_end"] == IncreLoraConfig().last_growth == 0.1
     assert not {"rank_pattern", "inits"} & options.keys()
     (early,) = parse_methods("increlora:growth_end=0.25")
     assert early.resolved(SETTING) == options | {"growth_end": 0.25}

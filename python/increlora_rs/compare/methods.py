@@ -239,15 +239,8 @@ def _paper(setting: Setting, **options: Any) -> PeftConfig:
     return IncreLoraConfig.paper(**(values | options))
 
 
-def _growing(setting: Setting, **options: Any) -> PeftConfig:
-    # Components that come by lot cannot be told to go by it.
-    values = {"importance": "gradient", "budget_unit": "rank"}
-    return _increlora(setting, **(values | options))
-
-
 def _increlora_given(setting: Setting, **options: Any) -> PeftConfig:
-    # Ranks that grow stay where the budget is met.
-    return _growing(setting, **({"rank_pattern": rank_pattern(setting.given)} | options))
+    return _increlora(setting, **({"rank_pattern": rank_pattern(setting.given)} | options))
 
 
 def _lora_given(setting: Setting, **options: Any) -> PeftConfig:
@@ -269,7 +262,7 @@ _FORMS: dict[str, Callable[..., PeftConfig]] = {
     "adalora": _adalora,
     **{method.name: _ours(method.config) for method in METHODS},
     "paper": _paper,
-    "increlora-random": _growing,
+    "increlora-random": _increlora,
     "increlora-given": _increlora_given,
     "lora-given": _lora_given,
 }

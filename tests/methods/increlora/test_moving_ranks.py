@@ -253,6 +253,41 @@ def test_a_run_that_grew_is_not_taken_for_one_that_moves():
         optimizer.load_state_dict(saved)
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"r": 3}, "r=3 makes a budget of 393 parameters.*planned for 262 parameters"),
+        ({"tinit": 10}, "tinit=10, but.*planned with 24"),
+        ({"deltaT": 9}, "deltaT=9, but.*planned with 5"),
+        ({"growth_end": 0.5}, "the last step of growth_end=60, but.*planned with 90"),
+    ],
+)
+def test_another_plan_on_resume_is_told(settings, told):
+    goal, model = teacher(), adapted()
+    optimizer = adamw(model)
+    attach(model, optimizer, total_steps=STEPS)
+    train(model, optimizer, goal, 1, 10)
+    saved = model.state_dict(), optimizer.state_dict()
+    again = adapted(**settings)
+    again.load_state_dict(saved[0])
+    optimizer = adamw(again)
+    attach(again, optimizer, total_steps=STEPS)
+    with pytest.warns(UserWarning, match=told):
+        optimizer.load_state_dict(saved[1])
+
+
+def test_a_policy_that_lets_ranks_grow_refuses_an_importance_by_which_they_move():
+    model = adapted()
+    with pytest.raises(ValueError, match=r"importance='fluctuation'.*Growth"):
+        attach(model, adamw(model), total_steps=STEPS, policy=Growth)
+
+
+def test_the_logs_have_the_regulariser():
+    model = adapted()
+    scheduler = attach(model, adamw(model), total_steps=STEPS)
+    assert scheduler.logs() == {"total_rank": 6, "orth_reg": scheduler.orth_reg}
+
+
 def test_modules_that_end_with_nothing_are_not_in_the_export(tmp_path):
     goal, model = teacher(), adapted(r=1)
     optimizer = adamw(model)

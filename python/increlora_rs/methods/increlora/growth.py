@@ -8,36 +8,34 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...contract.policy import AdaptedModule, Event, Plan, Policy, Step
-from ...support.budget import amount
+from ...contract.policy import AdaptedModule, Event, Plan, Step
 from ...support.warning import warn
-from ..orthogonality import Orthogonality
 from . import unreached
+from .allocation import Allocation
 from .config import IncreLoraConfig
 from .gradient import GradientScores
-from .restart import RestartWarmup
-from .schedule import budget_of, caps_of, new_schedule, ranks_of, schedule_of
+from .schedule import caps_of, new_schedule, ranks_of, schedule_of
 from .scores import Scores
 from .sensitivity import SensitivityScores
 
 _Vector = npt.NDArray[np.float64]
 
 
-class Growth(Policy):
+class Growth(Allocation):
     """Ranks that grow at the events of a schedule until a budget is spent.
 
     Args:
-        modules, config, plan: As for :class:`Policy`.
+        modules, config, plan: As for :class:`Allocation`.
         choose_by: Gives the scores that growths choose by, finite and at least 0, from those that were
             measured, a value a module, alike in every process: for controls and experiments, as a choice by
             lot. None: those that were measured.
 
     Attributes:
         schedule: When and how much the ranks grow (``tinit``, ``deltaT``, ``top_h``, ``add_r``).
-        warmup: The restart warm-up of new components.
 
     Raises:
-        ValueError: the number of steps is not known but needed.
+        ValueError: the number of steps is not known but needed; ``importance="fluctuation"``, by which ranks
+            do not grow.
     """
 
     def __init__(
@@ -48,32 +46,15 @@ class Growth(Policy):
         *,
         choose_by: Callable[[_Vector], _Vector] | None = None,
     ) -> None:
-        super().__init__(modules, config, plan)
-        self._choose_by = choose_by
-        self._in_budget = budget_of(config, modules)
-        self.budget = self._in_budget.total
-        self.costs = None if self._in_budget.unit == "rank" else self._in_budget.costs
-        self.warmup = RestartWarmup(plan, enabled=config.restart_warmup)
         self._scores: Scores = _scores_of(config)(modules, config)
+        super().__init__(modules, config, plan, self._scores.smoothing)
+        self._choose_by = choose_by
         self.gauge = self._scores.gauge
-        weight, smoothing = config.orthogonality_weight, self._scores.smoothing
-        self._orthogonality = Orthogonality(modules, weight, smoothing)
         self._may_grow = False
         # Is no component there, so that a loss has a gradient by what is measured alone?
         self._nothing_there = False
         # Were modules that no gradient reaches looked for? Once, at the first growth.
         self._told_unreached = False
-
-    @property
-    def spent(self) -> int:
-        """What the ranks take of ``budget``, in its unit."""
-        return self._in_budget.spent(self.ranks())
-
-    @property
-    def orth_reg(self) -> float:
-        """Value of the orthogonality regulariser now, without its weight (eq. 4)."""
-        # A sum of nothing may be -0.0.
-        return abs(float(self._orthogonality.value()))
 
     def start(self) -> None:
         """Makes the schedule, told where it may fall short, and the first components in reserve.
@@ -125,10 +106,6 @@ class Growth(Policy):
     def scores(self) -> _Vector:
         """The scores of now; by the gradient those of the last growth."""
         return self._scores.values()
-
-    def logs(self) -> dict[str, float]:
-        """The regulariser's value, also where its weight is 0."""
-        return {"orth_reg": self.orth_reg}
 
     def finish(self) -> None:
         """Drops the components in reserve, and what growth needs."""
@@ -212,8 +189,7 @@ class Growth(Policy):
         """Budget, schedule, scores, and the components in reserve."""
         schedule = self.schedule
         return {
-            "budget": self.budget,
-            "budget_unit": self._in_budget.unit,
+            **self._planned(),
             "schedule": [schedule.tinit, schedule.deltaT, schedule.top_h, schedule.add_r],
             "was_linear": self.warmup.was_linear,
             "told_unreached": self._told_unreached,
@@ -234,7 +210,19 @@ class Growth(Policy):
                 f"importance={self.config.importance!r}, but the run that is resumed had "
                 "'fluctuation', by which ranks move: set importance='fluctuation' to go on with it."
             )
-        self._tell_differences(state)
+        wanted = self.config.tinit, self.config.deltaT, self.config.top_h
+        self._tell_differences(
+            state,
+            "ranks go on growing by that plan, which may not reach it",
+            "ranks go on growing by that plan",
+            zip(("tinit", "deltaT", "top_h"), wanted, state["schedule"], strict=False),
+        )
+        if state["importance"] != self.config.importance:
+            warn(
+                f"importance={self.config.importance!r}, but the run that is resumed had "
+                f"{state['importance']!r}: the scores start anew. Set importance={state['importance']!r} to "
+                "go on as before."
+            )
         steps = self.plan.total_steps
         self.schedule = schedule_of(self.config, self.modules, steps, self._in_budget, state["schedule"])
         self.warmup.was_linear = state["was_linear"]
@@ -249,28 +237,11 @@ class Growth(Policy):
         # Those of the model may come after the optimizer's state, and a backward pass before the next look.
         self._update_may_grow(state["ranks"])
 
-    def _tell_differences(self, state: dict[str, Any]) -> None:
-        config, budget = self.config, self._in_budget
-        planned = state["budget"], state["budget_unit"]
-        if planned != (budget.total, budget.unit):
-            warn(
-                f"r={config.r} makes a budget of {budget}, but the run that is resumed was planned for "
-                f"{amount(*planned)}: ranks go on growing by that plan, which may not reach it"
-            )
-        wanted = config.tinit, config.deltaT, config.top_h
-        for name, value, had in zip(("tinit", "deltaT", "top_h"), wanted, state["schedule"], strict=False):
-            if value is not None and value != had:
-                warn(
-                    f"{name}={value}, but the run that is resumed was planned with {had}: ranks go on "
-                    "growing by that plan"
-                )
-        if state["importance"] != config.importance:
-            warn(
-                f"importance={config.importance!r}, but the run that is resumed had "
-                f"{state['importance']!r}: the scores start anew. Set importance={state['importance']!r} to "
-                "go on as before."
-            )
-
 
 def _scores_of(config: IncreLoraConfig) -> type[Scores]:
+    if config.importance == "fluctuation":
+        raise ValueError(
+            "importance='fluctuation': ranks move by it, and Growth lets them grow; set "
+            "importance='gradient' or 'sensitivity'."
+        )
     return GradientScores if config.importance == "gradient" else SensitivityScores

@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 
 from ... import _core
-from ...contract.policy import AdaptedModule, Event, Plan, Policy, Step
+from ...contract.policy import AdaptedModule, Event, Plan, Step
 from ...support.warning import warn
-from ..orthogonality import Orthogonality
+from .allocation import Allocation
 from .config import IncreLoraConfig
-from .restart import RestartWarmup
-from .schedule import budget_of, caps_of, ranks_of
+from .schedule import caps_of, ranks_of
 
 _Vector = npt.NDArray[np.float64]
 
@@ -88,11 +87,11 @@ class MoveSchedule:
         return (self.tinit + self.end) // 2
 
 
-class Moves(Policy):
+class Moves(Allocation):
     """Components that go where they do most; their total is the budget.
 
     Args:
-        modules, config, plan: As for :class:`Policy`.
+        modules, config, plan: As for :class:`Allocation`.
 
     Attributes:
         schedule: When ranks move (``tinit``, ``deltaT``, ``end``).
@@ -101,35 +100,17 @@ class Moves(Policy):
         ValueError: the number of steps is not known.
     """
 
-    budget: int
-
     def __init__(self, modules: Sequence[AdaptedModule], config: IncreLoraConfig, plan: Plan) -> None:
         super().__init__(modules, config, plan)
-        self._in_budget = budget_of(config, modules)
-        self.budget = self._in_budget.total
-        self.costs = None if self._in_budget.unit == "rank" else self._in_budget.costs
         self.schedule = MoveSchedule.of(config, plan.total_steps)
-        self.warmup = RestartWarmup(plan, enabled=config.restart_warmup)
-        self._orthogonality = Orthogonality(modules, config.orthogonality_weight)
         self._e: list[Tensor] = [module.factors[-1] for module in modules]
         self._first_spent = 0
         self._scores = np.zeros(len(modules))
         self._begin()
 
-    @property
-    def spent(self) -> int:
-        """What the ranks take of ``budget``, in its unit."""
-        return self._in_budget.spent(self.ranks())
-
-    @property
-    def orth_reg(self) -> float:
-        """Value of the orthogonality regulariser now, without its weight (eq. 4)."""
-        return float(self._orthogonality.value())
-
     def start(self) -> None:
         """Notes what the components take at first, which may be more than the budget."""
         self._first_spent = self.spent
-        self._begin()
 
     def before_step(self, step: Step) -> None:
         """The regulariser, and newborn rows as they are."""
@@ -244,8 +225,7 @@ class Moves(Policy):
         """Budget, schedule, and what is known of the components."""
         schedule = self.schedule
         return {
-            "budget": self.budget,
-            "budget_unit": self._in_budget.unit,
+            **self._planned(),
             "schedule": [schedule.tinit, schedule.deltaT, schedule.end],
             "was_linear": self.warmup.was_linear,
             "first_spent": self._first_spent,
@@ -255,7 +235,8 @@ class Moves(Policy):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on by the schedule that was planned.
+        """Goes on by the schedule that was planned, within the configuration's budget; told where that is
+        another.
 
         Raises:
             ValueError: the run was planned by another importance, so its ranks grow and do not move.
@@ -265,7 +246,19 @@ class Moves(Policy):
                 f"importance='fluctuation', but the run that is resumed had {state.get('importance')!r}, by "
                 f"which ranks grow: set importance={state.get('importance')!r} to go on with it."
             )
-        self.schedule = MoveSchedule(*state["schedule"])
+        planned, own = MoveSchedule(*state["schedule"]), self.schedule
+        end = None if self.config.growth_end is None else own.end
+        self._tell_differences(
+            state,
+            "from the next event on they keep to the new one",
+            "ranks go on moving by that plan",
+            [
+                ("tinit", self.config.tinit, planned.tinit),
+                ("deltaT", self.config.deltaT, planned.deltaT),
+                ("the last step of growth_end", end, planned.end),
+            ],
+        )
+        self.schedule = planned
         self.warmup.was_linear = state["was_linear"]
         self._first_spent, self._ranks = state["first_spent"], list(state["ranks"])
         self._scores = state["scores"].cpu().numpy()
