@@ -304,6 +304,28 @@ def test_modules_that_end_with_nothing_are_not_in_the_export(tmp_path):
     torch.testing.assert_close(plain(batch(1)), model(batch(1)))
 
 
+@pytest.mark.slow
+def test_a_compiled_training_moves_as_the_eager_one():
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = adapted(r=1).double()
+        goal, optimizer = teacher().double(), adamw(model)
+        called = torch.compile(model) if compiled else model
+        scheduler = attach(called, optimizer, total_steps=STEPS)
+        for step in range(1, STEPS + 1):
+            x = batch(step).double()
+            (called(x) - goal(x)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((scheduler.ranks, [p.detach() for p in model.parameters()]))
+    (ranks, parameters), (of_compiled, others) = results
+    assert ranks == of_compiled
+    # A module came to have nothing.
+    assert min(ranks.values()) == 0
+    torch.testing.assert_close(parameters, others)
+
+
 # The schedule.
 
 
