@@ -380,7 +380,19 @@ def test_all_methods_end_with_the_same_budget_and_parameters(command, results, c
     for name in ("increlora-given", "lora-given"):
         assert runs[name]["ranks"] == runs["increlora"]["ranks"]
         assert runs[name]["config"]["given"] == runs["increlora"]["ranks"]
-    assert "increlora-random" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "increlora-random" in said
+    assert f"reviews r=2: {2 * modules * 64} trained parameters can hold some 1.54 kbit" in said
+    assert "30 labels some 30 bit" in said
+
+
+@pytest.mark.slow
+def test_methods_that_allocate_have_budgets_below_one_component_a_module(command, results):
+    method = "increlora:importance=fluctuation"
+    assert main(command("--r", "0.5,1", methods=method)) == 0
+    half, one = results()
+    assert (half["config"]["r"], half["budget"], half["total_rank"]) == (0.5, 3.0, 3)
+    assert (one["config"]["r"], one["budget"], one["total_rank"]) == (1, 6, 6)
 
 
 @pytest.mark.slow
@@ -586,6 +598,7 @@ def test_arguments_that_cannot_be_are_told_before_any_training(command, tmp_path
         (["--methods", "lora-given"], "name that too"),
         (["--methods", "increlora:toph=2"], "'toph' is neither"),
         (["--epochs", "0"], "--epochs 0"),
+        (["--r", "0.5"], "--r 0.5: PEFT's methods have whole ranks only"),
         (["--base-dropout", "1"], "--base-dropout 1"),
         (["--model", str(tmp_path / "none")], "none does not exist"),
         (["--task", str(tmp_path / "none")], "none does not exist"),

@@ -453,3 +453,15 @@ def test_an_interrupted_training_can_be_followed_by_another(make_trainer):
     )
     second.train()
     assert callback.scheduler.total_rank == 18
+
+
+def test_before_the_first_step_the_log_says_what_the_adapter_can_hold(make_trainer, caplog):
+    trainer, _ = make_trainer()
+    with caplog.at_level("INFO", logger="increlora_rs.training"):
+        trainer.train()
+    said = [record.getMessage() for record in caplog.records]
+    # A component takes in + out + 1 numbers.
+    modules = adapted_modules(trainer.model, "default")
+    numbers = 3 * sum(m.layer.in_features + m.layer.out_features + 1 for m in modules)
+    assert said[0].startswith(f"{numbers:,} trained parameters can hold some ")
+    assert "64 labels" in said[0]

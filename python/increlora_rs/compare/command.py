@@ -40,7 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="comma-separated; options after a colon: increlora:orth_reg_weight=0.1,restart_warmup=false "
         f"({_METHODS}; with --report: all that --out holds)",
     )
-    parser.add_argument("--r", type=_many(int), default=[2], metavar="R,...", help="average ranks (2)")
+    parser.add_argument(
+        "--r",
+        type=_many(_rank),
+        default=[2],
+        metavar="R,...",
+        help="average ranks (2); 0.5 and the like for methods that allocate",
+    )
     parser.add_argument(
         "--lr", type=_many(float), default=[5e-4, 1e-3, 2e-3], metavar="LR,...", help="tried by all"
     )
@@ -168,6 +174,12 @@ def _train(options: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         return compare(plan, options.model, options.out, retry_failed=options.retry_failed)
+
+
+def _rank(text: str) -> float:
+    """A whole rank as an integer: so runs of before have the same id."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
 
 
 def _many(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:

@@ -37,14 +37,14 @@ class Setting:
     """What a configuration is made from.
 
     Args:
-        r: Average rank that every method ends with.
+        r: Average rank that every method ends with; for methods that allocate it may be no whole number.
         total_steps: Optimizer steps.
         seed: Of the run.
         shared: Arguments that all configurations take: alpha, dropout, target modules.
         given: Rank by full module name, for the methods that start with another run's.
     """
 
-    r: int
+    r: float
     total_steps: int
     seed: int
     shared: dict[str, Any]
@@ -206,8 +206,22 @@ def _ours(config: type[MethodConfig]) -> Callable[..., PeftConfig]:
     return form
 
 
+def _whole(setting: Setting) -> int:
+    """The rank of a method that has no other than whole ones.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not float(setting.r).is_integer():
+        raise ValueError(
+            f"--r {setting.r}: PEFT's methods have whole ranks only; leave them out of --methods, or give a "
+            "whole r."
+        )
+    return int(setting.r)
+
+
 def _lora(setting: Setting, **options: Any) -> PeftConfig:
-    return LoraConfig(**({"task_type": TaskType.SEQ_CLS, "r": setting.r} | setting.shared | options))
+    return LoraConfig(**({"task_type": TaskType.SEQ_CLS, "r": _whole(setting)} | setting.shared | options))
 
 
 def _rslora(setting: Setting, **options: Any) -> PeftConfig:
@@ -221,7 +235,7 @@ def _adalora(setting: Setting, **options: Any) -> PeftConfig:
     values = {
         "task_type": TaskType.SEQ_CLS,
         "init_r": math.ceil(1.5 * setting.r),
-        "target_r": setting.r,
+        "target_r": _whole(setting),
         "total_step": total,
         "tinit": round(0.15 * total),
         "tfinal": max(1, round(0.5 * total)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..support.capacity import Capacity, labels
 from .base_model import BaseModel
 from .choice import best_lr, score
 from .methods import SOURCE, Method, Setting
 from .results import Record, Results, run_id
 from .tasks import Task
-from .training import steps_of, train
+from .training import parameters_of_rank_1, steps_of, train
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Plan:
 
     tasks: list[Task]
     methods: list[Method]
-    ranks: list[int]
+    ranks: list[float]
     lrs: list[float]
     seeds: int
     trial_seeds: int
@@ -118,11 +120,19 @@ class Session:
             self._progress, self._bar = progress, bar
             for task in plan.tasks:
                 for r in plan.ranks:
+                    self._tell_capacity(task, r)
                     for method in plan.ordered_methods:
                         self._method(task, r, method)
         return self._failed
 
-    def _method(self, task: Task, r: int, method: Method) -> None:
+    def _tell_capacity(self, task: Task, r: float) -> None:
+        """How far the ranks' number can matter, in a line."""
+        targets = self._plan.shared["target_modules"]
+        parameters = round(r * parameters_of_rank_1(self._base, task, targets))
+        told = Capacity(parameters, labels(Counter(row.label for row in task.train)))
+        self._console.print(f"{task.name} r={r}: {told}", soft_wrap=True, highlight=False)
+
+    def _method(self, task: Task, r: float, method: Method) -> None:
         plan = self._plan
         trials = [self._one(task, r, method, lr, seed) for seed in range(plan.trial_seeds) for lr in plan.lrs]
         lr = best_lr(trials)
@@ -132,7 +142,7 @@ class Session:
             else:
                 self._one(task, r, method, lr, seed)
 
-    def _one(self, task: Task, r: int, method: Method, lr: float, seed: int) -> Record:
+    def _one(self, task: Task, r: float, method: Method, lr: float, seed: int) -> Record:
         given = self._given(task, r, seed) if method.wants_ranks else {}
         config = self._config(task, r, method, lr, seed, given)
         identity, steps = run_id(config), self._plan.steps_by_task()[task.name]
@@ -171,7 +181,7 @@ class Session:
         self._progress.advance(self._bar, steps)
 
     def _config(
-        self, task: Task, r: int, method: Method, lr: float, seed: int, given: dict[str, int]
+        self, task: Task, r: float, method: Method, lr: float, seed: int, given: dict[str, int]
     ) -> dict[str, Any]:
         steps = self._plan.steps_by_task()[task.name]
         return {
@@ -187,7 +197,7 @@ class Session:
             **({"given": given} if method.wants_ranks else {}),
         }
 
-    def _given(self, task: Task, r: int, seed: int) -> dict[str, int]:
+    def _given(self, task: Task, r: float, seed: int) -> dict[str, int]:
         """Final ranks of the source's run with this seed at its best learning rate; empty without one."""
         source = next(method for method in self._plan.methods if str(method) == SOURCE)
         runs = {

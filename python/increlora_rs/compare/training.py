@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -110,6 +110,13 @@ def train(
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
     }
+
+
+def parameters_of_rank_1(base: BaseModel, task: Task, targets: Any) -> int:
+    """The numbers that LoRA of rank 1 trains, without those of the classifier."""
+    config = LoraConfig(task_type=TaskType.SEQ_CLS, r=1, target_modules=targets)
+    model = get_peft_model(base.classifier(task, 0), config)
+    return count_parameters(model, final_ranks(model))["adapter"]
 
 
 def _by_length(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:

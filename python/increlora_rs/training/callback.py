@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from .scheduler import RankScheduler, attach
 from .session import PolicyMaker
 from .trainer_log import speak_first
 
+logger = logging.getLogger(__package__)
+
 
 class IncreLoraCallback(TrainerCallback):
     """Makes ranks grow in ``Trainer``: ``Trainer(..., callbacks=[IncreLoraCallback()])``.
@@ -22,6 +25,8 @@ class IncreLoraCallback(TrainerCallback):
     The number of steps, the learning rate's warm-up and schedule, and the loss scaler come from the
     Trainer. Its logs gain ``total_rank`` and ``orth_reg``: the regulariser's value without its weight, also
     where that is 0, as by default. After training ``scheduler`` still holds the ranks and the history.
+    Before the first step a line goes to the log (``logging``, at level INFO): how many bits the adapter can
+    hold, and the training's data (:meth:`increlora_rs.RankScheduler.capacity`).
 
     Args:
         log_ranks: Give TensorBoard, Weights & Biases and whatever else ``report_to`` names the rank and
@@ -82,6 +87,8 @@ class IncreLoraCallback(TrainerCallback):
             policy=self._policy,
         )
         speak_first(self, f"{self.scheduler.method}/")
+        dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
+        logger.info("%s", self.scheduler.capacity(dataset))
         if state.global_step and not self.scheduler.restored:
             warn(
                 f"resuming at step {state.global_step} from a checkpoint without the scheduler's state "

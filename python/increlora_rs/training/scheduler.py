@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..contract.policy import LrSchedule, Plan, Policy
 from ..support import arguments
+from ..support.capacity import Capacity, data_of
 from ..support.untraced import untraced
 from ..support.warning import warn
 from .distributed import shared_seed
@@ -91,6 +92,16 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             model = model.get_submodule("_orig_mod")
         else:
             return model
+
+
+def _parameters_of(policy: Policy) -> int:
+    """The numbers that are trained when the budget is spent; without a budget those that are now."""
+    if policy.budget is None:
+        return sum(parameter.numel() for module in policy.modules for parameter in module.factors)
+    if policy.costs is not None:
+        return policy.budget
+    sizes = [module.layer.out_features + module.layer.in_features + 1 for module in policy.modules]
+    return round(policy.budget * sum(sizes) / len(sizes))
 
 
 def _total_steps_of(config: Any, given: int | None) -> int | None:
@@ -260,6 +271,22 @@ class RankScheduler:
     def logs(self) -> dict[str, float]:
         """Numbers for the log of a training step: ``total_rank``, and the method's own, as ``orth_reg``."""
         return {"total_rank": self.total_rank, **self.policy.logs()}
+
+    def capacity(self, data: Any = None) -> Capacity:
+        """How many bits the adapter can hold at the end, beside those of its data; as a string one line that
+        says what follows for the ranks. The callback logs it before the first step.
+
+        Args:
+            data: The data set of the training, rows that are mappings with ``labels``, ``label`` or
+                ``input_ids``; or what it holds, in bits; None: not known.
+
+        Returns:
+            ``bits``, ``parameters``, ``data`` (None where nothing is known of them), and ``str()`` of it.
+
+        Raises:
+            TypeError, ValueError: ``data`` is no number above 0 where it is a number.
+        """
+        return Capacity(_parameters_of(self.policy), data_of(data))
 
     def on_growth(self, callback: Callable[[GrowthEvent], Any]) -> RemovableHandle:
         """Has ``callback(event)`` called whenever parameters of the adapter have changed their size.
