@@ -526,13 +526,13 @@ def choose_moves(
     *,
     budget: int,
     most: int,
-    keep_one: bool,
+    margin: float,
 ) -> tuple[list[int], list[int]]:
     """The components that leave, as positions among those of all modules, and how many each module gains.
 
     All is weighed by value for cost. The least leave first; the next component of a module is expected to
     be worth the lower quartile of those judged, divided by one more than it has that are not; it is given as
-    long as that is more than each is worth that has to leave for it. No module gives and gains.
+    long as that is ``margin`` times what each is worth that has to leave for it. No module gives and gains.
 
     Args:
         values, judged: (components of all modules): what each is worth, finite and at least 0; may it leave,
@@ -540,5 +540,5 @@ def choose_moves(
         ranks, caps, costs: (modules): components that each has, the most it may have, what one takes.
         budget: What all may take afterwards.
         most: What may be given, beside what has to leave for the budget.
-        keep_one: Does every module keep its best that is judged?
+        margin: 1 or more.
     """

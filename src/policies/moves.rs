@@ -30,8 +30,8 @@ pub struct Bounds {
     pub budget: u64,
     /// What may move, beside what has to leave for the budget.
     pub most: u64,
-    /// Does every module keep its best component, so that it can still be judged?
-    pub keep_one: bool,
+    /// How many times as much as each that leaves for it a component has to be expected to be worth.
+    pub margin: f64,
 }
 
 /// What an event changes.
@@ -48,20 +48,20 @@ pub struct Moves {
 /// All is weighed by value for cost. The component worth least leaves first. What a module's next component is
 /// expected to be worth is the lower quartile of those it has, divided by one more than the number that it
 /// gained since they were judged: a module whose components are all worth much has more to learn, and one that
-/// has some worth little has had enough. A component is given as long as it is expected to be worth more than
-/// each that has to leave for it. No module gives and gains at one event.
+/// has some worth little has had enough. A component is given as long as it is expected to be worth `margin`
+/// times as much as each that has to leave for it. No module gives and gains at one event.
 pub fn choose(
     modules: &Modules<'_>,
     components: &Components<'_>,
     bounds: &Bounds,
 ) -> Result<Moves> {
-    check(modules, components)?;
-    let mut state = State::new(modules, components, bounds);
+    check(modules, components, bounds)?;
+    let mut state = State::new(modules, components);
     state.prune(bounds.budget);
     let mut moved = 0u64;
     while moved < bounds.most {
         let Some(module) = state.best() else { break };
-        if !state.give(module, bounds.budget) {
+        if !state.give(module, bounds) {
             break;
         }
         moved += modules.costs[module];
@@ -87,7 +87,7 @@ struct State<'a> {
 }
 
 impl<'a> State<'a> {
-    fn new(modules: &'a Modules<'a>, components: &Components<'_>, bounds: &Bounds) -> Self {
+    fn new(modules: &'a Modules<'a>, components: &Components<'_>) -> Self {
         let count = modules.ranks.len();
         let (mut queue, mut scores, mut young) = (Vec::new(), vec![0.0; count], vec![0; count]);
         let mut start = 0;
@@ -102,9 +102,6 @@ impl<'a> State<'a> {
             own.sort_by(|one, other| one.0.total_cmp(&other.0).then(one.2.cmp(&other.2)));
             young[module] = rank - own.len() as u64;
             scores[module] = lower_quartile(&own);
-            if bounds.keep_one {
-                own.pop();
-            }
             queue.append(&mut own);
         }
         queue.sort_by(|one, other| one.0.total_cmp(&other.0).then(one.2.cmp(&other.2)));
@@ -155,15 +152,15 @@ impl<'a> State<'a> {
     }
 
     /// Gives the module a component, for which others leave where there is no room. Is it worth them?
-    fn give(&mut self, module: usize, budget: u64) -> bool {
+    fn give(&mut self, module: usize, bounds: &Bounds) -> bool {
         let (cost, expected) = (self.modules.costs[module], self.expected(module));
-        let mut room = budget.saturating_sub(self.spent);
+        let mut room = bounds.budget.saturating_sub(self.spent);
         let mut leave = Vec::new();
         for (index, &(value, other, _)) in self.queue.iter().enumerate() {
             if room >= cost {
                 break;
             }
-            if value >= expected {
+            if value * bounds.margin >= expected {
                 return false;
             }
             // What is gained is gained for good at this event.
@@ -195,7 +192,7 @@ fn lower_quartile(ascending: &[(f64, usize, usize)]) -> f64 {
     below + (above - below) * place.fract()
 }
 
-fn check(modules: &Modules<'_>, components: &Components<'_>) -> Result<()> {
+fn check(modules: &Modules<'_>, components: &Components<'_>, bounds: &Bounds) -> Result<()> {
     let count = modules.ranks.len();
     for (name, length) in [("caps", modules.caps.len()), ("costs", modules.costs.len())] {
         if length != count {
@@ -215,6 +212,12 @@ fn check(modules: &Modules<'_>, components: &Components<'_>) -> Result<()> {
                 "{name} has {length} entries for ranks of {total} in all"
             )));
         }
+    }
+    if !(bounds.margin.is_finite() && bounds.margin >= 1.0) {
+        return Err(Error::Value(format!(
+            "margin is {}; give a finite number, 1 or more",
+            bounds.margin
+        )));
     }
     match components.values.iter().position(|value| !(value.is_finite() && *value >= 0.0)) {
         Some(at) => Err(Error::Value(format!(

@@ -36,7 +36,7 @@ fn observe_fluctuation_(
 
 /// The components that leave, and what each module gains.
 #[pyfunction]
-#[pyo3(signature = (values, judged, ranks, caps, costs, *, budget, most, keep_one))]
+#[pyo3(signature = (values, judged, ranks, caps, costs, *, budget, most, margin))]
 #[allow(clippy::too_many_arguments)]
 fn choose_moves(
     py: Python<'_>,
@@ -47,7 +47,7 @@ fn choose_moves(
     costs: PyReadonlyArray1<'_, u64>,
     budget: u64,
     most: u64,
-    keep_one: bool,
+    margin: f64,
 ) -> PyResult<(Vec<usize>, Vec<u64>)> {
     let (values, judged) = (vector("values", &values)?, vector("judged", &judged)?);
     let (ranks, caps) = (vector("ranks", &ranks)?, vector("caps", &caps)?);
@@ -55,7 +55,7 @@ fn choose_moves(
     detached(py, || {
         let modules = Modules { ranks: &ranks, caps: &caps, costs: &costs };
         let components = Components { values: &values, judged: &judged };
-        let chosen = moves::choose(&modules, &components, &Bounds { budget, most, keep_one })?;
+        let chosen = moves::choose(&modules, &components, &Bounds { budget, most, margin })?;
         Ok((chosen.removed, chosen.gained))
     })
 }

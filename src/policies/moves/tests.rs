@@ -8,11 +8,11 @@ fn chosen(
     judged: &[bool],
     budget: u64,
     most: u64,
-    keep_one: bool,
+    margin: f64,
 ) -> Moves {
     let caps = vec![100; ranks.len()];
     let modules = Modules { ranks, caps: &caps, costs };
-    choose(&modules, &Components { values, judged }, &Bounds { budget, most, keep_one }).unwrap()
+    choose(&modules, &Components { values, judged }, &Bounds { budget, most, margin }).unwrap()
 }
 
 const JUDGED: [bool; 6] = [true; 6];
@@ -20,48 +20,51 @@ const JUDGED: [bool; 6] = [true; 6];
 #[test]
 fn the_least_worth_makes_room_for_the_module_worth_most() {
     // Module 2 is expected to be worth 9, then 9 / 2, then 3; the others have 1, 2, 4 and 4 to offer.
-    let moves = chosen(&[2, 2, 2], &[1; 3], &[1.0, 4.0, 2.0, 4.0, 9.0, 9.0], &JUDGED, 6, 6, false);
+    let moves = chosen(&[2, 2, 2], &[1; 3], &[1.0, 4.0, 2.0, 4.0, 9.0, 9.0], &JUDGED, 6, 6, 1.0);
     assert_eq!(moves, Moves { removed: vec![0, 2], gained: vec![0, 0, 2] });
 }
 
 #[test]
 fn no_more_moves_than_allowed() {
-    let moves = chosen(&[2, 2, 2], &[1; 3], &[1.0, 4.0, 2.0, 4.0, 9.0, 9.0], &JUDGED, 6, 1, false);
+    let moves = chosen(&[2, 2, 2], &[1; 3], &[1.0, 4.0, 2.0, 4.0, 9.0, 9.0], &JUDGED, 6, 1, 1.0);
     assert_eq!(moves, Moves { removed: vec![0], gained: vec![0, 0, 1] });
 }
 
 #[test]
-fn every_module_keeps_its_best_where_asked() {
-    let moves = chosen(&[1, 1, 2], &[1; 3], &[1.0, 1.0, 9.0, 9.0], &[true; 4], 4, 4, true);
-    assert_eq!(moves, Moves { removed: vec![], gained: vec![0, 0, 0] });
+fn a_component_has_to_be_expected_to_be_worth_the_margin() {
+    // 9 is 4.5 times the 2, and twice that is too much for the next, 9 / 2.
+    let of = |margin| {
+        chosen(&[2, 2, 2], &[1; 3], &[2.0, 4.0, 2.5, 4.0, 9.0, 9.0], &JUDGED, 6, 6, margin).removed
+    };
+    assert_eq!((of(5.0), of(4.0), of(1.0)), (vec![], vec![0], vec![0, 2]));
 }
 
 #[test]
 fn worth_counts_for_its_cost() {
     // 6 for 3 is less than 3 for 1, and its room is enough for three.
-    let moves = chosen(&[1, 1], &[3, 1], &[6.0, 3.0], &[true; 2], 4, 4, false);
+    let moves = chosen(&[1, 1], &[3, 1], &[6.0, 3.0], &[true; 2], 4, 4, 1.0);
     assert_eq!(moves, Moves { removed: vec![0], gained: vec![0, 3] });
     // 12 for 3 is more, but what leaves for it is not enough room.
-    let moves = chosen(&[1, 1], &[3, 1], &[12.0, 3.0], &[true; 2], 4, 4, false);
+    let moves = chosen(&[1, 1], &[3, 1], &[12.0, 3.0], &[true; 2], 4, 4, 1.0);
     assert_eq!(moves, Moves { removed: vec![], gained: vec![0, 0] });
 }
 
 #[test]
 fn a_newborn_neither_leaves_nor_speaks() {
-    let moves = chosen(&[2, 1], &[1; 2], &[5.0, 0.0, 1.0], &[true, false, true], 3, 3, false);
+    let moves = chosen(&[2, 1], &[1; 2], &[5.0, 0.0, 1.0], &[true, false, true], 3, 3, 1.0);
     // The module is expected to be worth 5 / 2, for it has one that is not judged.
     assert_eq!(moves, Moves { removed: vec![2], gained: vec![1, 0] });
 }
 
 #[test]
 fn what_is_over_the_budget_leaves() {
-    let moves = chosen(&[2, 2], &[1; 2], &[1.0, 4.0, 3.0, 2.0], &[true; 4], 2, 0, false);
+    let moves = chosen(&[2, 2], &[1; 2], &[1.0, 4.0, 3.0, 2.0], &[true; 4], 2, 0, 1.0);
     assert_eq!(moves, Moves { removed: vec![0, 3], gained: vec![0, 0] });
 }
 
 #[test]
 fn room_is_given_away() {
-    let moves = chosen(&[1, 1], &[1; 2], &[1.0, 8.0], &[true; 2], 4, 4, false);
+    let moves = chosen(&[1, 1], &[1; 2], &[1.0, 8.0], &[true; 2], 4, 4, 1.0);
     // 8, then 4, for which there is room; then 8 / 3, for which the 1 leaves; then 2, and nothing is left.
     assert_eq!(moves, Moves { removed: vec![0], gained: vec![0, 3] });
 }
@@ -78,11 +81,14 @@ fn a_quartile_lies_between_its_neighbours() {
 #[test]
 fn bad_numbers_are_named() {
     let modules = Modules { ranks: &[1], caps: &[1], costs: &[1] };
-    let bounds = Bounds { budget: 1, most: 1, keep_one: false };
+    let bounds = Bounds { budget: 1, most: 1, margin: 1.0 };
     let error = choose(&modules, &Components { values: &[f64::NAN], judged: &[true] }, &bounds);
     assert!(error.unwrap_err().to_string().contains("values[0] is NaN"));
     let error = choose(&modules, &Components { values: &[1.0, 1.0], judged: &[true] }, &bounds);
     assert!(error.unwrap_err().to_string().contains("values has 2 entries"));
+    let bounds = Bounds { budget: 1, most: 1, margin: 0.5 };
+    let error = choose(&modules, &Components { values: &[1.0], judged: &[true] }, &bounds);
+    assert!(error.unwrap_err().to_string().contains("margin is 0.5"));
 }
 
 proptest! {
@@ -92,7 +98,7 @@ proptest! {
         seeds in prop::collection::vec((0.0f64..10.0, any::<bool>()), 40),
         slack in 0u64..10,
         most in 0u64..20,
-        keep_one: bool,
+        margin in 1.0f64..5.0,
     ) {
         let ranks: Vec<u64> = modules.iter().map(|module| module.0).collect();
         let costs: Vec<u64> = modules.iter().map(|module| module.1).collect();
@@ -104,7 +110,7 @@ proptest! {
         let moves = choose(
             &Modules { ranks: &ranks, caps: &caps, costs: &costs },
             &Components { values: &values, judged: &judged },
-            &Bounds { budget, most, keep_one },
+            &Bounds { budget, most, margin },
         ).unwrap();
         let mut left = ranks.clone();
         let mut owner = Vec::new();
@@ -119,8 +125,5 @@ proptest! {
         let after: Vec<u64> = left.iter().zip(&moves.gained).map(|(left, gained)| left + gained).collect();
         prop_assert!(spent(&after) <= budget);
         prop_assert!(after.iter().zip(&caps).all(|(rank, cap)| rank <= cap));
-        if keep_one {
-            prop_assert!(after.iter().zip(&ranks).all(|(after, before)| *after >= 1 || *before == 0));
-        }
     }
 }

@@ -33,7 +33,7 @@ class IncreLoraConfig(MethodConfig):
         max_r: Rank past which no module grows, at least ``r``; None: only min(in, out) of the module.
         total_step: Optimizer steps of the training; None: from the Trainer, or given to ``attach``.
         tinit: Steps before the first growth; None: 10 % of the steps, at most half of ``growth_end``. With
-            ``importance="fluctuation"`` the first step at which ranks may move; None: 20 % of the steps.
+            ``importance="fluctuation"`` the first step at which ranks may move; None: 10 % of the steps.
         deltaT: Steps between growth events; None: spread evenly until ``growth_end``.
         growth_end: Share of the steps by which the budget is reached, above 0 and at most 1; None: 0.1. With
             ``importance="fluctuation"`` the last at which ranks may move; None: 0.75. From a ``tinit`` at or

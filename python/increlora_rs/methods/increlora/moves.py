@@ -5,6 +5,10 @@ What a component does is judged by how its first-order effect on the loss fluctu
 
     p = <s b E a^T, G> = E dL/dE,    worth = mean (p - running mean of p)^2
 
+A first event is a trial: a few components move, and as long as it is not known what they turned out to be
+worth nothing else does. Where what came is not worth enough more than what left, ranks stay where they are:
+all of them are needed alike, and what a component does fluctuates for other reasons.
+
 Where training has settled, the mean of p says nothing, for what pulls a component up and down is in balance,
 and its variance is dW^T F dW with F the covariance of the gradients: Fisher's approximation of the curvature,
 so to second order what the loss would gain if the component were taken away.
@@ -13,6 +17,7 @@ so to second order what the loss would gain if the component were taken away.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,15 +33,22 @@ from ...support.warning import warn
 from .allocation import Allocation
 from .config import IncreLoraConfig
 from .schedule import caps_of, ranks_of
+from .verdict import Verdict
+
+logger = logging.getLogger(__name__)
 
 _Vector = npt.NDArray[np.float64]
 
 # The running mean of p is over some ten steps: it follows what training changes, and leaves what batches do.
 _RATE = 0.1
 # Of an automatic schedule: the first event, as a share of the steps; events, at most; steps between two.
-_FIRST, _EVENTS, _INTERVAL = 0.2, 16, 5
-# The part of the budget that may move at one event.
-_SHARE = 0.2
+_FIRST, _EVENTS, _INTERVAL = 0.1, 18, 5
+# The part of the budget that may move at the trial, and at an event.
+_TRIAL, _SHARE = 0.1, 0.2
+# How many times as much as what leaves for it a component has to be expected to be worth.
+_MARGIN = 3.0
+# Intervals between events until a component that came is judged.
+_GROWN = 3
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,7 @@ class MoveSchedule:
 
     @property
     def middle(self) -> int:
-        """Until here every module keeps a component, so that it can be judged."""
+        """By here what is over the budget has left."""
         return (self.tinit + self.end) // 2
 
 
@@ -95,6 +107,7 @@ class Moves(Allocation):
 
     Attributes:
         schedule: When ranks move (``tinit``, ``deltaT``, ``end``).
+        verdict: Does it pay?
 
     Raises:
         ValueError: the number of steps is not known.
@@ -106,6 +119,7 @@ class Moves(Allocation):
         self._e: list[Tensor] = [module.factors[-1] for module in modules]
         self._first_spent = 0
         self._scores = np.zeros(len(modules))
+        self.verdict = Verdict()
         self._begin()
 
     def start(self) -> None:
@@ -139,6 +153,11 @@ class Moves(Allocation):
         if self._ranks != self.ranks():
             self._begin()
 
+    def logs(self) -> dict[str, float]:
+        """The regulariser's value, and what came over what left (:class:`Verdict`), once that is known."""
+        ratio = self.verdict.ratio
+        return super().logs() | ({} if ratio is None else {"moved_worth": ratio})
+
     def scores(self) -> _Vector:
         """What the components of each module were worth in all at the last event."""
         return self._scores
@@ -160,21 +179,26 @@ class Moves(Allocation):
         worth, ranks = self._squares.cpu().numpy(), self._ranks
         starts = np.concatenate([[0], np.cumsum(ranks)])
         self._scores = np.array([worth[i:j].sum() for i, j in itertools.pairwise(starts)])
-        allowed = self._allowed(number)
+        births = self._births()
+        shares = self._for_each_parameter(worth)
+        self._judge(number, shares, births)
         removed, gained = _core.choose_moves(
             worth,
-            self._judged(number),
+            (births == 0) | self._is_grown(births, number),
             ranks_of(self.modules),
             caps_of(self.config, self.modules),
             np.array(self._in_budget.costs, dtype=np.uint64),
-            budget=allowed,
-            most=int(_SHARE * self.budget),
-            keep_one=number <= self.schedule.middle and allowed >= sum(self._in_budget.costs),
+            budget=self._allowed(number),
+            most=self._most(),
+            margin=_MARGIN,
         )
         if not removed and not any(gained):
             return None
         leaving = np.zeros(len(worth), dtype=bool)
         leaving[removed] = True
+        if removed and any(gained):
+            # What left for the budget alone is worth less than what left for others.
+            self.verdict.moved(number, np.sort(shares[leaving])[-sum(gained) :])
         lost = worth[leaving].sum() / max(worth.sum(), np.finfo(np.float64).tiny)
         stay = [np.flatnonzero(~leaving[i:j]).tolist() for i, j in itertools.pairwise(starts)]
         changed = [k for k, kept in enumerate(stay) if len(kept) < ranks[k] or gained[k]]
@@ -199,12 +223,38 @@ class Moves(Allocation):
             over * (schedule.middle - number) / (schedule.middle - schedule.tinit + schedule.deltaT)
         )
 
-    def _judged(self, number: int) -> npt.NDArray[np.bool_]:
-        """Components that lived through the whole interval, and had time to learn before it."""
-        births = np.array(
+    def _judge(self, number: int, worth: _Vector, births: npt.NDArray[np.int64]) -> None:
+        """Judges what came and had time to learn; told, where it turns out not to pay."""
+        verdict, before = self.verdict, self.verdict.pays
+        for event in [event for event in verdict.waiting if self._is_grown(event, number)]:
+            verdict.judge(event, worth, births)
+        if verdict.pays is False and before is not False:
+            logger.info(
+                "step %d: what came is worth %.2g times what left for it: ranks stay where they are",
+                number,
+                verdict.ratio,
+            )
+
+    def _most(self) -> int:
+        """What may move: a trial first, and nothing more where that, or what came after, does not pay."""
+        pays = self.verdict.pays
+        if pays is None:
+            return 0 if self.verdict.waiting else max(int(_TRIAL * self.budget), 1)
+        return int(_SHARE * self.budget) if pays else 0
+
+    def _births(self) -> npt.NDArray[np.int64]:
+        return np.array(
             [birth for module in self.modules for birth in module.parameters[-1][2]], dtype=np.int64
         )
-        return (births == 0) | (number - births > self.schedule.deltaT)
+
+    def _is_grown(self, birth: Any, number: int) -> Any:
+        """Had what was born then time to learn?"""
+        return number - birth >= _GROWN * self.schedule.deltaT
+
+    def _for_each_parameter(self, worth: _Vector) -> _Vector:
+        """What components are worth for each parameter, over the mean of all."""
+        costs = np.repeat(np.array(self._in_budget.costs, dtype=np.float64), self._ranks)
+        return worth / costs * (costs.sum() / max(worth.sum(), np.finfo(np.float64).tiny))
 
     def _carry(self, stay: list[list[int]], gained: list[int]) -> None:
         """What is known of the components that stay; of new ones nothing is."""
@@ -231,6 +281,7 @@ class Moves(Allocation):
             "first_spent": self._first_spent,
             "ranks": self._ranks,
             "scores": torch.from_numpy(self._scores.copy()),
+            "verdict": self.verdict.state(),
             "fluctuation": [vector.clone() for vector in (self._mean, self._squares, self._steps)],
         }
 
@@ -262,6 +313,7 @@ class Moves(Allocation):
         self.warmup.was_linear = state["was_linear"]
         self._first_spent, self._ranks = state["first_spent"], list(state["ranks"])
         self._scores = state["scores"].cpu().numpy()
+        self.verdict.restore(state["verdict"])
         self._mean, self._squares, self._steps = (
             vector.to(self.plan.device, copy=True) for vector in state["fluctuation"]
         )
