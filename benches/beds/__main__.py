@@ -1,4 +1,5 @@
-"""``python -m benches.beds BED``: trains what is missing, prints the table, writes it beside the results."""
+"""``python -m benches.beds BED``: trains what is missing, prints the table, writes it beside the results,
+with a picture where there are several budgets."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from . import __doc__ as _about
 from .arms import names
+from .curve import draw
 from .kinds import KINDS
 from .plan import Comparison, Plan
 from .report import tables
@@ -46,12 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = 0 if given.report else _train(comparison, out, given, console)
     # Read, not locked: another process may be in the midst of it.
     records = {record["id"]: record for record in read_results(out)}
-    found = tables(Plan(comparison, records.get))
+    plan = Plan(comparison, records.get)
+    found = tables(plan)
     page = out.with_suffix(".md")
     text = "\n".join(table.markdown() for table in found)
     page.write_text(text, encoding="utf-8")
     console.print(text, markup=False)
     console.print(str(page), markup=False)
+    picture = draw(plan, out.with_suffix(".png"))
+    if picture is not None:
+        console.print(str(picture), markup=False)
     return 1 if failed else 0
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from increlora_rs.compare.methods import Method, parse_methods
@@ -10,7 +11,7 @@ from increlora_rs.compare.results import Results
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from benches.beds import arms, kinds, memory, planted, ranks, report, runs, spectra, training
+from benches.beds import arms, curve, kinds, memory, planted, ranks, report, runs, spectra, training
 from benches.beds.arms import Setting, prepare
 from benches.beds.bed import Bed, Figure
 from benches.beds.decoder import Size, new_decoder
@@ -311,6 +312,24 @@ def test_every_arm_runs_and_the_table_has_a_row_for_each(tiny, tmp_path):
     told = by_name["shuffled"]["ranks"].values()
     assert sorted(filter(None, told)) == sorted(filter(None, grown.values()))
     assert "standard errors" in table.note
+
+
+def test_several_budgets_make_a_curve_an_arm(tiny, tmp_path):
+    comparison = tiny("lora,lot:init_r=0", rs=[2.0, 0.5, 1.0], lrs=[1e-2])
+    _, plan = carried_out(comparison, tmp_path / "tiny.jsonl")
+    lora, lot = (curve.points(plan, arm) for arm in comparison.arms)
+    # LoRA has whole ranks only; 26 parameters a rank.
+    assert [point[0] for point in lora] == [26, 52]
+    assert len(lot) == 3 and lot[0][0] <= 0.5 * 28
+    scores = [run["score"] for run in plan.paired(comparison.arms[0], 1.0).values()]
+    assert lora[0][1:] == (pytest.approx(np.mean(scores)), pytest.approx(np.std(scores)))
+    picture = curve.draw(plan, tmp_path / "tiny.png")
+    assert picture is not None and picture.stat().st_size > 0
+
+
+def test_one_budget_makes_no_curve(tiny, tmp_path):
+    _, plan = carried_out(tiny("lora", lrs=[1e-2]), tmp_path / "tiny.jsonl")
+    assert curve.draw(plan, tmp_path / "tiny.png") is None
 
 
 def test_arms_of_whole_ranks_are_left_out_below_one():
