@@ -3,7 +3,8 @@
 
 A table stands between ``<!-- overview METHODS TASKS -->`` or ``<!-- tasks METHODS TASKS -->`` and
 ``<!-- end -->``, the number of runs between ``<!-- runs -->`` and it. METHODS are as for
-``increlora-rs compare``; TASKS names with commas, none for all.
+``increlora-rs compare``; TASKS names with commas, none for all. That of a bed stands behind
+``<!-- bed ARMS FILE -->``, ARMS as for ``python -m benches.beds``, FILE beside this one, without its ending.
 """
 
 from __future__ import annotations
@@ -21,11 +22,18 @@ from increlora_rs.compare.results import read_results
 from increlora_rs.compare.summary import Comparison, markdown_table, summarise
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from benches.beds.arms import names  # noqa: E402
+from benches.beds.recorded import Recorded  # noqa: E402
+from benches.beds.report import tables  # noqa: E402
+
 PAGE = HERE.parent / "evidence.md"
 RESULTS = HERE / "minilm.jsonl"
 
 _BLOCK = re.compile(
-    r"<!-- (?P<kind>overview|tasks|runs)(?: (?P<methods>\S+))?(?: (?P<tasks>\S+))? -->\n.*?<!-- end -->\n",
+    r"<!-- (?P<kind>overview|tasks|runs|bed)(?: (?P<methods>\S+))?(?: (?P<tasks>\S+))? -->\n"
+    r".*?<!-- end -->\n",
     re.DOTALL,
 )
 # The chart of parameters has these methods (a seed of rslora that did not learn would stretch its scale),
@@ -78,10 +86,23 @@ def _text(block: re.Match[str]) -> str:
     if block["kind"] == "runs":
         hours = sum(run["seconds"] for run in _runs()) / 3600
         return f"{len(_runs())} runs, {hours:.1f} hours of one core, pauses of the machine included."
+    if block["kind"] == "bed":
+        return bed(block["methods"], block["tasks"])
     comparisons = selected(block["methods"], block["tasks"])
     if block["kind"] == "overview":
         return _table(*Overview(comparisons).cells())
     return "\n\n".join(f"### {c.title}\n\n{_table(*c.cells())}" for c in comparisons)
+
+
+def bed(methods: str, file: str) -> str:
+    """The tables of a bed, a budget each where there are several."""
+    plan = Recorded(read_results(HERE / f"{file}.jsonl"), parse_methods(methods, names()))
+    found = tables(plan)
+    return "\n\n".join(
+        (f"**r = {plan.comparison.rs[k]:g}**\n\n" if len(found) > 1 else "")
+        + _table(table.header, table.rows)
+        for k, table in enumerate(found)
+    )
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -332,7 +332,7 @@ def test_a_compiled_training_moves_as_the_eager_one():
 
 def test_the_schedule_is_a_share_of_the_steps():
     config = IncreLoraConfig(importance="fluctuation")
-    assert MoveSchedule.of(config, 300) == MoveSchedule(tinit=30, deltaT=11, end=225)
+    assert MoveSchedule.of(config, 300) == MoveSchedule(tinit=30, deltaT=7, end=225)
 
 
 def test_given_numbers_are_taken():

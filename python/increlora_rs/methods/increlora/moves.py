@@ -5,9 +5,9 @@ What a component does is judged by how its first-order effect on the loss fluctu
 
     p = <s b E a^T, G> = E dL/dE,    worth = mean (p - running mean of p)^2
 
-A first event is a trial: a few components move, and as long as it is not known what they turned out to be
-worth nothing else does. Where what came is not worth enough more than what left, ranks stay where they are:
-all of them are needed alike, and what a component does fluctuates for other reasons.
+A first move is a trial: a few components go, and nothing else does until it is known what they turned out to
+be worth; and so on from move to move. Where what came is not worth enough more than what left, ranks stay where
+they are: all of them are needed alike, and what a component does fluctuates for other reasons.
 
 Where training has settled, the mean of p says nothing, for what pulls a component up and down is in balance,
 and its variance is dW^T F dW with F the covariance of the gradients: Fisher's approximation of the curvature,
@@ -41,8 +41,9 @@ _Vector = npt.NDArray[np.float64]
 
 # The running mean of p is over some ten steps: it follows what training changes, and leaves what batches do.
 _RATE = 0.1
-# Of an automatic schedule: the first event, as a share of the steps; events, at most; steps between two.
-_FIRST, _EVENTS, _INTERVAL = 0.1, 18, 5
+# Of an automatic schedule: the first event, as a share of the steps; events, at most, of which about every
+# third moves something; steps between two, at least.
+_FIRST, _EVENTS, _INTERVAL = 0.1, 26, 5
 # The part of the budget that may move at the trial, and at an event.
 _TRIAL, _SHARE = 0.1, 0.2
 # How many times as much as what leaves for it a component has to be expected to be worth.
@@ -236,11 +237,12 @@ class Moves(Allocation):
             )
 
     def _most(self) -> int:
-        """What may move: a trial first, and nothing more where that, or what came after, does not pay."""
+        """What may move: a trial first, the next when what came is judged, nothing any more where it does not
+        pay."""
         pays = self.verdict.pays
-        if pays is None:
-            return 0 if self.verdict.waiting else max(int(_TRIAL * self.budget), 1)
-        return int(_SHARE * self.budget) if pays else 0
+        if self.verdict.waiting or pays is False:
+            return 0
+        return max(int((_SHARE if pays else _TRIAL) * self.budget), 1)
 
     def _births(self) -> npt.NDArray[np.int64]:
         return np.array(
