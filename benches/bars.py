@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .depth import DENSE, LORTA, PRILORA
 from .layer import NOT_SLOWER
 from .memory import adapters_bytes
 from .methods import ADALORA, LITERAL, LORA, OURS
@@ -23,6 +24,8 @@ _OVERHEAD = {
 }
 # What the scheduler's hooks may take.
 _MODULES, _STEP_MS, _GROWTH_MS = 500, 2.0, 50.0
+# LoRTA over itself with every update built; it and PRILoRA over PEFT LoRA of the same ranks.
+_DENSE, _SAME_RANKS = 0.6, 1.1
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,23 @@ def bars(figures: Mapping[str, Any]) -> list[Bar]:
         found += _hooks(figures["scheduler"])
     if "layer" in figures:
         found.append(_never_slower(figures["layer"]))
+    if "depth" in figures:
+        found += _depth(figures["depth"])
     return found
+
+
+def _depth(figures: Mapping[str, Any]) -> Iterator[Bar]:
+    for record in figures["passes"]:
+        where = f"{record['precision']}, dropout {record['dropout']:g}"
+        value = ratio(record["ms"], LORTA, DENSE)
+        yield Bar(f"LoRTA's projections over built updates, {where}", value, _DENSE)
+        yield Bar(
+            f"LoRTA's projections over PEFT LoRA's, {where}", ratio(record["ms"], LORTA, LORA), _SAME_RANKS
+        )
+    for record in figures["steps"]:
+        where = f"{record['precision']}, dropout {record['dropout']:g}"
+        value = ratio(record["ms"], PRILORA, LORA)
+        yield Bar(f"PRILoRA's step over PEFT LoRA's, {where}", value, _SAME_RANKS)
 
 
 def _overheads(passes: list[dict[str, Any]]) -> Iterator[Bar]:

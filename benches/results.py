@@ -8,6 +8,7 @@ from typing import Any
 
 from . import charts, floor
 from .bars import bars, whole_step
+from .depth import DENSE, LORTA, PRILORA
 from .floor import ELEMENT, Rates
 from .memory import adapters_bytes
 from .methods import ADALORA, FROZEN, LITERAL, LORA, METHODS, OURS
@@ -34,6 +35,8 @@ def tables(figures: Figures) -> list[Table]:
         found.append(_scheduler(figures))
     if "layer" in figures:
         found.append(_layer(figures))
+    if "depth" in figures:
+        found += _depth(figures["depth"])
     return [table for table in found if table.rows]
 
 
@@ -204,6 +207,33 @@ def _scheduler(figures: Figures) -> Table:
         added = [median(record["hooks"][state]) for state in STATES]
         table.add(record["modules"], record["form"], median(record["plain"]), *added)
     return table
+
+
+def _depth(figures: Figures) -> list[Table]:
+    passes, steps = figures["passes"], figures["steps"]
+    of_passes = Table(
+        "Projections of attention, forward and backward",
+        ["precision", "dropout", *passes[0]["ms"], "LoRTA / built", "LoRTA / LoRA"],
+        "Milliseconds of query, key, value and output of all layers, without all that is between them.",
+    )
+    of_steps = Table(
+        "Whole training step with ranks that rise",
+        ["precision", "dropout", *steps[0]["ms"], "PRILoRA / LoRA"],
+        "Milliseconds of forward, backward and AdamW, LoRA with the same ranks; pruning is one step of 40.",
+    )
+    for table, records, pairs in (
+        (of_passes, passes, ((LORTA, DENSE), (LORTA, LORA))),
+        (of_steps, steps, ((PRILORA, LORA),)),
+    ):
+        for record in records:
+            samples = record["ms"]
+            table.add(
+                record["precision"],
+                f"{record['dropout']:g}",
+                *map(_with_spread, samples.values()),
+                *(ratio(samples, *pair) for pair in pairs),
+            )
+    return [of_passes, of_steps]
 
 
 def _layer(figures: Figures) -> Table:

@@ -20,9 +20,11 @@ __all__ = [
     "StepPlan",
     "adapter_backward",
     "adapter_forward",
+    "add_energy_",
     "add_l1_",
     "add_orthogonality_gradient_",
     "add_to_sketch_",
+    "average_energy_",
     "choose_moves",
     "cuda_add_grad_x",
     "cuda_add_orthogonality_gradient_",
@@ -45,6 +47,7 @@ __all__ = [
     "linear_forward",
     "observe_fluctuation_",
     "orthogonality",
+    "prune_",
     "restart_",
     "shrink_gates_",
     "sketched_triples",
@@ -308,6 +311,39 @@ def add_l1_(
         gates, gradients: One of each a module, of one shape; the gates of a module without a gradient count
             in the number all the same.
         grad_scale: What the gradients are multiplied by, one number; read on its device.
+    """
+
+def add_energy_(total: Tensor, gy: Tensor, x: Tensor) -> None:
+    """Adds what went into a module in one backward pass: for each feature the sum of its squares over the
+    tokens whose row of ``gy`` is not 0 as a whole, and the number of these.
+
+    Args:
+        total: (in + 1), float64, the number at the end.
+        gy: (tokens, out).
+        x: (tokens, in), before dropout.
+    """
+
+def average_energy_(norms: Tensor, total: Tensor, features: Sequence[int], beta: float) -> None:
+    """Takes a step's ``total`` into the running norms, ``v <- beta v + (1 - beta) n`` with n the root mean
+    square of a feature, in place; ``total`` becomes 0. A v whose n is not finite, as of a module that no
+    token was counted for, stays as it is.
+
+    Args:
+        norms: v of all modules, one after the other, float64.
+        total: What :func:`add_energy_` added up of all, likewise.
+        features: Input features of each module.
+        beta: In [0, 1).
+    """
+
+def prune_(a: Sequence[Tensor], norms: Tensor, share: float, *, by_row: bool) -> None:
+    """Sets the ``floor(share n)`` entries of A with the smallest ``|A_ij| v_j`` of every row of n, or of n
+    entries in all, to 0, in place: PRILoRA's pruning (arXiv 2401.11316). Of equal ones the first go.
+
+    Args:
+        a: (rank, in) of each module.
+        norms: As for :func:`average_energy_`.
+        share: From 0 to 1.
+        by_row: Row by row, or else the whole matrix.
     """
 
 def importance_window(beta1: float, beta2: float) -> int:

@@ -4,7 +4,7 @@ use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
 
 use super::detached;
-use crate::gauges::sketch;
+use crate::gauges::{energy, sketch};
 use crate::kernels::cuda;
 use crate::ops::low_rank::{self, LowRank};
 
@@ -26,6 +26,13 @@ fn module_importance(
     let low_rank = LowRank { a: a.0, b: b.0, e: e.0, scale, queue };
     let (gy, x) = (gy.0, x.0);
     detached(py, move || low_rank::importance(&low_rank, &x, &gy).map(PyTensor))
+}
+
+/// Adds what goes into a module in one backward pass, squared, in place.
+#[pyfunction]
+fn add_energy_(py: Python<'_>, total: PyTensor, gy: PyTensor, x: PyTensor) -> PyResult<()> {
+    let (mut total, gy, x) = (total.0, gy.0, x.0);
+    detached(py, move || energy::accumulate(&mut total, &gy, &x))
 }
 
 /// Adds the gradient `gy^T x` of one backward pass to a sketch, in place.
@@ -84,6 +91,7 @@ fn sketched_triples(
 /// Adds everything to the module.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(module_importance, module)?)?;
+    module.add_function(wrap_pyfunction!(add_energy_, module)?)?;
     module.add_function(wrap_pyfunction!(add_to_sketch_, module)?)?;
     module.add_function(wrap_pyfunction!(take_sketches_, module)?)?;
     module.add_function(wrap_pyfunction!(sketched_triples, module)?)

@@ -7,6 +7,7 @@ use pyo3_tch::PyTensor;
 
 use super::{detached, raw};
 use crate::kernels::cuda;
+use crate::policies::sparsify::{self, Group};
 use crate::policies::{gate, orthogonality, smoothing};
 
 mod moves;
@@ -85,6 +86,34 @@ fn add_l1_(
     detached(py, move || gate::add_l1_(&gates, &mut gradients, weight, scale.as_ref()))
 }
 
+/// Takes a step's sums of squares into the running norms, in place.
+#[pyfunction]
+fn average_energy_(
+    py: Python<'_>,
+    norms: PyTensor,
+    total: PyTensor,
+    features: Vec<i64>,
+    beta: f64,
+) -> PyResult<()> {
+    let (mut norms, mut total) = (norms.0, total.0);
+    detached(py, move || sparsify::average_(&mut norms, &mut total, &features, beta))
+}
+
+/// Sets the entries of A that matter least to 0, in place.
+#[pyfunction]
+#[pyo3(signature = (a, norms, share, *, by_row))]
+fn prune_(
+    py: Python<'_>,
+    a: Vec<PyTensor>,
+    norms: PyTensor,
+    share: f64,
+    by_row: bool,
+) -> PyResult<()> {
+    let (mut a, norms) = (raw(a), norms.0);
+    let group = if by_row { Group::Row } else { Group::Matrix };
+    detached(py, move || sparsify::prune_(&mut a, &norms, share, group))
+}
+
 /// A copy of a contiguous vector.
 fn vector<T: numpy::Element + Copy>(
     name: &str,
@@ -103,6 +132,8 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(add_orthogonality_gradient_, module)?)?;
     module.add_function(wrap_pyfunction!(shrink_gates_, module)?)?;
     module.add_function(wrap_pyfunction!(add_l1_, module)?)?;
+    module.add_function(wrap_pyfunction!(average_energy_, module)?)?;
+    module.add_function(wrap_pyfunction!(prune_, module)?)?;
     moves::register(module)?;
     schedule::register(module)?;
     step::register(module)

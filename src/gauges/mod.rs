@@ -1,4 +1,5 @@
 //! What a backward pass adds up for a module, without ever forming its gradient.
 
+pub mod energy;
 pub mod sensitivity;
 pub mod sketch;

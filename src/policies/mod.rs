@@ -7,4 +7,5 @@ pub mod moves;
 pub mod orthogonality;
 pub mod restart;
 pub mod smoothing;
+pub mod sparsify;
 pub mod step;

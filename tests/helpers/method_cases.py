@@ -3,7 +3,8 @@
 The formulas are the papers', with dW built, and never call the code under test.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,6 +32,24 @@ def _split(p: Mapping[str, Tensor]) -> Tensor:
     return p["lora_B_aux"] @ p["lora_B"] @ p["lora_A"] @ p["lora_A_aux"]
 
 
+def _heads(p: Mapping[str, Tensor]) -> Tensor:
+    """The blocks A diag(C_h[h] C_m C_l) B of the heads side by side, (d, d), as dW or its transpose."""
+    of_module = p["lora_C_l"] * p["lora_C_m"]
+    blocks = [p["lora_A"].t() @ torch.diag(c * of_module) @ p["lora_B"] for c in p["lora_C_h"].t()]
+    return torch.cat(blocks, 1) if p["after heads"] else torch.cat(blocks, 1).t()
+
+
+def _of_module(tensors: dict[str, Any], name: str) -> dict[str, Any]:
+    """LoRTA's tensors, of those of layers and kinds the module's columns."""
+    kinds, layer = ("query", "value", "attention.output.dense"), re.search(r"layer\.(\d)", name)
+    kind = next((k for k, kind in enumerate(kinds) if name.endswith(kind)), 0)
+    return tensors | {
+        "lora_C_l": tensors["lora_C_l"][:, int(layer.group(1)) if layer else 0],
+        "lora_C_m": tensors["lora_C_m"][:, kind],
+        "after heads": kind == 2,
+    }
+
+
 @dataclass(frozen=True)
 class Case:
     """One method.
@@ -42,12 +61,17 @@ class Case:
         scale: Of lora_alpha and the module's rank at the start, what it is multiplied by.
         count: Of rank, out and in of a linear layer, the numbers that it trains.
         kinds: What it adapts.
+        asked: Of a module's name, the rank that is asked for.
+        targets: What is adapted of the tiny BERT.
+        of_all: The numbers that are trained of it, where modules have no share of their own.
+        part: Of the tensors and a module's name, what ``dense`` takes of them.
         size: Of a number, one that is as large or larger and that it takes for in and for out of a module.
         start: Of the rank that is asked for, out and in, the rank that a module has at the start.
         training: Settings under which a training of 12 steps does all that the method does.
         acts: Does something besides the optimizer change what is trained?
         ranks: What the ranks do in it: "stay", "grow" to 3 a module on the average, or "fall".
         rank: Of those tensors, the number of components that act.
+        other_modules: What is said of an adapter of a base of more layers.
         bad: Arguments of its own that are wrong, each with what the message says of it.
     """
 
@@ -57,12 +81,17 @@ class Case:
     scale: Callable[[float, int], float]
     count: Callable[[int, int, int], int]
     kinds: frozenset[str]
+    asked: Callable[[str], int] = lambda name: 3 if name.endswith("value") else 2
+    targets: Sequence[str] = tuple(TARGETS)
+    of_all: int | None = None
+    part: Callable[[dict[str, Any], str], dict[str, Any]] = lambda tensors, name: tensors
     size: Callable[[int], int] = lambda number: number
     start: Callable[[int, int, int], int] = lambda asked, out, features: asked
     training: Mapping[str, Any] = field(default_factory=dict)
     acts: bool = True
     ranks: Literal["stay", "grow", "fall"] = "stay"
     rank: Callable[[Mapping[str, Tensor]], int] = lambda tensors: tensors["lora_A"].shape[0]
+    other_modules: str = r"tensors, '.*layer\.1.*' the first, that belong to no adapted module"
     bad: tuple[tuple[dict[str, Any], str], ...] = ()
 
 
@@ -120,6 +149,60 @@ CASES = {
             ({"module_sizes": {"query": [4]}}, "module_sizes['query']=[4]"),
         ),
     ),
+    "lorta": Case(
+        settings={"r": 2, "lora_alpha": ALPHA, "heads": 4},
+        tensors=("lora_A", "lora_B", "lora_C_h", "lora_C_l", "lora_C_m"),
+        dense=_heads,
+        scale=lambda alpha, rank: alpha / rank,
+        count=lambda rank, out, features: 0,
+        kinds=frozenset({"linear"}),
+        asked=lambda name: 2,
+        targets=("query", "value", "attention.output.dense"),
+        # r (d + d / H + H + L + M)
+        of_all=2 * (32 + 8 + 4 + 2 + 3),
+        part=_of_module,
+        # All sides alike, and in 4 heads.
+        size=lambda number: 16,
+        acts=False,
+        other_modules=r"module_names: .* over 6 modules, .* 3 are adapted, and '.*layer\.1.*'",
+        bad=(
+            ({"rank_pattern": {"value": 3}}, "rank_pattern={'value': 3}"),
+            ({"orientation": "upright"}, "orientation='upright'"),
+            ({"heads": 0}, "heads=0"),
+            ({"heads": 2.0}, "heads=2.0"),
+            ({"after_heads": "out"}, "after_heads='out'"),
+            ({"after_heads": ["out"], "orientation": "peft"}, "after_heads=['out']"),
+            ({"init_scale": -1.0}, "init_scale=-1.0"),
+            ({"init_lora_weights": "svd"}, "init_lora_weights='svd'"),
+            ({"module_names": [3]}, "module_names=[3]"),
+        ),
+    ),
+    "prilora": Case(
+        settings={"r": 2, **_RANKS},
+        tensors=("lora_A", "lora_B"),
+        dense=lambda p: p["lora_B"] @ p["lora_A"],
+        scale=lambda alpha, rank: alpha / rank,
+        count=lambda rank, out, features: rank * (out + features),
+        kinds=frozenset({"linear"}),
+        # From 1 in the first of two layers to 3 in the second.
+        asked=lambda name: 3 if name.endswith("value") or "layer.1." in name else 2 - ("layer.0." in name),
+        training={"prune_every": 3},
+        bad=(
+            ({"r_s": 0}, "r_s=0"),
+            ({"r_s": 3}, "r_s=3"),
+            ({"r_s": 1, "r_f": 4}, "r_s=1 and r_f=4"),
+            ({"r_f": 2.5}, "r_f=2.5"),
+            ({"r_f": 4}, "r_f=4"),
+            ({"beta": 1.0}, "beta=1.0"),
+            ({"prune_every": 0}, "prune_every=0"),
+            ({"prune_share": 1.0}, "prune_share=1.0"),
+            ({"prune_group": "column"}, "prune_group='column'"),
+            ({"prune_last": 1}, "prune_last=1"),
+            ({"prune_moments": "drop"}, "prune_moments='drop'"),
+            ({"scaling": "budget"}, "scaling='budget'"),
+            ({"init_lora_weights": "gaussian"}, "init_lora_weights='gaussian'"),
+        ),
+    ),
     "sora": Case(
         settings={"r": 2, **_RANKS},
         tensors=("lora_A", "lora_B", "lora_E"),
@@ -151,7 +234,8 @@ EVERY = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.nam
 
 def config_of(method, **settings):
     """A configuration of the case, but for ``settings``."""
-    return method.config(**{"target_modules": TARGETS, **CASES[method.name].settings, **settings})
+    case = CASES[method.name]
+    return method.config(**{"target_modules": list(case.targets), **case.settings, **settings})
 
 
 def adapted(method, base, **settings):
@@ -207,21 +291,21 @@ def ranks_of(method, model, adapter="default"):
     return {name: rank(tensors_of(method, layer, adapter)) for name, layer in adapted_modules(model).items()}
 
 
-def asked_of(name):
+def asked_of(method, name):
     """The rank that is asked for of the module of this name."""
-    return 3 if name.endswith("value") else 2
+    return CASES[method.name].asked(name)
 
 
 def start_of(method, layer, name):
     """The rank at the start of the module of this name."""
-    return CASES[method.name].start(asked_of(name), layer.site.out, layer.site.features)
+    return CASES[method.name].start(asked_of(method, name), layer.site.out, layer.site.features)
 
 
 def dense(method, layer, name, adapter="default", alpha=ALPHA):
     """The update (out, in) of a module, float64, of the tensors it has now; gradients pass."""
     case = CASES[method.name]
     tensors = {key: tensor.double() for key, tensor in tensors_of(method, layer, adapter).items()}
-    return case.scale(alpha, asked_of(name)) * case.dense(tensors)
+    return case.scale(alpha, asked_of(method, name)) * case.dense(case.part(tensors, name))
 
 
 def as_weight(delta, module):

@@ -96,9 +96,10 @@ def test_the_base_is_not_trained(method, base, make_bert):
 @EVERY
 def test_the_trained_numbers_are_as_many_as_the_paper_counts(method, base):
     model = adapted(method, base)
-    layers, count = adapted_modules(model), CASES[method.name].count
-    wanted = sum(
-        count(asked_of(name), *layer.get_base_layer().weight.shape) for name, layer in layers.items()
+    layers, case = adapted_modules(model), CASES[method.name]
+    wanted = case.of_all or sum(
+        case.count(asked_of(method, name), *layer.get_base_layer().weight.shape)
+        for name, layer in layers.items()
     )
     assert len(layers) == 6
     assert model.get_nb_trainable_parameters()[0] == wanted

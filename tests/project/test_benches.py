@@ -8,7 +8,7 @@ from increlora_rs import IncreLoraConfig, attach
 from peft import get_peft_model
 from torch import nn
 
-from benches import floor, literal, memory, results, sizes, step, timing
+from benches import depth, floor, literal, memory, results, sizes, step, timing
 from benches.__main__ import main
 from benches.bars import Bar, bars, whole_step
 from benches.methods import ADALORA, FROZEN, LITERAL, LORA, METHODS, OURS, PRECISIONS, training_model
@@ -138,6 +138,26 @@ def test_the_regulariser_takes_part_in_the_loss(method):
     assert all(p.grad[:, : sizes.SMOKE.rank].abs().sum() > 0.0 for p in factors)
 
 
+def test_lorta_with_updates_built_is_lorta():
+    ours, dense = (
+        depth.projections(method, sizes.SMOKE, PRECISIONS["float32"], 0.0).double()
+        for method in (depth.LORTA, depth.DENSE)
+    )
+    of_ours, of_dense = ([p for p in model.parameters() if p.requires_grad] for model in (ours, dense))
+    with torch.no_grad():
+        for k, (one, other) in enumerate(zip(of_ours, of_dense, strict=True)):
+            # B has its rank first in both.
+            other.normal_()
+            one.copy_(other if k == 1 else other.t())
+    x = torch.randn(5, sizes.SMOKE.width, dtype=torch.float64)
+    y, wanted = ours(x), dense(x)
+    torch.testing.assert_close(y, wanted, rtol=1e-9, atol=1e-9)
+    gradients = torch.autograd.grad(y.square().sum(), of_ours)
+    for k, other in enumerate(torch.autograd.grad(wanted.square().sum(), of_dense)):
+        found = gradients[k] if k == 1 else gradients[k].t()
+        torch.testing.assert_close(found, other, rtol=1e-8, atol=1e-7)
+
+
 def test_saved_bytes_count_a_storage_once_and_no_parameter():
     weight = nn.Parameter(torch.randn(4, 4))
     x = torch.randn(3, 4)
@@ -230,6 +250,18 @@ def test_bars_are_computed_from_the_figures():
     assert "5 tokens" in found["slowest layer over PEFT LoRA's"].note
 
 
+def test_bars_of_lorta_and_prilora_are_computed_from_the_figures():
+    place = {"precision": "float32", "dropout": 0.1}
+    passes = place | {"ms": {FROZEN: [1.0], LORA: [2.0], depth.DENSE: [4.0], depth.LORTA: [2.3]}}
+    steps = place | {"ms": {LORA: [2.0], depth.PRILORA: [2.2]}}
+    found = bars({"depth": {"passes": [passes], "steps": [steps]}})
+    assert [(bar.value, bar.limit, bar.passed) for bar in found] == [
+        (pytest.approx(0.575), 0.6, True),
+        (pytest.approx(1.15), 1.1, False),
+        (pytest.approx(1.1), 1.1, True),
+    ]
+
+
 def test_bars_fail_where_the_figures_are_worse():
     kept = {bar.promise: bar.passed for bar in bars(made_up(ours=141.0, armed=400.0))}
     assert [passed for promise, passed in kept.items() if "overhead" in promise] == [False]
@@ -264,9 +296,10 @@ def smoke(tmp_path_factory):
 
 def test_a_run_gives_every_section_and_its_report(smoke):
     figures = json.loads((smoke / "results.json").read_text())
-    assert {"machine", "floor", "step", "layer", "memory", "scheduler", "others"} <= set(figures)
+    assert {"machine", "floor", "step", "layer", "memory", "scheduler", "depth", "others"} <= set(figures)
     report = (smoke / "RESULTS.md").read_text()
-    for title in ("Bars", "Whole training step", "Scheduler", "Adapted layer", "Saved for the backward"):
+    titles = ("Bars", "Whole training step", "Scheduler", "Adapted layer", "Saved for the backward")
+    for title in (*titles, "Projections of attention"):
         assert f"## {title}" in report
     for picture in ("overhead.png", "tokens.png", "scheduler.png"):
         assert picture in report

@@ -29,7 +29,7 @@ SOURCE = "increlora"
 #: E's name among the parameters, of a method of ours and in PEFT's AdaLoRA.
 E = "lora_E"
 _E_LR = "e_lr"
-_BY_MODULE = {"rank_pattern", "alpha_pattern", "module_sizes"}
+_BY_MODULE = {"rank_pattern", "alpha_pattern", "module_sizes", "module_names"}
 
 
 @dataclass(frozen=True)

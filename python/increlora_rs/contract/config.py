@@ -160,6 +160,17 @@ class MethodConfig(LoraConfig):
         """Of the options that may be left at None, what they amount to."""
         return {}
 
+    def prepare(self, modules: Sequence[str], model: Any) -> None:
+        """Takes down what depends on all modules that will be adapted, before the first layer is made.
+
+        Args:
+            modules: Their full names, in model order.
+            model: The base model's configuration; None: it has none.
+
+        Raises:
+            ValueError: the method cannot adapt them together.
+        """
+
     def rank_at(self, module: str) -> int:
         """The rank of a module at the start, by its full name: ``rank_pattern``'s, else ``r``."""
         key = get_pattern_key(self.rank_pattern.keys(), module)

@@ -39,6 +39,8 @@ class Structure(ABC):
     rescaled: ClassVar[frozenset[str]] = frozenset()
     #: Those in which a component whose row is 0 does nothing.
     silencing: ClassVar[frozenset[str]] = frozenset()
+    #: Are they one set for all modules of an adapter: drawn for the first, and saved under its name alone?
+    shared: ClassVar[bool] = False
 
     @abstractmethod
     def shapes(self, site: Site, rank: int, config: Any) -> dict[str, tuple[int, ...]]:
@@ -82,6 +84,30 @@ class Structure(ABC):
     def frozen(self, site: Site, config: Any) -> dict[str, Tensor]:
         """What belongs to the update and is not trained: made anew from a seed, never saved. By name."""
         return {}
+
+    def check_shared(self, site: Site, rank: int, config: Any, shared: Mapping[str, Tensor]) -> None:
+        """Raises unless a module can take the parameters that the adapter's first module has.
+
+        Raises:
+            ValueError: it needs others; the message goes on after the module's name.
+        """
+        wanted = self.shapes(site, rank, config)
+        for name, tensor in shared.items():
+            if tuple(tensor.shape) != wanted[name]:
+                raise ValueError(
+                    f"{name}, one for all adapted modules, has shape {tuple(tensor.shape)} by the first of "
+                    f"them, and a module of {site.features} to {site.out} features needs {wanted[name]}; "
+                    "leave it out of target_modules"
+                )
+
+    def spread(self, found: dict[str, dict[str, Tensor]], config: Any) -> dict[str, dict[str, Tensor]]:
+        """The parameters of every module by its name, of those that a file has; where they are shared, it has
+        them once.
+
+        Raises:
+            ValueError: they are not those of the configuration's modules.
+        """
+        return found
 
     def of_low_rank(self, a: Tensor, b: Tensor, e: Tensor) -> dict[str, Tensor] | None:
         """Parameters whose update, at scale 1, is ``B diag(E) A``; None: there are none in general."""

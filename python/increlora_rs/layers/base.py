@@ -24,6 +24,7 @@ from ..support.warning import warn
 from .call import drops_plainly, is_plain_call
 from .factor import Constant, Factor
 from .offload import hook_of, onloaded
+from .reentrant import in_pass
 from .requantised import Former
 from .weight import changed_weight
 
@@ -44,6 +45,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         probe: What the layers of the adapter share with the training.
         quantization: PEFT's access to a quantised weight.
         name: Full name of the module in its model.
+        shared: The parameters by name that the adapter's layers share, if they do; the first puts them in.
 
     Raises:
         ValueError: the module cannot be adapted, or is too small for the rank.
@@ -89,6 +91,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         probe: Probe,
         quantization: QuantizationBackend | None = None,
         name: str = "",
+        shared: dict[str, Factor] | None = None,
     ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer)
@@ -110,7 +113,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         self.probes: dict[str, Probe] = {}
         self.slots: dict[str, int] = {}
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lora_alpha, config=config, probe=probe)
+        self.update_layer(adapter_name, r, lora_alpha, config=config, probe=probe, shared=shared)
 
     def update_layer(
         self,
@@ -119,8 +122,9 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         lora_alpha: float,
         config: MethodConfig,
         probe: Probe,
+        shared: dict[str, Factor] | None = None,
     ) -> None:
-        """Creates, or creates anew, the parameters of an adapter of rank ``r``."""
+        """Creates, or creates anew, the parameters of an adapter of rank ``r``, or takes ``shared`` ones."""
         r = config.rank_for(self.site, r)
         self.lora_alpha[adapter_name] = lora_alpha
         self.configs[adapter_name] = config
@@ -129,9 +133,8 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         self.use_rslora[adapter_name] = config.use_rslora
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0.0 else nn.Identity()
         self.lora_dropout[adapter_name] = dropout
-        drawn = self.structure.draw(self.site, r, config)
-        for factor in self.structure.names:
-            getattr(self, factor)[adapter_name] = Factor(drawn[factor])
+        for factor, held in self._held(r, config, {} if shared is None else shared).items():
+            getattr(self, factor)[adapter_name] = held
         for constant, value in self.structure.frozen(self.site, config).items():
             if constant not in self.other_param_names:
                 setattr(self, constant, nn.ModuleDict({}))
@@ -141,6 +144,17 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         self.scaling.configure(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _held(self, r: int, config: MethodConfig, shared: dict[str, Factor]) -> dict[str, Factor]:
+        """The parameters by name: new ones, or those that the adapter's layers share."""
+        if shared:
+            tensors = {name: held.weight for name, held in shared.items()}
+            self.structure.check_shared(self.site, r, config, tensors)
+            return shared
+        held = {name: Factor(tensor) for name, tensor in self.structure.draw(self.site, r, config).items()}
+        if self.structure.shared:
+            shared.update(held)
+        return held
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -340,6 +354,8 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
                     f"adapter {name!r} has parameters on the device 'meta', that is, no numbers, for an "
                     f"input on {x.device.type!r}; load the adapter, or leave it out of what is offloaded."
                 )
+        elif self.structure.shared and not torch.compiler.is_compiling():
+            tensors = {factor: in_pass(getattr(self, factor)[name]) for factor in tensors}
         scale = self._scale(name)
         return self.structure.update(tensors, self.site, self.configs[name], scale, training=training)
 

@@ -44,6 +44,10 @@ class Factor(nn.Module):
     """
 
     weight: nn.Parameter
+    # Of a shared one, see layers/reentrant.py: what stands for it in the backward pass at hand, and whether
+    # its gradient may come in parts.
+    stand_in: Tensor | None = None
+    in_parts: bool = False
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()

@@ -113,7 +113,8 @@ def export_lora(
             a, b = _padded(a, b, rank)
         module = adapter.modules[name]
         for key, tensor in lora_tensors(name, a, b, module.kind).items():
-            tensors[key] = _cast(key, tensor, dtype or module.dtype)
+            # Modules that share parameters may share what was made of them, and a file holds nothing twice.
+            tensors[key] = _cast(key, tensor, dtype or module.dtype).clone()
     ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
     config = _config(adapter, layout, ranks, rank, _taken_for_experts(adapter, list(ranks)))
     with staged(target) as stage:

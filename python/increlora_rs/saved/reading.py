@@ -291,6 +291,7 @@ def _assemble(config: MethodConfig, tensors: dict[str, Tensor]) -> SavedAdapter:
             adapter.others[key] = tensor
         else:
             found.setdefault(short(match["name"]), {})[match["factor"]] = tensor
+    found = structure.spread(found, config)
     for name in sorted(found, key=_natural):
         parameters = dict(zip(structure.names, _factors(name, found[name], structure.names), strict=True))
         site = config.site_of(name, parameters)

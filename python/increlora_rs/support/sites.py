@@ -56,6 +56,25 @@ def places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     return {name: (layer, short[kind]) for name, (layer, kind) in found.items()}
 
 
+def depths(names: Iterable[str]) -> dict[str, tuple[int, int] | None]:
+    """Where in the depth of its model each module stands: the place of its layer, from 0, among those of its
+    stack that are named, and how many these are; None outside of layers."""
+    stacks: dict[str, set[int]] = {}
+    found: dict[str, tuple[str, int] | None] = {}
+    for name in names:
+        match = _LAYER.search(f".{name}.")
+        found[name] = None
+        if match is not None:
+            stack, number = f".{name}"[: match.start()], int(match.group(1))
+            found[name] = stack, number
+            stacks.setdefault(stack, set()).add(number)
+    order = {stack: sorted(numbers) for stack, numbers in stacks.items()}
+    return {
+        name: None if place is None else (order[place[0]].index(place[1]), len(order[place[0]]))
+        for name, place in found.items()
+    }
+
+
 def in_order(layers: Iterable[str]) -> list[str]:
     """Distinct layer numbers in ascending order, "-" last."""
     return sorted(set(layers), key=lambda layer: (layer == OUTSIDE, 0 if layer == OUTSIDE else int(layer)))

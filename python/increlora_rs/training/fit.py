@@ -168,6 +168,8 @@ def _refuse_computed_or_shared(modules: Sequence[AdaptedModule]) -> None:
                     "weight_norm or spectral_norm, and what is computed cannot grow; take that off before "
                     "attach, or put it on the base layer."
                 )
+            if module.structure.shared:
+                continue
             owner = owners.setdefault(id(parameter), module.name)
             if owner != module.name:
                 raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.model import get_tp_plan_and_mesh
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.peft_types import PeftType
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..contract.config import MethodConfig
 from ..layers import AdaptedLayer, TransposedLinear, layer_class, quantization_of
+from ..layers.factor import Factor
 from ..layers.found import adapted_layers
 from ..layers.offload import onloaded
 from ..layers.parents import bar_fast_paths, check_parent, open_fast_paths
@@ -68,7 +69,11 @@ class MethodModel(LoraModel):
                 "fan_in_fan_out=True is for Conv1D of transformers, of which the model has none; leave it "
                 "out: it is set by itself where it is needed."
             )
+        if config.method.structure.shared:
+            # Its keys name the first module alone.
+            kwargs["state_dict"] = None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._shared.clear()
         given.target_modules = config.target_modules
         if given.task_type in _HEAD_NAMED_LATE:
             given.modules_to_save = given.modules_to_save or []
@@ -86,6 +91,7 @@ class MethodModel(LoraModel):
         _check_no_lora(model)
         method = peft_config.method
         self._probe = Probe(method.title, method.policy is not None)
+        self._shared: dict[str, Factor] = {}
         out = left_out(model, peft_config)
         _leave_out_routers(model, peft_config, out)
         if isinstance(peft_config.target_modules, (list, set, tuple)):
@@ -94,6 +100,17 @@ class MethodModel(LoraModel):
         if set(out) - told and not peft_config.inference_mode:
             warn_of_left_out(out)
             told.update(out)
+        peft_config.prepare(self._targets(peft_config, model), getattr(model, "config", None))
+
+    def _targets(self, config: MethodConfig, model: nn.Module) -> list[str]:
+        """The names of the modules that PEFT is going to adapt, in model order."""
+        config = _maybe_include_all_linear_layers(copy.copy(config), model)
+        adapted = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
+        return [
+            name
+            for name, _ in model.named_modules()
+            if name and not name.startswith(adapted) and self._check_target_module_exists(config, name)
+        ]
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         # PEFT looks for LoRA by the name of the method, and what stops LoRA stops this.
@@ -117,7 +134,9 @@ class MethodModel(LoraModel):
         r, alpha = config.rank_at(current_key), config.alpha_of(current_key)
         try:
             if isinstance(target, AdaptedLayer):
-                target.update_layer(adapter_name, r, alpha, config=config, probe=self._probe)
+                target.update_layer(
+                    adapter_name, r, alpha, config=config, probe=self._probe, shared=self._shared
+                )
                 return
             check_parent(parent, target_name, target)
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
@@ -129,7 +148,7 @@ class MethodModel(LoraModel):
                 )
             quantization = quantization_of(base, **get_quantization_kwargs(self.model))
             module = layer_class(base, quantization)(
-                target, adapter_name, config, r, alpha, self._probe, quantization, current_key
+                target, adapter_name, config, r, alpha, self._probe, quantization, current_key, self._shared
             )
         except ValueError as error:
             raise ValueError(f"target_modules: {current_key}: {error}") from error
@@ -261,10 +280,14 @@ class MethodModel(LoraModel):
         selected: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        ranks = {}
+        ranks: dict[str, int] = {}
         for name, layer in adapted_layers(model, adapter_name).items():
-            ranks[short(name)] = layer.rank(adapter_name)
             keys = factor_keys(name, adapter_name, layer)
+            if ranks and layer.structure.shared:
+                # They stand with the first module.
+                for key in keys.values():
+                    selected.pop(key, None)
+            ranks[short(name)] = layer.rank(adapter_name)
             # A state_dict that was handed over may hold a part of the modules.
             if all(key in selected for key in keys.values()):
                 factors = {factor: selected[key] for factor, key in keys.items()}
@@ -301,10 +324,14 @@ class MethodModel(LoraModel):
             model, config, adapter_name, state_dict
         )
         layers = adapted_layers(model, adapter_name)
+        own = {name: factor_keys(name, adapter_name, layer) for name, layer in layers.items()}
+        first = next(iter(own.values()), {})
         expected: set[str] = set()
+        filled: dict[str, Tensor] = {}
         shapes: list[tuple[AdaptedLayer, dict[str, tuple[int, ...]]]] = []
         for name, layer in layers.items():
-            keys, structure = factor_keys(name, adapter_name, layer), layer.structure
+            structure = layer.structure
+            keys = first if structure.shared else own[name]
             expected.update(keys.values())
             missing = [key for key in keys.values() if key not in mapped]
             if missing:
@@ -313,6 +340,7 @@ class MethodModel(LoraModel):
                     "it was saved from another base model, or with other target_modules."
                 )
             factors = {factor: mapped[key] for factor, key in keys.items()}
+            filled.update({own[name][factor]: tensor for factor, tensor in factors.items()})
             # PEFT leaves out, with a warning, what does not fit.
             loose = ignores_mismatched_sizes.get()
             site = config.site_of(short(name), factors) if loose else layer.site
@@ -330,7 +358,7 @@ class MethodModel(LoraModel):
         # Only now that all is right: an adapter that the load was to replace must survive a refusal.
         for layer, sizes in shapes:
             layer.take_sizes(adapter_name, sizes)
-        return mapped
+        return mapped | filled
 
 
 #: Is ``ignore_mismatched_sizes=True`` the wish of the load that runs? PEFT does not pass it on.
