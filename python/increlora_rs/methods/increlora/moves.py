@@ -6,8 +6,8 @@ What a component does is judged by how its first-order effect on the loss fluctu
     p = <s b E a^T, G> = E dL/dE,    worth = mean (p - running mean of p)^2
 
 A first move is a trial: a few components go, and nothing else does until it is known what they turned out to
-be worth; and so on from move to move. Where what came is not worth enough more than what left, ranks stay where
-they are: all of them are needed alike, and what a component does fluctuates for other reasons.
+be worth; and so on from move to move. Where what came is not worth enough more than what left, ranks stay
+where they are: all of them are needed alike, and what a component does fluctuates for other reasons.
 
 Where training has settled, the mean of p says nothing, for what pulls a component up and down is in balance,
 and its variance is dW^T F dW with F the covariance of the gradients: Fisher's approximation of the curvature,
