@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from increlora_rs import IncreLoraConfig
+from increlora_rs import AdaLoraRsConfig, IncreLoraConfig
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
@@ -19,6 +19,8 @@ from .sizes import Size
 
 FROZEN, LORA, ADALORA, LITERAL, OURS = "frozen", "PEFT LoRA", "PEFT AdaLoRA", "literal", "increlora_rs"
 METHODS = (FROZEN, LORA, ADALORA, LITERAL, OURS)
+# Only the whole step differs from that of OURS.
+OUR_ADALORA = "increlora_rs AdaLoRA"
 ALPHA = 16
 
 # Steps between growth events, in the step and for AdaLoRA's reallocation alike.
@@ -83,13 +85,15 @@ def adapt(
 
 def _config(method: str, *, rank: int, dropout: float, targets: list[str], growing: bool) -> PeftConfig:
     common: dict[str, Any] = {"lora_alpha": ALPHA, "lora_dropout": dropout, "target_modules": targets}
+    # Of both AdaLoRAs: PEFT's defaults, but for the interval.
+    pruning = {"init_r": rank, "tinit": 0, "tfinal": 0, "deltaT": INTERVAL, "orth_reg_weight": 0.5}
     if method == LORA:
         return LoraConfig(r=rank, **common)
     if method == ADALORA:
         # `rank` rows as the others have; AdaLoRA masks rows, so its step costs the same at any budget.
-        return AdaLoraConfig(
-            init_r=rank, target_r=max(1, rank // 2), total_step=_TOTAL_STEPS, deltaT=INTERVAL, **common
-        )
+        return AdaLoraConfig(target_r=max(1, rank // 2), total_step=_TOTAL_STEPS, **pruning, **common)
+    if method == OUR_ADALORA:
+        return AdaLoraRsConfig(r=max(1, rank // 2), **pruning, **common)
     if growing:
         # Never below the others' rank: it starts there and grows by one more component on average.
         return IncreLoraConfig.paper(

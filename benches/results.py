@@ -11,7 +11,7 @@ from .bars import bars, whole_step
 from .depth import DENSE, LORTA, PRILORA
 from .floor import ELEMENT, Rates
 from .memory import adapters_bytes
-from .methods import ADALORA, FROZEN, LITERAL, LORA, METHODS, OURS
+from .methods import ADALORA, FROZEN, LITERAL, LORA, METHODS, OUR_ADALORA, OURS
 from .scheduler import STATES
 from .sizes import NAMED
 from .step import ARMED, SPENT, UNARMED
@@ -139,11 +139,23 @@ def _steps(figures: Figures) -> Table:
     others, places = (LORA, ADALORA, LITERAL), (UNARMED, ARMED)
     table = Table(
         "Whole training step",
-        ["precision", *others, f"{OURS}, mean", *places, "growth", SPENT, "/ LoRA", "/ AdaLoRA", "literal /"],
+        [
+            "precision",
+            *others,
+            f"{OURS}, mean",
+            *places,
+            "growth",
+            SPENT,
+            "/ LoRA",
+            "/ AdaLoRA",
+            "literal /",
+            OUR_ADALORA,
+            "/ PEFT's",
+        ],
         "Milliseconds of zero_grad, forward, backward, AdamW and all that the method does besides. Ours in "
         "the paper's form with regulariser, reserve and newborn rows: the mean over an interval of the steps "
         "before the importance window (unarmed), in it (armed), and the growth. Budget spent: the default "
-        "form, with nothing left to grow.",
+        "form, with nothing left to grow. Both AdaLoRAs between two mask events.",
     )
     for record in figures["step"]["steps"]:
         samples = whole_step(record)
@@ -155,6 +167,8 @@ def _steps(figures: Figures) -> Table:
             ratio(samples, OURS, LORA),
             ratio(samples, OURS, ADALORA),
             ratio(samples, LITERAL, OURS),
+            _with_spread(samples[OUR_ADALORA]) if OUR_ADALORA in samples else "",
+            ratio(samples, OUR_ADALORA, ADALORA) if OUR_ADALORA in samples else "",
         )
     return table
 

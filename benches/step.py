@@ -19,6 +19,7 @@ from .methods import (
     LITERAL,
     LORA,
     METHODS,
+    OUR_ADALORA,
     OURS,
     PRECISIONS,
     TOP_H,
@@ -96,7 +97,7 @@ class Training:
         self.small = batch(size, PRECISIONS[precision], count=1, tokens=2)
         self.steps = 0
         self.literal: literal.LiteralScheduler | None = None
-        if method == OURS:
+        if method in (OURS, OUR_ADALORA):
             self.scheduler = attach(
                 self.model, self.optimizer, total_steps=_TOTAL_STEPS, lr_warmup_steps=_LR_WARMUP
             )
@@ -143,7 +144,9 @@ class Training:
 def _steps(size: Size, precision: str, dropout: float) -> dict[str, Any]:
     """Ours is timed at three places of the interval after the first growth, where there are newborn
     rows: before the importance window, inside it, and at the growth."""
-    trainings = {name: Training(name, size, precision, dropout) for name in (LORA, ADALORA, LITERAL)}
+    trainings = {
+        name: Training(name, size, precision, dropout) for name in (LORA, ADALORA, OUR_ADALORA, LITERAL)
+    }
     trainings[SPENT] = Training(OURS, size, precision, dropout, growing=False)
     # At the end of an interval, and so at the start of the next, before the window.
     trainings[UNARMED], event, share = _events(size, precision, dropout)

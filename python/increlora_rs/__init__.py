@@ -12,6 +12,7 @@ from ._torch_check import require_matching_torch
 require_matching_torch()
 
 from ._core import RESERVE_E  # noqa: E402
+from .methods.adalora import AdaLoraRsConfig  # noqa: E402
 from .methods.increlora.config import IncreLoraConfig  # noqa: E402
 from .methods.increlora.convert import convert_lora  # noqa: E402
 from .methods.lora_mini import LoraMiniConfig  # noqa: E402
@@ -35,6 +36,7 @@ register()
 __version__ = version("increlora_rs")
 __all__ = [
     "RESERVE_E",
+    "AdaLoraRsConfig",
     "Export",
     "GrowthEvent",
     "GrowthHistory",

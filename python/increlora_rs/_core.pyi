@@ -18,6 +18,8 @@ __all__ = [
     "Newborns",
     "Schedule",
     "StepPlan",
+    "TripletSchedule",
+    "TripletScores",
     "adapter_backward",
     "adapter_forward",
     "add_energy_",
@@ -45,6 +47,7 @@ __all__ = [
     "importance",
     "importance_window",
     "linear_forward",
+    "live_triplets",
     "observe_fluctuation_",
     "orthogonality",
     "prune_",
@@ -346,6 +349,10 @@ def prune_(a: Sequence[Tensor], norms: Tensor, share: float, *, by_row: bool) ->
         by_row: Row by row, or else the whole matrix.
     """
 
+def live_triplets(scores: npt.NDArray[np.float64], budget: int) -> npt.NDArray[np.bool_]:
+    """Which triplets are live: the ``budget`` of highest score; of equals the first, so that never more are
+    masked than have to be."""
+
 def importance_window(beta1: float, beta2: float) -> int:
     """The smallest n with ``max(beta1, beta2)**n < 1e-3``."""
 
@@ -420,6 +427,95 @@ class StepPlan:
         """
     def orthogonality(self) -> Tensor:
         """:func:`orthogonality` of all modules."""
+
+@final
+class TripletSchedule:
+    """When AdaLoRA masks triplets, and how many stay live (arXiv 2303.10512). Steps count from 1; the t of
+    the paper's code is the step less 1.
+
+    Args:
+        total_steps: Of the training. first: All triplets. target: Those that are live at the end.
+        tinit: Steps before the first mask event; None: 15 %, at most half of those before ``tfinal``.
+        tfinal: Steps at the end in which what is masked stays so; None: half of those after ``tinit``.
+        deltaT: Steps between mask events; None: as makes some 200 of them, at least 1.
+
+    Raises:
+        ValueError: ``target`` is above ``first``, or no step is left for the ranks to fall in.
+    """
+
+    def __new__(
+        cls,
+        total_steps: int,
+        first: int,
+        target: int,
+        *,
+        tinit: int | None = None,
+        tfinal: int | None = None,
+        deltaT: int | None = None,
+    ) -> TripletSchedule: ...
+    @property
+    def total_steps(self) -> int:
+        """Steps of the training."""
+    @property
+    def first(self) -> int:
+        """All triplets."""
+    @property
+    def target(self) -> int:
+        """Those that are live at the end."""
+    @property
+    def tinit(self) -> int:
+        """Steps before the first mask event."""
+    @property
+    def tfinal(self) -> int:
+        """Steps at the end in which what is masked stays so."""
+    @property
+    def deltaT(self) -> int:
+        """Steps between mask events; an event is where t is a multiple of it."""
+    @property
+    def last(self) -> int:
+        """The step of the last mask event: t is ``total_steps - tfinal``, or it is the last step."""
+    def budget(self, step: int) -> int:
+        """How many may be live after ``step``: all until ``tinit``, then, rounded down, ``target + (first -
+        target) (1 - (t - tinit) / (total_steps - tfinal - tinit))^3``, and the target from ``last`` on."""
+    def is_event(self, step: int) -> bool:
+        """Are triplets chosen anew after ``step``?"""
+    def observes(self, step: int) -> bool:
+        """Does a mask event need the gradients of ``step``?"""
+    def holds(self, step: int) -> bool:
+        """Is what was chosen last masked again after ``step``?"""
+
+@final
+class TripletScores:
+    """How sensitive the loss is to each number of AdaLoRA's triplets, smoothed, for all modules in one call.
+
+    Args:
+        a, b, e: Leaves, (rank, in), (out, rank) and (rank, 1), one of each a module.
+        mean, uncertainty: Vectors of one dtype, float32 or float64, with a slot for each of their numbers:
+            module by module, A, B and E after each other, row by row. They change in place.
+        beta1, beta2: Decays, in [0, 1).
+    """
+
+    def __new__(
+        cls,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        e: Sequence[Tensor],
+        mean: Tensor,
+        uncertainty: Tensor,
+        beta1: float,
+        beta2: float,
+    ) -> TripletScores: ...
+    def observe_(self) -> None:
+        """Takes the gradients of the leaves in, and their values as they are. With ``I = |p dL/dp|``::
+
+            mean        <- beta1 mean + (1 - beta1) I
+            uncertainty <- beta2 uncertainty + (1 - beta2) |I - mean|      (the new mean)
+
+        A leaf without a gradient counts as one of gradient 0; a number whose I is not finite keeps what it
+        has."""
+    def values(self) -> Tensor:
+        """The score of every triplet i, module by module, float64: ``s(E_i) + mean_j s(A_ij) + mean_j
+        s(B_ji)`` with ``s = mean * uncertainty``."""
 
 @final
 class Newborns:

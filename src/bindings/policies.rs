@@ -13,6 +13,7 @@ use crate::policies::{gate, orthogonality, smoothing};
 mod moves;
 mod schedule;
 mod step;
+mod triplets;
 
 /// One step of the smoothing, in place.
 #[pyfunction]
@@ -136,5 +137,6 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(prune_, module)?)?;
     moves::register(module)?;
     schedule::register(module)?;
-    step::register(module)
+    step::register(module)?;
+    triplets::register(module)
 }

@@ -11,5 +11,6 @@ pub mod pool;
 mod real;
 pub mod score;
 pub mod simd;
+pub mod smooth;
 mod split;
 pub mod tokens;

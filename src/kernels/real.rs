@@ -1,13 +1,21 @@
 //! What the loops over floating-point slices share: the number types, vectors of a few of them, and
 //! the choice of the processor's instructions.
 
-use std::ops::{Add, AddAssign, Mul};
+use std::ops::{Add, AddAssign, Mul, Sub};
 
 use tch::Kind;
 
 /// float32 or float64.
 pub trait Real:
-    Copy + Default + PartialEq + Add<Output = Self> + AddAssign + Mul<Output = Self> + Send + Sync
+    Copy
+    + Default
+    + PartialOrd
+    + Add<Output = Self>
+    + AddAssign
+    + Mul<Output = Self>
+    + Sub<Output = Self>
+    + Send
+    + Sync
 {
     /// torch's name of the type.
     const KIND: Kind;
@@ -20,6 +28,8 @@ pub trait Real:
     fn nearest(value: f64) -> Self;
     /// The same value, wider.
     fn wide(self) -> f64;
+    /// Its absolute value.
+    fn abs(self) -> Self;
 }
 
 /// A few numbers that are worked on at once.
@@ -58,6 +68,10 @@ macro_rules! real {
             #[inline(always)]
             fn wide(self) -> f64 {
                 self.into()
+            }
+            #[inline(always)]
+            fn abs(self) -> Self {
+                <$type>::abs(self)
             }
         }
 

@@ -9,3 +9,4 @@ pub mod restart;
 pub mod smoothing;
 pub mod sparsify;
 pub mod step;
+pub mod triplets;

@@ -29,7 +29,9 @@ from torch import nn
 from transformers import BertConfig, LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 WORDS = ["good", "bad", "film", "a", "the", "was", "very", "plot", "song", "book"]
-METHODS = "lora,rslora,adalora,increlora,lora_mini,paper,increlora-random,increlora-given,lora-given"
+METHODS = (
+    "lora,rslora,adalora,adalora_rs,increlora,lora_mini,paper,increlora-random,increlora-given,lora-given"
+)
 TARGETS = "query,key,value"
 
 
@@ -375,7 +377,8 @@ def test_all_methods_end_with_the_same_budget_and_parameters(command, results, c
         assert len(run["epochs"]) == 2, name
         assert set(run["epochs"][0]) == set(run["test"]) == {"accuracy"}, name
         assert run["steps"] == 12 and run["seconds_a_step"] > 0, name
-    assert runs["adalora"]["parameters"]["held"] == 3 * modules * 65
+    for name in ("adalora", "adalora_rs"):
+        assert runs[name]["parameters"]["held"] == 3 * modules * 65
     assert set(runs["lora"]["ranks"].values()) == {2}
     for name in ("increlora-given", "lora-given"):
         assert runs[name]["ranks"] == runs["increlora"]["ranks"]

@@ -70,6 +70,7 @@ class Case:
         training: Settings under which a training of 12 steps does all that the method does.
         acts: Does something besides the optimizer change what is trained?
         ranks: What the ranks do in it: "stay", "grow" to 3 a module on the average, or "fall".
+        told: Are their changes in the history?
         rank: Of those tensors, the number of components that act.
         other_modules: What is said of an adapter of a base of more layers.
         bad: Arguments of its own that are wrong, each with what the message says of it.
@@ -90,6 +91,7 @@ class Case:
     training: Mapping[str, Any] = field(default_factory=dict)
     acts: bool = True
     ranks: Literal["stay", "grow", "fall"] = "stay"
+    told: bool = False
     rank: Callable[[Mapping[str, Tensor]], int] = lambda tensors: tensors["lora_A"].shape[0]
     other_modules: str = r"tensors, '.*layer\.1.*' the first, that belong to no adapted module"
     bad: tuple[tuple[dict[str, Any], str], ...] = ()
@@ -116,6 +118,7 @@ CASES = {
             "top_h": 4,
         },
         ranks="grow",
+        told=True,
         # Rows of A and B beyond those of E are in reserve.
         rank=lambda tensors: tensors["lora_E"].shape[0],
         bad=(
@@ -225,6 +228,30 @@ CASES = {
             ({"lambda_schedule": "linear", "max_lambda": 0.0}, "max_lambda=0.0"),
             ({"lambda_schedule": "exp_linear", "sparse_lambda_2": 0.0}, "sparse_lambda_2=0.0"),
             ({"init_lora_weights": "svd"}, "init_lora_weights='svd'"),
+        ),
+    ),
+    "adalora_rs": Case(
+        settings={"r": 1, "init_r": 2, **_RANKS},
+        tensors=("lora_A", "lora_B", "lora_E"),
+        dense=_components,
+        scale=lambda alpha, rank: alpha / (rank + 1e-5),
+        count=lambda rank, out, features: rank * (out + features + 1),
+        kinds=ALL,
+        training={"tinit": 2, "tfinal": 3, "deltaT": 1},
+        ranks="fall",
+        told=True,
+        rank=lambda tensors: int(tensors["lora_E"].count_nonzero()),
+        bad=(
+            ({"r": 3}, "r=3"),
+            ({"init_r": 0}, "init_r=0"),
+            ({"tinit": -1}, "tinit=-1"),
+            ({"tfinal": 1.5}, "tfinal=1.5"),
+            ({"deltaT": 0}, "deltaT=0"),
+            ({"beta1": 1.0}, "beta1=1.0"),
+            ({"beta2": -0.1}, "beta2=-0.1"),
+            ({"orth_reg_weight": -1.0}, "orth_reg_weight=-1.0"),
+            ({"init_lora_weights": "gaussian"}, "init_lora_weights='gaussian'"),
+            ({"rank_pattern": {"value": 0}}, "rank_pattern['value']=0"),
         ),
     ),
 }

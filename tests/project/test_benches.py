@@ -11,7 +11,17 @@ from torch import nn
 from benches import depth, floor, literal, memory, results, sizes, step, timing
 from benches.__main__ import main
 from benches.bars import Bar, bars, whole_step
-from benches.methods import ADALORA, FROZEN, LITERAL, LORA, METHODS, OURS, PRECISIONS, training_model
+from benches.methods import (
+    ADALORA,
+    FROZEN,
+    LITERAL,
+    LORA,
+    METHODS,
+    OUR_ADALORA,
+    OURS,
+    PRECISIONS,
+    training_model,
+)
 from benches.tables import Table, number
 
 LR = 0.05
@@ -267,6 +277,13 @@ def test_bars_fail_where_the_figures_are_worse():
     assert [passed for promise, passed in kept.items() if "overhead" in promise] == [False]
     steps = ("whole step", "literal")
     assert [kept[promise] for promise in kept if promise.startswith(steps)] == [False, False, False]
+
+
+def test_the_bar_of_adalora_is_over_pefts():
+    figures = made_up()
+    figures["step"]["steps"][0]["ms"][OUR_ADALORA] = [150.0]
+    (found,) = (bar for bar in bars(figures) if bar.promise.startswith("AdaLoRA's whole step"))
+    assert (found.value, found.limit, found.passed) == (0.6, 0.7, True)
 
 
 def test_bars_of_sections_that_were_not_measured_are_left_out():

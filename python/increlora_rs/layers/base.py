@@ -202,6 +202,11 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         """The rank, as the parameters' sizes tell it."""
         return int(self.structure.rank_of(self.tensors(adapter_name)))
 
+    def acting_rank(self, adapter_name: str) -> int:
+        """The rank of what acts: without components that a method has masked."""
+        acting = self.structure.acting(self.present(adapter_name))
+        return int(self.structure.rank_of(acting))
+
     def factors(self, adapter_name: str) -> tuple[nn.Parameter, ...]:
         """The parameters, in the order of ``structure.names``."""
         # mypy knows no module of a ModuleDict by its class.

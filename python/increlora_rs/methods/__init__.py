@@ -1,6 +1,13 @@
 """The methods, a row each: PEFT's types, the tables, the comparison and the shared tests follow from it."""
 
 from ..contract.method import Method
-from . import increlora, lora_mini, lorta, prilora, sora
+from . import adalora, increlora, lora_mini, lorta, prilora, sora
 
-METHODS: tuple[Method, ...] = (increlora.METHOD, lora_mini.METHOD, lorta.METHOD, prilora.METHOD, sora.METHOD)
+METHODS: tuple[Method, ...] = (
+    increlora.METHOD,
+    adalora.METHOD,
+    lora_mini.METHOD,
+    lorta.METHOD,
+    prilora.METHOD,
+    sora.METHOD,
+)

@@ -50,9 +50,9 @@ class Components(Structure):
         device = None if generator is None else generator.device
         a = torch.empty(rank, site.features, device=device)
         b = torch.zeros(site.out, rank, device=device)
-        first_e = torch.zeros if config.init_lora_weights == "svd" else torch.ones
-        e = first_e(rank, 1, device=device)
-        if config.init_lora_weights == "svd":
+        svd = self.is_svd(config)
+        e = (torch.zeros if svd else torch.ones)(rank, 1, device=device)
+        if svd:
             a.normal_(0.0, _PAPER_STD, generator=generator)
             b.normal_(0.0, _PAPER_STD, generator=generator)
         elif site.family == "embedding":
@@ -64,11 +64,15 @@ class Components(Structure):
             a[:, site.padding] = 0.0
         return {"lora_A": a, "lora_B": b, "lora_E": e}
 
+    def is_svd(self, config: Any) -> bool:
+        """Are the first values the paper's: A and B small and random, E 0?"""
+        return bool(config.init_lora_weights == "svd")
+
     def first_learners(self, site: Site, config: Any) -> tuple[str, ...]:
         """The factor that starts at 0; none where all are random."""
         if config.init_lora_weights is False:
             return ()
-        if config.init_lora_weights == "svd":
+        if self.is_svd(config):
             return ("lora_E",)
         return ("lora_A",) if site.family == "embedding" else ("lora_B",)
 

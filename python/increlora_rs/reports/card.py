@@ -36,7 +36,7 @@ def write_section(card: Path, model: Any, adapters: Sequence[str]) -> None:
 def _adapter(model: Any, name: str) -> list[str]:
     config = model.peft_config[name]
     layers = adapted_layers(model, name)
-    ranks = {short(full): layer.rank(name) for full, layer in layers.items()}
+    ranks = {short(full): layer.acting_rank(name) for full, layer in layers.items()}
     sizes = [(layer.out_features, layer.in_features) for layer in layers.values()]
     method, paper = config.method, config.method.paper
     number = paper.rpartition("/")[2]

@@ -59,9 +59,8 @@ def growth_history(
 
 def write_history(model: nn.Module, adapter_name: str, folder: Path) -> None:
     """Writes the history of the model's adapter to ``folder``, if its ranks have grown."""
-    ranks = {
-        short(name): layer.rank(adapter_name) for name, layer in adapted_layers(model, adapter_name).items()
-    }
+    layers = adapted_layers(model, adapter_name)
+    ranks = {short(name): layer.acting_rank(adapter_name) for name, layer in layers.items()}
     history = _part(model, adapter_name, ranks)
     if history is not None:
         (folder / HISTORY_NAME).write_text(_to_json(history))
