@@ -1,12 +1,14 @@
 """Which of PEFT's tests are not run, which must fail, which skips are right, and why: a file a method."""
 
-from . import adalora_rs, increlora, lora_mini, sora
+from . import adalora_rs, increlora, lora_mini, lorta, prilora, sora
 from .shared import Expectations
 
 _BY_NAME = {
     "adalora_rs": adalora_rs.EXPECTATIONS,
     "increlora": increlora.EXPECTATIONS,
     "lora_mini": lora_mini.EXPECTATIONS,
+    "lorta": lorta.EXPECTATIONS,
+    "prilora": prilora.EXPECTATIONS,
     "sora": sora.EXPECTATIONS,
 }
 

@@ -50,6 +50,10 @@ NO_SUM = (
     r"a weighted sum of (\w+(?:-\w+)?) adapters is in general none",
     "`add_weighted_adapter` raises by name: a sum of adapters is in general none of {}",
 )
+ONE_KIND = (
+    r"it is of kind '(embedding|convolution)', and \S+ adapts linear modules only",
+    "`{}` as the kind of a target module raises by name",
+)
 TRAINED_E = (
     r"TestRequiresGrad::test_requires_grad_(modules_to_save_(default|disabling|multiple_adapters)"
     r"|follows_inference_mode_(modules_to_save|trainable_token_indices)"

@@ -53,7 +53,8 @@ impl Schedule {
             )));
         }
         let before = total.saturating_sub(wish.tfinal.unwrap_or(0));
-        let tinit = wish.tinit.unwrap_or_else(|| (total.saturating_mul(WARM_UP) / 100).min(before / 2));
+        let tinit =
+            wish.tinit.unwrap_or_else(|| (total.saturating_mul(WARM_UP) / 100).min(before / 2));
         let tfinal = wish.tfinal.unwrap_or_else(|| total.saturating_sub(tinit) / 2);
         let phase = total.saturating_sub(tinit).saturating_sub(tfinal);
         if phase == 0 {
