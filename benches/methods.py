@@ -86,7 +86,13 @@ def adapt(
 def _config(method: str, *, rank: int, dropout: float, targets: list[str], growing: bool) -> PeftConfig:
     common: dict[str, Any] = {"lora_alpha": ALPHA, "lora_dropout": dropout, "target_modules": targets}
     # Of both AdaLoRAs: PEFT's defaults, but for the interval.
-    pruning = {"init_r": rank, "tinit": 0, "tfinal": 0, "deltaT": INTERVAL, "orth_reg_weight": 0.5}
+    pruning: dict[str, Any] = {
+        "init_r": rank,
+        "tinit": 0,
+        "tfinal": 0,
+        "deltaT": INTERVAL,
+        "orth_reg_weight": 0.5,
+    }
     if method == LORA:
         return LoraConfig(r=rank, **common)
     if method == ADALORA:
