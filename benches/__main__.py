@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from . import floor, layer, machine, memory, results, scheduler, step
+from . import blocks, floor, layer, machine, memory, results, scheduler, step
 from .sizes import NAMED, Size
 from .timing import QUIET, prepare, watch_others
 
@@ -25,6 +25,7 @@ _SECTIONS: dict[str, Callable[[Size], Any]] = {
     "layer": layer.measure,
     "memory": memory.measure,
     "scheduler": scheduler.measure,
+    "blocks": blocks.measure,
 }
 
 

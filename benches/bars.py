@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .blocks import PAIRS
 from .layer import NOT_SLOWER
 from .memory import adapters_bytes
 from .methods import ADALORA, LITERAL, LORA, OURS
@@ -23,6 +24,8 @@ _OVERHEAD = {
 }
 # What the scheduler's hooks may take.
 _MODULES, _STEP_MS, _GROWTH_MS = 500, 2.0, 50.0
+# What MELoRA and MoRA add to the frozen layers over what they do as published, and all over PEFT LoRA's.
+_AS_PUBLISHED, _OVER_LORA = {"MELoRA": 0.5, "MoRA": 0.7}, 1.1
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,19 @@ def bars(figures: Mapping[str, Any]) -> list[Bar]:
         found += _hooks(figures["scheduler"])
     if "layer" in figures:
         found.append(_never_slower(figures["layer"]))
+    if "blocks" in figures:
+        found += _blocks(figures["blocks"])
     return found
+
+
+def _blocks(records: list[dict[str, Any]]) -> Iterator[Bar]:
+    for record in records:
+        samples, where = record["ms"], f"{record['precision']}, dropout {record['dropout']:g}"
+        for ours, published in PAIRS.items():
+            value = overhead(samples, ours) / overhead(samples, published)
+            limit = next(limit for method, limit in _AS_PUBLISHED.items() if ours.startswith(method))
+            yield Bar(f"overhead of {ours} over {published}, {where}", value, limit)
+            yield Bar(f"layers with {ours} over PEFT LoRA's, {where}", ratio(samples, ours, LORA), _OVER_LORA)
 
 
 def _overheads(passes: list[dict[str, Any]]) -> Iterator[Bar]:

@@ -1,11 +1,13 @@
 """Which of PEFT's tests are not run, which must fail, which skips are right, and why: a file a method."""
 
-from . import increlora, lora_mini, sora
+from . import increlora, lora_mini, melora, mora, sora
 from .shared import Expectations
 
 _BY_NAME = {
     "increlora": increlora.EXPECTATIONS,
     "lora_mini": lora_mini.EXPECTATIONS,
+    "melora": melora.EXPECTATIONS,
+    "mora": mora.EXPECTATIONS,
     "sora": sora.EXPECTATIONS,
 }
 

@@ -15,6 +15,8 @@ from ._core import RESERVE_E  # noqa: E402
 from .methods.increlora.config import IncreLoraConfig  # noqa: E402
 from .methods.increlora.convert import convert_lora  # noqa: E402
 from .methods.lora_mini import LoraMiniConfig  # noqa: E402
+from .methods.melora import MeLoraConfig  # noqa: E402
+from .methods.mora import MoraConfig  # noqa: E402
 from .methods.sora import SoraConfig  # noqa: E402
 from .reports.plots import plot_growth, plot_ranks, plot_scores  # noqa: E402
 from .reports.tables import module_table, rank_table  # noqa: E402
@@ -40,6 +42,8 @@ __all__ = [
     "IncreLoraConfig",
     "IncreLoraModel",
     "LoraMiniConfig",
+    "MeLoraConfig",
+    "MoraConfig",
     "RankScheduler",
     "Resize",
     "SoraConfig",

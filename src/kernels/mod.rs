@@ -3,6 +3,7 @@
 pub mod blend;
 pub mod cuda;
 pub mod dropout;
+pub mod groups;
 pub mod orthonormal;
 pub mod philox;
 pub mod plain;

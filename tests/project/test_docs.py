@@ -27,7 +27,7 @@ def test_the_guarantees_name_tests_of_every_chapter():
     assert len(NAMED) > 50
 
 
-PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")))
 LINKS = [
     (path, target)
     for path in PAGES

@@ -52,7 +52,7 @@ def blocks_of(path):
     return found
 
 
-PAGES = {path.name: blocks_of(path) for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+PAGES = {path.name: blocks_of(path) for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
 PAGES_WITH_CODE = [name for name, blocks in PAGES.items() if blocks]
 DIFFS = [block for blocks in PAGES.values() for block in blocks if block.language == "diff"]
 

@@ -1,5 +1,6 @@
 """The site builds without a warning, and its pages need nothing from elsewhere."""
 
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import increlora_rs
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(path.stem for path in (ROOT / "docs").glob("*.md"))
+PAGES = sorted(str(path.relative_to(ROOT / "docs").with_suffix("")) for path in (ROOT / "docs").rglob("*.md"))
 # Attributes through which a page loads something when it is opened.
 LOADING = {"script": "src", "link": "href", "img": "src", "iframe": "src", "source": "src"}
 
@@ -62,7 +63,8 @@ def test_every_link_within_the_site_leads_somewhere(site, name):
         if re.match(r"https?:|mailto:", link):
             continue
         page, _, anchor = link.partition("#")
-        target = site.get(Path(page).stem if page not in ("", ".") else name)
+        beside = Path(name).parent / page
+        target = site.get(name if page in ("", ".") else os.path.normpath(beside.with_suffix("")))
         if target is None or (anchor and anchor not in target.ids):
             wrong.append(link)
     assert wrong == []

@@ -7,8 +7,9 @@ first weights, alpha, dropout, schedule and number of steps are the same for all
 set, it is measured once after each training and never chosen by.
 
 The rank is the same for all, the parameters need not be: LoRA-Mini, whose point is to train fewer, keeps its
-own sizes (``lora_mini:lora_a=64,lora_b=64`` sets others); SoRA begins with the rank and closes gates. Tables
-have the parameters that each method trains, and those that are left.
+own sizes (``lora_mini:lora_a=64,lora_b=64`` sets others); SoRA begins with the rank and closes gates; MELoRA
+trains as many in an update of a higher rank, MoRA the square nearest to them. Tables have the parameters that
+each method trains, and those that are left.
 
 A run is one line of JSON, written when the run is over; a killed comparison goes on after the last one.
 """
