@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .blocks import PAIRS
 from .depth import DENSE, LORTA, PRILORA
 from .layer import NOT_SLOWER
 from .memory import adapters_bytes
@@ -28,6 +29,8 @@ _ADALORA = {"float32": 0.70, "bfloat16": 0.45}
 _MODULES, _STEP_MS, _GROWTH_MS = 500, 2.0, 50.0
 # LoRTA over itself with every update built; it and PRILoRA over PEFT LoRA of the same ranks.
 _DENSE, _SAME_RANKS = 0.6, 1.1
+# What MELoRA and MoRA add to the frozen layers over what they do as published, and all over PEFT LoRA's.
+_AS_PUBLISHED, _OVER_LORA = {"MELoRA": 0.5, "MoRA": 0.7}, 1.1
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ def bars(figures: Mapping[str, Any]) -> list[Bar]:
         found.append(_never_slower(figures["layer"]))
     if "depth" in figures:
         found += _depth(figures["depth"])
+    if "blocks" in figures:
+        found += _blocks(figures["blocks"])
     return found
 
 
@@ -83,6 +88,16 @@ def _depth(figures: Mapping[str, Any]) -> Iterator[Bar]:
         where = f"{record['precision']}, dropout {record['dropout']:g}"
         value = ratio(record["ms"], PRILORA, LORA)
         yield Bar(f"PRILoRA's step over PEFT LoRA's, {where}", value, _SAME_RANKS)
+
+
+def _blocks(records: list[dict[str, Any]]) -> Iterator[Bar]:
+    for record in records:
+        samples, where = record["ms"], f"{record['precision']}, dropout {record['dropout']:g}"
+        for ours, published in PAIRS.items():
+            value = overhead(samples, ours) / overhead(samples, published)
+            limit = next(limit for method, limit in _AS_PUBLISHED.items() if ours.startswith(method))
+            yield Bar(f"overhead of {ours} over {published}, {where}", value, limit)
+            yield Bar(f"layers with {ours} over PEFT LoRA's, {where}", ratio(samples, ours, LORA), _OVER_LORA)
 
 
 def _overheads(passes: list[dict[str, Any]]) -> Iterator[Bar]:

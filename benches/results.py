@@ -8,6 +8,7 @@ from typing import Any
 
 from . import charts, floor
 from .bars import bars, whole_step
+from .blocks import PAIRS
 from .depth import DENSE, LORTA, PRILORA
 from .floor import ELEMENT, Rates
 from .memory import adapters_bytes
@@ -37,6 +38,8 @@ def tables(figures: Figures) -> list[Table]:
         found.append(_layer(figures))
     if "depth" in figures:
         found += _depth(figures["depth"])
+    if "blocks" in figures:
+        found.append(_blocks(figures["blocks"]))
     return [table for table in found if table.rows]
 
 
@@ -248,6 +251,28 @@ def _depth(figures: Figures) -> list[Table]:
                 *(ratio(samples, *pair) for pair in pairs),
             )
     return [of_passes, of_steps]
+
+
+def _blocks(records: list[dict[str, Any]]) -> Table:
+    table = Table(
+        "Linear layers of a block with MELoRA and MoRA",
+        ["precision", "dropout", "method", "ms", "added / LoRA's", "added / as published", "layers / LoRA's"],
+        "Forward and backward; what is added is beyond the frozen layers. LoRA has as many parameters.",
+    )
+    for record in records:
+        samples = record["ms"]
+        for name in (FROZEN, LORA, *PAIRS):
+            added = [name, *([LORA] if name != FROZEN else []), *([PAIRS[name]] if name in PAIRS else [])]
+            ratios = [overhead(samples, name) / overhead(samples, other) for other in added[1:]]
+            table.add(
+                record["precision"],
+                f"{record['dropout']:g}",
+                name,
+                _with_spread(samples[name]),
+                *[*ratios, *["-"] * (2 - len(ratios))],
+                ratio(samples, name, LORA),
+            )
+    return table
 
 
 def _layer(figures: Figures) -> Table:

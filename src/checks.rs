@@ -70,6 +70,16 @@ pub fn matrix(name: &str, tensor: &Tensor) -> Result<(i64, i64)> {
     }
 }
 
+/// Fails unless `tensor` has three dimensions; gives them.
+pub fn stack(name: &str, tensor: &Tensor) -> Result<(i64, i64, i64)> {
+    match tensor.size()[..] {
+        [count, rows, columns] => Ok((count, rows, columns)),
+        ref other => Err(Error::Value(format!(
+            "{name} has shape {other:?}; it must be a stack of matrices, of three dimensions"
+        ))),
+    }
+}
+
 /// Fails unless `tensor` holds real floating-point numbers.
 pub fn float(name: &str, tensor: &Tensor) -> Result<()> {
     let found = match tensor.f_kind() {

@@ -97,7 +97,7 @@ def _fit(
     warm = max(1, round(warmup * bed.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, warm, bed.steps))
     scheduler = None
-    if isinstance(prepared.config, MethodConfig) and prepared.config.method.policy is not None:
+    if isinstance(prepared.config, MethodConfig) and prepared.config.policy is not None:
         scheduler = attach(
             model, optimizer, total_steps=bed.steps, lr_warmup_steps=warm, policy=prepared.policy
         )

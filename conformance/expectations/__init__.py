@@ -1,6 +1,6 @@
 """Which of PEFT's tests are not run, which must fail, which skips are right, and why: a file a method."""
 
-from . import adalora_rs, increlora, lora_mini, lorta, prilora, sora
+from . import adalora_rs, increlora, lora_mini, lorta, melora, mora, prilora, sora
 from .shared import Expectations
 
 _BY_NAME = {
@@ -8,6 +8,8 @@ _BY_NAME = {
     "increlora": increlora.EXPECTATIONS,
     "lora_mini": lora_mini.EXPECTATIONS,
     "lorta": lorta.EXPECTATIONS,
+    "melora": melora.EXPECTATIONS,
+    "mora": mora.EXPECTATIONS,
     "prilora": prilora.EXPECTATIONS,
     "sora": sora.EXPECTATIONS,
 }

@@ -17,6 +17,8 @@ from .methods.increlora.config import IncreLoraConfig  # noqa: E402
 from .methods.increlora.convert import convert_lora  # noqa: E402
 from .methods.lora_mini import LoraMiniConfig  # noqa: E402
 from .methods.lorta import LortaConfig  # noqa: E402
+from .methods.melora import MeLoraConfig  # noqa: E402
+from .methods.mora import MoraConfig  # noqa: E402
 from .methods.prilora import PriLoraConfig  # noqa: E402
 from .methods.sora import SoraConfig  # noqa: E402
 from .reports.plots import plot_growth, plot_ranks, plot_scores  # noqa: E402
@@ -45,6 +47,8 @@ __all__ = [
     "IncreLoraModel",
     "LoraMiniConfig",
     "LortaConfig",
+    "MeLoraConfig",
+    "MoraConfig",
     "PriLoraConfig",
     "RankScheduler",
     "Resize",

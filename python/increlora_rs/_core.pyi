@@ -27,6 +27,8 @@ __all__ = [
     "add_orthogonality_gradient_",
     "add_to_sketch_",
     "average_energy_",
+    "block_diagonal_backward",
+    "block_diagonal_forward",
     "choose_moves",
     "cuda_add_grad_x",
     "cuda_add_orthogonality_gradient_",
@@ -55,6 +57,8 @@ __all__ = [
     "shrink_gates_",
     "sketched_triples",
     "smooth_",
+    "square_backward",
+    "square_forward",
     "take_sketches_",
 ]
 
@@ -110,6 +114,109 @@ def linear_forward(
 
     Returns:
         y (..., out), and the two of :func:`adapter_forward`.
+    """
+
+def block_diagonal_forward(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    *,
+    y: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    p: float = 0.0,
+    seed: int = 0,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``y_i += scale * B_i (A_i drop(x)_i)`` for n equal slices of x and y (arXiv 2402.17263).
+
+    Args:
+        x: (tokens, in) with ``y``, (..., in) with ``weight``; its dtype is the one of the matrix products.
+        a: (n, r, in / n). b: (n, out / n, r). Of one dtype.
+        y: (tokens, out), contiguous, overwritten; or
+        weight: (out, in), bias: (out), both of the dtype of x: y is then what the layer gives.
+        p, seed: As in :func:`adapter_forward`.
+
+    Returns:
+        y, ``A_i drop(x)_i`` (n, tokens, r) in the dtype of x, and the mask where it has to be kept.
+    """
+
+def block_diagonal_backward(
+    gy: Tensor,
+    x: Tensor,
+    t: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    *,
+    mask: Tensor | None = None,
+    p: float = 0.0,
+    seed: int = 0,
+    needs_x: bool = True,
+    weight: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients for x (None unless ``needs_x``), A and B from ``gy`` (tokens, out), with x (tokens, in) and
+    the t of :func:`block_diagonal_forward`. With ``weight`` (out, in) the gradient for x is the whole
+    layer's."""
+
+def square_forward(
+    x: Tensor,
+    m: Tensor,
+    form: int,
+    scale: float,
+    *,
+    out: int,
+    angles: tuple[Tensor, Tensor] | None = None,
+    fold: bool = True,
+    y: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    p: float = 0.0,
+    seed: int = 0,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``y += scale * decomp(M comp(drop(x)))`` (arXiv 2405.12130).
+
+    Args:
+        x, y, weight, bias, p, seed: As in :func:`block_diagonal_forward`.
+        m: M, (q, q).
+        form: The type, 1, 2, 3, 4 or 6; see :mod:`increlora_rs.ops.square`.
+        out: Features of y.
+        angles: Of type 6, cosines and sines of every block of inputs, (blocks, q / 2), of the dtype of M.
+        fold: Of type 6: do blocks of inputs beyond the outputs' go to the first ones again?
+
+    Returns:
+        y, ``comp(drop(x))`` (tokens, q) without the dropout's gain (None for type 6), and the mask where it
+        has to be kept.
+    """
+
+def square_backward(
+    gy: Tensor,
+    x: Tensor | None,
+    kept: Tensor | None,
+    m: Tensor,
+    form: int,
+    scale: float,
+    *,
+    features: int,
+    angles: tuple[Tensor, Tensor] | None = None,
+    fold: bool = True,
+    mask: Tensor | None = None,
+    p: float = 0.0,
+    seed: int = 0,
+    needs: tuple[bool, bool] = (True, True),
+    weight: Tensor | None = None,
+    stream: int = 0,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients for x and M from ``gy`` (tokens, out).
+
+    Args:
+        x: (tokens, in), for type 6. kept: What :func:`square_forward` gave, for the others.
+        features: in.
+        needs: Are those for M and for x wanted?
+        weight: (out, in): the gradient for x is the whole linear layer's.
     """
 
 def dropout_mask(elements: int, p: float, seed: int, offset: int = 0) -> Tensor:

@@ -2,12 +2,18 @@
 
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
+use tch::Tensor;
 
 use super::detached;
+use crate::checks;
+use crate::errors::{Error, Result};
 use crate::kernels::cuda;
 use crate::ops::base::Base;
 use crate::ops::dropout::{self, Dropout};
 use crate::ops::low_rank::{self, LowRank};
+
+mod block_diagonal;
+mod square;
 
 type Gradients = (Option<PyTensor>, PyTensor, PyTensor, PyTensor);
 
@@ -118,11 +124,48 @@ fn dropout_mask(
     detached(py, || dropout::mask(elements, p, seed, offset).map(PyTensor))
 }
 
+/// What an update is added to: a y that is there, or what the base layer makes of x.
+struct Onto {
+    y: Option<Tensor>,
+    weight: Option<Tensor>,
+    bias: Option<Tensor>,
+}
+
+impl Onto {
+    fn of(y: Option<PyTensor>, weight: Option<PyTensor>, bias: Option<PyTensor>) -> Self {
+        let [y, weight, bias] = [y, weight, bias].map(|tensor| tensor.map(|tensor| tensor.0));
+        Self { y, weight, bias }
+    }
+
+    /// y of `out` features with what `add` adds to it, given flat x and y.
+    fn add<T>(
+        self,
+        x: &Tensor,
+        out: i64,
+        add: impl FnOnce(&Tensor, &mut Tensor) -> Result<T>,
+    ) -> Result<(Tensor, T)> {
+        match (self.y, &self.weight) {
+            (Some(mut y), None) => {
+                let (tokens, _) = checks::matrix("x", x)?;
+                checks::shape("y", &y, &[tokens, out])?;
+                let kept = add(x, &mut y)?;
+                Ok((y, kept))
+            }
+            (None, Some(weight)) => {
+                Base { weight, bias: self.bias.as_ref() }.with_update(x, out, add)
+            }
+            _ => Err(Error::Value("give y or weight, one of the two".into())),
+        }
+    }
+}
+
 /// Adds everything to the module.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("RESERVE_E", low_rank::RESERVE_E)?;
     module.add_function(wrap_pyfunction!(adapter_forward, module)?)?;
     module.add_function(wrap_pyfunction!(adapter_backward, module)?)?;
     module.add_function(wrap_pyfunction!(linear_forward, module)?)?;
-    module.add_function(wrap_pyfunction!(dropout_mask, module)?)
+    module.add_function(wrap_pyfunction!(dropout_mask, module)?)?;
+    block_diagonal::register(module)?;
+    square::register(module)
 }

@@ -4,6 +4,7 @@ pub mod blend;
 pub mod cuda;
 pub mod dropout;
 pub mod energy;
+pub mod groups;
 pub mod orthonormal;
 pub mod philox;
 pub mod plain;

@@ -5,11 +5,14 @@
 
 mod tile;
 
+use tch::{Device, Kind, Tensor};
+
 use self::tile::{dots, expand, outer, Mask, Tile};
 use super::dropout::Stream;
-use super::plain::Out;
+use super::plain::{as_slice, as_slice_mut, Out};
 use super::pool;
-use super::simd::{on_best, store_at, Element, Kernel, Simd};
+use super::simd::{on_best, store_at, Bf16, Element, Kernel, Simd};
+use crate::errors::Result;
 
 /// Tokens worked on at once.
 const TILE: usize = 16;
@@ -197,6 +200,31 @@ pub fn dropped<E: Element>(
         let tokens = first + part.start..first + part.end;
         on_best(&Dropped { x, features, columns, stream, out, tokens, first });
     });
+}
+
+/// drop(x) of a whole contiguous `x` (tokens, features), float32 or bfloat16 on the CPU, without the dropout's gain.
+/// `None` for any other.
+pub fn drop_all(x: &Tensor, stream: &Stream) -> Result<Option<Tensor>> {
+    let [_, features] = x.size()[..] else { return Ok(None) };
+    if x.device() != Device::Cpu || !x.is_contiguous() {
+        return Ok(None);
+    }
+    let out = x.f_empty_like()?;
+    let columns = 0..features as usize;
+    // SAFETY of both: it was just made; nobody else has its memory.
+    match x.kind() {
+        _ if x.numel() == 0 => {}
+        Kind::Float => {
+            let to = unsafe { as_slice_mut::<f32>(&out) };
+            dropped(as_slice::<f32>(x), columns.end, 0, columns, stream, to);
+        }
+        Kind::BFloat16 => {
+            let to = unsafe { as_slice_mut::<Bf16>(&out) };
+            dropped(as_slice::<Bf16>(x), columns.end, 0, columns, stream, to);
+        }
+        _ => return Ok(None),
+    }
+    Ok(Some(out))
 }
 
 /// What [`backward`] gives: sums over the tokens, float32.

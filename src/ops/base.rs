@@ -35,6 +35,28 @@ impl Base<'_> {
         Ok(())
     }
 
+    /// The whole layer, x (..., in) to y (..., out) of `out` features, to which `add` adds an update: it is
+    /// given flat x, contiguous, and flat y.
+    pub fn with_update<T>(
+        &self,
+        x: &Tensor,
+        out: i64,
+        add: impl FnOnce(&Tensor, &mut Tensor) -> Result<T>,
+    ) -> Result<(Tensor, T)> {
+        checks::float("x", x)?;
+        let mut shape = x.size();
+        let features = shape.pop().unwrap_or_default();
+        shape.push(out);
+        let x = x.f_reshape([-1, features.max(1)])?.f_contiguous()?;
+        self.check(&x, out)?;
+        let y = Tensor::f_empty(&shape, (x.kind(), x.device()))?;
+        // A view of what is returned: autograd forbids to change a view made inside a function.
+        let mut flat = y.f_view([x.size()[0], out])?;
+        self.write(&x, &mut flat)?;
+        let kept = add(&x, &mut flat)?;
+        Ok((y, kept))
+    }
+
     /// `y += x W^T`: the bias is in y already.
     pub fn add_product(&self, x: &Tensor, y: &mut Tensor) -> Result<()> {
         let _ = y.f_addmm_(x, &self.weight.f_tr()?)?;

@@ -6,6 +6,7 @@ use crate::checks;
 use crate::errors::{Error, Result};
 use crate::kernels::cuda;
 use crate::kernels::dropout::{self, Stream};
+use crate::kernels::tokens;
 
 /// The dropout of one call. The mask is a function of `seed`: the CPU draws it anew where it is needed,
 /// the kernels of a CUDA device keep it, a bit an element. Where there are no such kernels it comes from
@@ -42,7 +43,9 @@ impl Dropout {
 
     /// Draws what has to be kept until the backward pass, if it is not there yet.
     pub(super) fn prepare(&mut self, x: &Tensor) -> Result<()> {
-        if self.mask.is_none() && !self.packed {
+        if self.mask.is_none() && self.packed {
+            self.mask = cuda::draw_mask(x, &self.stream, self.queue)?;
+        } else if self.mask.is_none() {
             let mut mask = Tensor::f_empty(x.size(), (Kind::Uint8, x.device()))?;
             let _ = mask.f_bernoulli_float_(self.keep)?;
             self.mask = Some(mask);
@@ -72,6 +75,9 @@ impl Dropout {
     /// Zeroes what is dropped. The division by `keep` is left to the caller, who folds it into a
     /// smaller factor.
     pub(super) fn zero_(&self, values: &mut Tensor, mask: &Tensor) -> Result<()> {
+        if let Some(zeroed) = cuda::apply_mask(values, mask, self.queue)? {
+            return Ok(values.f_copy_(&zeroed)?);
+        }
         if self.packed {
             return dropout::zero_(values, mask);
         }
@@ -88,6 +94,33 @@ impl Dropout {
             return dropout::applied(x, mask);
         }
         Ok(x.f_mul(mask)?.f_contiguous()?)
+    }
+
+    /// `drop(x)` without the gain, in a forward pass, which draws the mask.
+    pub(super) fn drop(dropout: Option<&mut Self>, x: &Tensor) -> Result<Tensor> {
+        let Some(dropout) = dropout else { return Ok(x.shallow_clone()) };
+        dropout.prepare(x)?;
+        Self::drop_again(Some(dropout), x)
+    }
+
+    /// The same in a backward pass.
+    pub(super) fn drop_again(dropout: Option<&Self>, x: &Tensor) -> Result<Tensor> {
+        let Some(dropout) = dropout else { return Ok(x.shallow_clone()) };
+        // Drawn on the way, in one pass, where it is drawn by the CPU.
+        let drawn =
+            if dropout.mask.is_none() { tokens::drop_all(x, &dropout.stream)? } else { None };
+        match drawn {
+            Some(dropped) => Ok(dropped),
+            None => dropout.applied(x, &dropout.mask_for(x)?),
+        }
+    }
+
+    /// Zeroes of a gradient of x, contiguous, what was dropped.
+    pub(super) fn zero_gradient_(dropout: Option<&Self>, grad_x: &mut Tensor) -> Result<()> {
+        match dropout {
+            Some(dropout) => dropout.zero_(grad_x, &dropout.mask_for(grad_x)?),
+            None => Ok(()),
+        }
     }
 
     pub(super) fn gain(dropout: Option<&Self>) -> f64 {

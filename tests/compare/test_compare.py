@@ -363,8 +363,8 @@ def test_given_ranks_keep_the_scale_of_the_default_form():
 def test_all_methods_end_with_the_same_budget_and_parameters(command, results, capsys):
     assert main(command(methods=METHODS)) == 0
     runs = {run["config"]["method"]: run for run in results()}
-    # SoRA decides itself what it ends with.
-    assert set(runs) == set(METHODS.split(",")) == set(names()) - {"sora"}
+    # SoRA decides itself what it ends with, and the ranks of the other two are no LoRA's.
+    assert set(runs) == set(METHODS.split(",")) == set(names()) - {"sora", "melora", "mora"}
     modules = 6
     for name, run in runs.items():
         assert run["status"] == "done", name
@@ -396,6 +396,18 @@ def test_methods_that_allocate_have_budgets_below_one_component_a_module(command
     half, one = results()
     assert (half["config"]["r"], half["budget"], half["total_rank"]) == (0.5, 3.0, 3)
     assert (one["config"]["r"], one["budget"], one["total_rank"]) == (1, 6, 6)
+
+
+@pytest.mark.slow
+def test_the_table_has_the_parameters_and_ranks_of_melora_and_mora(command, results):
+    assert main(command(methods="lora,melora,mora,mora:mora_type=6")) == 0
+    lora, slices, *squares = results()
+    assert [run["config"]["method"] for run in squares] == ["mora", "mora:mora_type=6"]
+    assert slices["parameters"]["adapter"] == lora["parameters"]["adapter"]
+    assert slices["total_rank"] == 2 * lora["total_rank"]
+    # sqrt(2 (32 + 32)) is 11.3.
+    assert [run["parameters"]["adapter"] for run in squares] == [6 * 11**2, 6 * 10**2]
+    assert [run["total_rank"] for run in squares] == [6 * 11, 6 * 10]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 The formulas are the papers', with dW built, and never call the code under test.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,25 @@ def _of_module(tensors: dict[str, Any], name: str) -> dict[str, Any]:
     }
 
 
+def _blocks(p: Mapping[str, Tensor]) -> Tensor:
+    """blockdiag(B_i A_i)."""
+    return torch.block_diag(*(b @ a for a, b in zip(p["lora_A"], p["lora_B"], strict=True)))
+
+
+def _side(rank: int, out: int, features: int) -> int:
+    """The nearest square to the numbers of a LoRA."""
+    return math.floor(math.sqrt((out + features) * rank) + 0.5)
+
+
+def _square(p: Mapping[str, Tensor], out: int, features: int) -> Tensor:
+    """D M C: sums of the inputs i mod q, the first ones once more until a round is full; outputs o mod q."""
+    m = p["lora_A"]
+    side, c = len(m), m.new_zeros(len(m), features)
+    for i in range(-(-features // side) * side):
+        c[i % side, i % features] += 1
+    return torch.stack([(m @ c)[o % side] for o in range(out)])
+
+
 @dataclass(frozen=True)
 class Case:
     """One method.
@@ -57,7 +77,7 @@ class Case:
     Args:
         settings: Of its configuration. Every module starts at rank 2, modules called "value" at 3.
         tensors: What the update is made of, as the layers have them.
-        dense: Of those tensors, the update (out, in) without its scale.
+        dense: Of those tensors, the update (out, in) without its scale; where ``sized``, of out and in, too.
         scale: Of lora_alpha and the module's rank at the start, what it is multiplied by.
         count: Of rank, out and in of a linear layer, the numbers that it trains.
         kinds: What it adapts.
@@ -78,7 +98,7 @@ class Case:
 
     settings: Mapping[str, Any]
     tensors: tuple[str, ...]
-    dense: Callable[[Mapping[str, Tensor]], Tensor]
+    dense: Callable[..., Tensor]
     scale: Callable[[float, int], float]
     count: Callable[[int, int, int], int]
     kinds: frozenset[str]
@@ -86,6 +106,7 @@ class Case:
     targets: Sequence[str] = tuple(TARGETS)
     of_all: int | None = None
     part: Callable[[dict[str, Any], str], dict[str, Any]] = lambda tensors, name: tensors
+    sized: bool = False
     size: Callable[[int], int] = lambda number: number
     start: Callable[[int, int, int], int] = lambda asked, out, features: asked
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -254,6 +275,50 @@ CASES = {
             ({"rank_pattern": {"value": 0}}, "rank_pattern['value']=0"),
         ),
     ),
+    "melora": Case(
+        settings={"r": 2, "n_slices": 2, **_RANKS},
+        tensors=("lora_A", "lora_B"),
+        dense=_blocks,
+        scale=lambda alpha, rank: alpha / rank,
+        count=lambda rank, out, features: rank * (out + features),
+        kinds=frozenset({"linear"}),
+        size=lambda number: number + number % 2,
+        start=lambda asked, out, features: 2 * asked,
+        acts=False,
+        rank=lambda tensors: tensors["lora_A"].shape[0] * tensors["lora_A"].shape[1],
+        bad=(
+            ({"n_slices": 0}, "n_slices=0"),
+            ({"n_slices": 2.0}, "n_slices=2.0"),
+            ({"r": [2, 4]}, "r=[2, 4]"),
+            ({"init_lora_weights": "gaussian"}, "init_lora_weights='gaussian'"),
+        ),
+    ),
+    "mora": Case(
+        # Of the scale, r is the configuration's, whatever a module's.
+        settings={"r": 2, "mora_type": 1, **_RANKS},
+        tensors=("lora_A",),
+        dense=_square,
+        scale=lambda alpha, rank: alpha / 2,
+        count=lambda rank, out, features: _side(rank, out, features) ** 2,
+        kinds=frozenset({"linear"}),
+        sized=True,
+        start=_side,
+        acts=False,
+        bad=(
+            ({"mora_type": 5}, "mora_type=5"),
+            ({"mora_type": "1"}, "mora_type='1'"),
+            ({"mora_type": True}, "mora_type=True"),
+            ({"fold_inputs": 1}, "fold_inputs=1"),
+            ({"remora_interval": 0}, "remora_interval=0"),
+            ({"remora_types": 3}, "remora_types=3"),
+            ({"remora_warmup": -1}, "remora_warmup=-1"),
+            ({"remora_interval": 5, "mora_type": 6}, "mora_type=6"),
+            ({"remora_interval": 5, "mora_type": 4}, "mora_type=4"),
+            ({"init_lora_weights": "gaussian"}, "init_lora_weights='gaussian'"),
+            ({"module_sizes": 3}, "module_sizes=3"),
+            ({"module_sizes": {"query": [4]}}, "module_sizes['query']=[4]"),
+        ),
+    ),
 }
 
 EVERY = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
@@ -332,7 +397,8 @@ def dense(method, layer, name, adapter="default", alpha=ALPHA):
     """The update (out, in) of a module, float64, of the tensors it has now; gradients pass."""
     case = CASES[method.name]
     tensors = {key: tensor.double() for key, tensor in tensors_of(method, layer, adapter).items()}
-    return case.scale(alpha, asked_of(method, name)) * case.dense(case.part(tensors, name))
+    size = (layer.site.out, layer.site.features) if case.sized else ()
+    return case.scale(alpha, asked_of(method, name)) * case.dense(case.part(tensors, name), *size)
 
 
 def as_weight(delta, module):

@@ -8,7 +8,7 @@ from increlora_rs import IncreLoraConfig, attach
 from peft import get_peft_model
 from torch import nn
 
-from benches import depth, floor, literal, memory, results, sizes, step, timing
+from benches import blocks, depth, floor, literal, memory, results, sizes, step, timing
 from benches.__main__ import main
 from benches.bars import Bar, bars, whole_step
 from benches.methods import (
@@ -168,6 +168,40 @@ def test_lorta_with_updates_built_is_lorta():
         torch.testing.assert_close(found, other, rtol=1e-8, atol=1e-7)
 
 
+@pytest.mark.parametrize(("ours", "published"), blocks.PAIRS.items())
+def test_what_melora_and_mora_are_compared_with_computes_the_same(ours, published):
+    first, second = (
+        blocks.adapted(method, sizes.SMOKE, PRECISIONS["float32"], 0.0).double()
+        for method in (ours, published)
+    )
+    # Nothing is folded there.
+    first.down, second.down = nn.Identity(), nn.Identity()
+    for mine, theirs in zip(first.children(), second.children(), strict=True):
+        if isinstance(theirs, nn.Identity):
+            continue
+        mine.get_base_layer().load_state_dict(theirs.base.state_dict())
+        with torch.no_grad():
+            if ours.startswith("MoRA"):
+                mine.lora_A["default"].weight.copy_(theirs.m.weight)
+            else:
+                mine.lora_A["default"].weight.copy_(torch.stack([a.weight for a in theirs.a]))
+                mine.lora_B["default"].weight.copy_(torch.stack([b.weight for b in theirs.b]))
+    x = torch.randn(5, sizes.SMOKE.width, dtype=torch.float64)
+    # The literal angles are float32's.
+    torch.testing.assert_close(first(x), second(x), rtol=1e-6, atol=1e-6)
+
+
+def test_bars_of_melora_and_mora_are_computed_from_the_figures():
+    milliseconds = {FROZEN: 10.0, LORA: 20.0}
+    for k, (ours, published) in enumerate(blocks.PAIRS.items()):
+        milliseconds |= {ours: 14.0 + 4 * k, published: 20.0 + k}
+    record = {"precision": "float32", "dropout": 0.1, "ms": {k: [v] for k, v in milliseconds.items()}}
+    found = bars({"blocks": [record]})
+    assert [bar.value for bar in found] == pytest.approx([0.4, 0.7, 8 / 11, 0.9, 1.0, 1.1, 16 / 13, 1.3])
+    assert [bar.limit for bar in found] == [0.5, 1.1, 0.5, 1.1, 0.7, 1.1, 0.7, 1.1]
+    assert [bar.passed for bar in found] == [True, True, False, True, False, True, False, False]
+
+
 def test_saved_bytes_count_a_storage_once_and_no_parameter():
     weight = nn.Parameter(torch.randn(4, 4))
     x = torch.randn(3, 4)
@@ -313,7 +347,8 @@ def smoke(tmp_path_factory):
 
 def test_a_run_gives_every_section_and_its_report(smoke):
     figures = json.loads((smoke / "results.json").read_text())
-    assert {"machine", "floor", "step", "layer", "memory", "scheduler", "depth", "others"} <= set(figures)
+    sections = {"machine", "floor", "step", "layer", "memory", "scheduler", "blocks", "depth", "others"}
+    assert sections <= set(figures)
     report = (smoke / "RESULTS.md").read_text()
     titles = ("Bars", "Whole training step", "Scheduler", "Adapted layer", "Saved for the backward")
     for title in (*titles, "Projections of attention"):

@@ -131,7 +131,7 @@ def own_options(config: PeftConfig) -> dict[str, Any]:
 
 
 def _changes_in_training(config: PeftConfig) -> bool:
-    return isinstance(config, MethodConfig) and config.method.policy is not None
+    return isinstance(config, MethodConfig) and config.policy is not None
 
 
 def _has_e(config: PeftConfig) -> bool:

@@ -148,6 +148,24 @@ class MethodConfig(LoraConfig):
             ValueError, TypeError: an argument is wrong; the message names it, the value and the way out.
         """
 
+    @property
+    def policy(self) -> Any:
+        """What changes between backward pass and optimizer while it trains; None: nothing."""
+        return self.method.policy
+
+    @property
+    def exports(self) -> bool:
+        """Is there a plain LoRA that does the same?"""
+        return True
+
+    def check_alpha(self) -> None:
+        """Checks ``lora_alpha``.
+
+        Raises:
+            ValueError, TypeError: it is no number above 0.
+        """
+        arguments.number("lora_alpha", self.lora_alpha, above=0.0)
+
     def check_r(self) -> None:
         """Checks ``r``, which is a rank unless the method says otherwise.
 
@@ -235,6 +253,10 @@ class MethodConfig(LoraConfig):
         out, features = self.method.structure.sizes(parameters, self, module)
         return Site(module, self.kind_of(module), out, features)
 
+    def note_loaded(self, kept: Mapping[str, Tensor]) -> None:
+        """Takes down what it repeats of the tensors that the structure keeps, which are being loaded into a
+        module."""
+
     def budget(self, sizes: Sequence[tuple[int, int]], ranks: Iterable[int]) -> Budget:
         """What the ranks of modules of the sizes (out, in) may take; what they do where no budget is set."""
         return Budget(sum(ranks), [1] * len(sizes), "rank")
@@ -285,7 +307,7 @@ class MethodConfig(LoraConfig):
 
     def _check_shared(self) -> None:
         self.check_r()
-        arguments.number("lora_alpha", self.lora_alpha, above=0.0)
+        self.check_alpha()
         arguments.number("lora_dropout", self.lora_dropout, at_least=0.0, below=1.0)
         for key, rank in arguments.pattern("rank_pattern", self.rank_pattern):
             arguments.integer(f"rank_pattern[{key!r}]", rank, at_least=self.method.structure.least_rank)

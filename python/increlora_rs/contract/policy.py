@@ -177,6 +177,8 @@ class Policy:
     # What the ranks may take in all, and a component of each module of it; None: there is no budget; 1 each.
     budget: int | None = None
     costs: list[int] | None = None
+    # Is an average of the parameters over steps (EMA, SWA) one of updates? Not where they begin anew.
+    averages: bool = True
 
     def __init__(self, modules: Sequence[AdaptedModule], config: Any, plan: Plan) -> None:
         self.modules, self.config, self.plan = modules, config, plan

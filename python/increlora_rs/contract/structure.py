@@ -41,11 +41,15 @@ class Structure(ABC):
     silencing: ClassVar[frozenset[str]] = frozenset()
     #: Are they one set for all modules of an adapter: drawn for the first, and saved under its name alone?
     shared: ClassVar[bool] = False
+    #: What is saved beside the parameters and changed by the policy alone, under configurations for which
+    #: :meth:`keeps`; named as they are.
+    kept_names: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def shapes(self, site: Site, rank: int, config: Any) -> dict[str, tuple[int, ...]]:
         """The shapes of the parameters of a module of rank ``rank``, in the order of the checks; each of two
-        dimensions or more, for what has fewer is taken for a part that another process has the rest of."""
+        dimensions or more, for what has fewer is taken for a part that another process has the rest of. With
+        those of :meth:`kept`, where there are any."""
 
     @abstractmethod
     def draw(
@@ -64,7 +68,7 @@ class Structure(ABC):
         """The update in one forward pass, or in a saved adapter.
 
         Args:
-            parameters: Those of ``names`` and of :meth:`frozen`.
+            parameters: Those of ``names``, of :meth:`kept` and of :meth:`frozen`.
             scale: What it is multiplied by: a number, or in a compiled graph float64 (1).
             training: Is it a forward pass in training?
         """
@@ -108,6 +112,18 @@ class Structure(ABC):
             ValueError: they are not those of the configuration's modules.
         """
         return found
+
+    def keeps(self, config: Any) -> bool:
+        """Are there tensors of ``kept_names``?"""
+        return False
+
+    def kept(self, site: Site, rank: int, config: Any) -> dict[str, Tensor]:
+        """First values of ``kept_names``, where :meth:`keeps`; on torch's default device."""
+        return {}
+
+    def saved_names(self, config: Any) -> tuple[str, ...]:
+        """What an adapter's file has of every module: ``names``, and ``kept_names`` where there are any."""
+        return (*self.names, *self.kept_names) if self.keeps(config) else self.names
 
     def of_low_rank(self, a: Tensor, b: Tensor, e: Tensor) -> dict[str, Tensor] | None:
         """Parameters whose update, at scale 1, is ``B diag(E) A``; None: there are none in general."""

@@ -22,7 +22,7 @@ from ..resizing.parameter import resize
 from ..support.sites import Site
 from ..support.warning import warn
 from .call import drops_plainly, is_plain_call
-from .factor import Constant, Factor
+from .factor import Constant, Factor, Kept
 from .offload import hook_of, onloaded
 from .reentrant import in_pass
 from .requantised import Former
@@ -135,12 +135,10 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         self.lora_dropout[adapter_name] = dropout
         for factor, held in self._held(r, config, {} if shared is None else shared).items():
             getattr(self, factor)[adapter_name] = held
-        for constant, value in self.structure.frozen(self.site, config).items():
-            if constant not in self.other_param_names:
-                setattr(self, constant, nn.ModuleDict({}))
-                self.other_param_names = (*self.other_param_names, constant)
-                self._tensor_names = (*self._tensor_names, constant)
-            getattr(self, constant)[adapter_name] = Constant(value)
+        for name, value in self.structure.kept(self.site, r, config).items():
+            self._beside(name)[adapter_name] = Kept(value)
+        for name, value in self.structure.frozen(self.site, config).items():
+            self._beside(name)[adapter_name] = Constant(value)
         self.scaling.configure(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -154,6 +152,15 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         held = {name: Factor(tensor) for name, tensor in self.structure.draw(self.site, r, config).items()}
         if self.structure.shared:
             shared.update(held)
+        return held
+
+    def _beside(self, name: str) -> nn.ModuleDict:
+        """What holds, by adapter, the tensors of this name, which are not trained."""
+        if name not in self.other_param_names:
+            setattr(self, name, nn.ModuleDict({}))
+            self.other_param_names = (*self.other_param_names, name)
+            self._tensor_names = (*self._tensor_names, name)
+        held: nn.ModuleDict = getattr(self, name)
         return held
 
     def _move_adapter_to_device_of_base_layer(
@@ -216,7 +223,12 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
     def tensors(self, adapter_name: str) -> dict[str, Tensor]:
         """The parameters by their names, and what belongs to them without being trained."""
         held: Any = self._modules
-        return {name: held[name][adapter_name].weight for name in self._tensor_names}
+        return {
+            name: held[name][adapter_name].weight
+            for name in self._tensor_names
+            # Of what is kept or frozen, another adapter may have none.
+            if adapter_name in held[name]
+        }
 
     def update(self, adapter_name: str) -> Update:
         """The update outside of training."""
@@ -254,6 +266,9 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
             shapes = {factor: tuple(t.shape) for factor, t in found.items() if t is not None}
             if len(shapes) == len(keys) and self.structure.may_take(self.site, shapes, self.configs[name]):
                 self.take_sizes(name, shapes)
+            kept = {of: state_dict.get(f"{prefix}{of}.{name}.weight") for of in self.structure.kept_names}
+            if kept and all(tensor is not None for tensor in kept.values()):
+                self.configs[name].note_loaded(kept)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def get_delta_weight(self, adapter: str) -> Tensor:

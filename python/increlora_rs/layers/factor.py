@@ -31,6 +31,19 @@ class Constant(nn.Module):
         return self
 
 
+class Kept(nn.Module):
+    """What belongs to an update, is saved with it and not trained, as ``weight``: the policy changes it.
+
+    Args:
+        weight: The first values.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        # A parameter, for what loads adapters knows those best; no buffer, as above.
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+
 class Factor(nn.Module):
     """A matrix that is trained, as ``weight``; it has no forward pass of its own.
 

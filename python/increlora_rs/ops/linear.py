@@ -173,7 +173,8 @@ def _fits(x: Tensor, frozen: Tensor) -> bool:
     return not frozen.requires_grad and (frozen.dtype == x.dtype or compute_dtype(frozen) == compute_dtype(x))
 
 
-def _new_seed(dropout: float) -> int:
+def new_seed(dropout: float) -> int:
+    """The seed of a dropout mask; 0 where nothing is dropped."""
     # From torch's generator, so that manual_seed and a checkpoint's replay hold.
     return int(torch.randint(2**63 - 1, ())) if dropout > 0.0 else 0
 
@@ -200,7 +201,7 @@ class _AddLowRank(torch.autograd.Function):
             result = y
         else:
             result = y.clone(memory_format=torch.contiguous_format)
-        ctx.seed = _new_seed(dropout)
+        ctx.seed = new_seed(dropout)
         with without_autocast(x.device.type):
             t, mask = _core.adapter_forward(
                 result.view(-1, y.shape[-1]), flat, a, b, e, scale, dropout, ctx.seed, stream(x.device)
@@ -231,7 +232,7 @@ class _LowRankLinear(torch.autograd.Function):
         slot: int,
     ) -> Tensor:
         ctx.dtype = x.dtype
-        ctx.seed = _new_seed(dropout)
+        ctx.seed = new_seed(dropout)
         with without_autocast(x.device.type):
             y, t, mask = _core.linear_forward(
                 x, weight, bias, a, b, e, scale, dropout, ctx.seed, stream(x.device)

@@ -26,11 +26,8 @@ def observed(
     Raises:
         NotImplementedError: there is a gauge, and nothing to show it.
     """
-    if show is None and probe is not None and probe.gauge is not None:
-        raise NotImplementedError(
-            f"the policy of {probe.title} has a gauge, and its update shows no gradient; take a policy "
-            "without, or give observed() a function that shows it."
-        )
+    if show is None:
+        refuse_gauge(probe)
     if show is None and torch.compiler.is_compiling():
         return update
     # Nobody trains by a scheduler what is no number yet, or what a transform makes of it.
@@ -38,6 +35,15 @@ def observed(
         return update
     result: Tensor = _Observed.apply(update, show, probe, slot, *tensors)
     return result
+
+
+def refuse_gauge(probe: Probe | None) -> None:
+    """Raises NotImplementedError where there is a gauge, for an update that shows it nothing."""
+    if probe is not None and probe.gauge is not None:
+        raise NotImplementedError(
+            f"the policy of {probe.title} has a gauge, and its update shows no gradient; take a policy "
+            "without, or give observed() a function that shows it."
+        )
 
 
 class _Observed(Function):

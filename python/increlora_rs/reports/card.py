@@ -58,6 +58,15 @@ def _adapter(model: Any, name: str) -> list[str]:
         f'model = PeftModel.from_pretrained(base_model, "{folder}")',
         "```",
         "",
+        *(_export(folder) if config.exports else _NO_EXPORT),
+        "",
+        *_ranks(ranks, config.budget(sizes, ranks.values()).total),
+        "",
+    ]
+
+
+def _export(folder: str) -> list[str]:
+    return [
         "Export it, exactly, as a plain LoRA for whatever loads LoRA:",
         "",
         "```python",
@@ -65,10 +74,13 @@ def _adapter(model: Any, name: str) -> list[str]:
         "```",
         "",
         f"In a shell the same is `increlora-rs export {folder} lora`.",
-        "",
-        *_ranks(ranks, config.budget(sizes, ranks.values()).total),
-        "",
     ]
+
+
+_NO_EXPORT = [
+    "No plain LoRA does the same. For what knows no adapters of this type, merge it into the base model, by "
+    "`model.merge_and_unload()`."
+]
 
 
 def _ranks(ranks: dict[str, int], budget: int) -> list[str]:

@@ -283,7 +283,8 @@ def _of_directory(
 
 def _assemble(config: MethodConfig, tensors: dict[str, Tensor]) -> SavedAdapter:
     adapter, structure = SavedAdapter(config), config.method.structure
-    factor = re.compile(rf"^(?P<name>.+)\.(?P<factor>{'|'.join(structure.names)})(\.weight)?$")
+    names = structure.saved_names(config)
+    factor = re.compile(rf"^(?P<name>.+)\.(?P<factor>{'|'.join(names)})(\.weight)?$")
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = factor.match(key)
@@ -293,7 +294,7 @@ def _assemble(config: MethodConfig, tensors: dict[str, Tensor]) -> SavedAdapter:
             found.setdefault(short(match["name"]), {})[match["factor"]] = tensor
     found = structure.spread(found, config)
     for name in sorted(found, key=_natural):
-        parameters = dict(zip(structure.names, _factors(name, found[name], structure.names), strict=True))
+        parameters = dict(zip(names, _factors(name, found[name], names), strict=True))
         site = config.site_of(name, parameters)
         structure.check(name, parameters, site, config)
         scale = config.scale(config.alpha_of(name), int(structure.rank_of(parameters)))
@@ -304,9 +305,7 @@ def _assemble(config: MethodConfig, tensors: dict[str, Tensor]) -> SavedAdapter:
         )
         adapter.modules[name] = SavedModule(update, site, rank, next(iter(parameters.values())).dtype)
     if not adapter.modules:
-        raise ValueError(
-            f"model_or_adapter_dir: the adapter holds no module with {', '.join(structure.names)}."
-        )
+        raise ValueError(f"model_or_adapter_dir: the adapter holds no module with {', '.join(names)}.")
     return adapter
 
 

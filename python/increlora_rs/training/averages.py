@@ -48,12 +48,19 @@ def keep_average(
 
     Raises:
         ValueError: nothing in ``average`` belongs to the scheduler's adapter, or it has more rows or
-            other sizes; after a growth also, if it was loaded from elsewhere meanwhile.
+            other sizes; after a growth also, if it was loaded from elsewhere meanwhile. Or the method lets
+            parameters begin anew (ReMoRA).
         TypeError: ``scheduler`` is no RankScheduler, or ``average`` none of the above.
     """
     if not isinstance(scheduler, RankScheduler):
         raise TypeError(
             f"scheduler={scheduler!r} is no RankScheduler; give what increlora_rs.attach returned."
+        )
+    if not scheduler.policy.averages:
+        raise ValueError(
+            f"scheduler: {type(scheduler.policy).__name__} lets the adapter's parameters begin anew during "
+            "the training, so that their average over steps is that of no update; leave that out (MoRA: "
+            "remora_interval), or the average."
         )
     given = None if parameters is None else list(parameters)
     follower = _Follower(scheduler, average, given)

@@ -31,6 +31,16 @@ _OF_TENSORS = ("diffusers.training_utils", "torch_ema")
 # What some scheduler's averages are kept by, or were: layers of copies, and objects that hold tensors.
 _known: WeakSet[Any] = WeakSet()
 
+_GROWN = (
+    "averages this adapter but did not grow with it: its next update will fail, broadcast rows, or average "
+    "different components. Call increlora_rs.keep_average(scheduler, average) after attach, or use "
+    "IncreLoraCallback(averages=[average])"
+)
+BEGUN_ANEW = (
+    "averages this adapter, whose parameters have begun anew: what it has is the average of no update. Drop "
+    "it, or train without what lets them begin anew (MoRA: remora_interval)"
+)
+
 
 def note(average: Any, held: Sequence[Held]) -> None:
     """Notes that somebody looks after ``average``, of which ``held`` are the parts."""
@@ -55,9 +65,16 @@ class Bystanders:
         self._looked = False
         self._told: set[int] = set()
 
-    def warn(self, step: int, before: Sequence[tuple[int, ...]], changed: Sequence[AdaptedModule]) -> None:
-        """After a growth and all who were told of it. ``before``: rows of the modules' parameters before it;
-        ``changed``: the modules of which any came or went."""
+    def warn(
+        self,
+        step: int,
+        before: Sequence[tuple[int, ...]],
+        changed: Sequence[AdaptedModule],
+        told: str = _GROWN,
+    ) -> None:
+        """After a growth and all who were told of it, tells ``told`` of each average that it finds.
+        ``before``: rows of the modules' parameters before it; ``changed``: the modules of which any came or
+        went."""
         now, of_changed = [module.sizes for module in self._modules], set(map(id, changed))
         # An average of these has the right sizes, whether it followed or not.
         moved = {
@@ -73,12 +90,7 @@ class Bystanders:
         for average in _living():
             if id(average) not in self._told and self._lags(average, before, moved):
                 self._told.add(id(average))
-                warn(
-                    f"step {step}: {type(average).__name__} averages this adapter but did not grow with it: "
-                    "its next update will fail, broadcast rows, or average different components. Call "
-                    "increlora_rs.keep_average(scheduler, average) after attach, or use "
-                    "IncreLoraCallback(averages=[average])"
-                )
+                warn(f"step {step}: {type(average).__name__} {told}")
 
     def _new_copies(self) -> bool:
         """Was a copy of the model made since the last look that still lives?"""

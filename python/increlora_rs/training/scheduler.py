@@ -182,9 +182,7 @@ class RankScheduler:
         seed = shared_seed(torch.initial_seed(), device)
         plan = Plan(seed, total_steps, lr_warmup_steps, lr_schedule, optimizer, device)
         self.method = config.method.name
-        self.session = Session(
-            model, modules, policy or config.method.policy or Policy, plan, self.method, scaler
-        )
+        self.session = Session(model, modules, policy or config.policy or Policy, plan, self.method, scaler)
         ATTACHED[self] = self.session.probe
         self._loaded = model.register_load_state_dict_post_hook(_TakeSizes(self))
         self._attached = True

@@ -19,7 +19,7 @@ from ..support.history import GrowthHistory
 from ..support.warning import warn
 from . import checkpoint, step_kinds
 from .assigned import Assigned
-from .bystanders import Bystanders
+from .bystanders import BEGUN_ANEW, Bystanders
 from .distributed import average_
 from .events import Cause, SizeListeners
 from .hooks import Hooks
@@ -185,6 +185,8 @@ class Session:
             warn(event.warning)
         if event.resized:
             self._tell("growth")
+        elif not self.policy.averages:
+            self._bystanders.warn(self.step, self.listeners.known, self.modules, BEGUN_ANEW)
 
     def _take(self, event: Event) -> None:
         ranks, scores = self.policy.ranks(), event.scores.tolist()

@@ -89,8 +89,7 @@ class MethodModel(LoraModel):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         _check_no_lora(model)
-        method = peft_config.method
-        self._probe = Probe(method.title, method.policy is not None)
+        self._probe = Probe(peft_config.method.title, peft_config.policy is not None)
         self._shared: dict[str, Factor] = {}
         out = left_out(model, peft_config)
         _leave_out_routers(model, peft_config, out)
@@ -347,7 +346,8 @@ class MethodModel(LoraModel):
             rank = None if structure.growing or loose else layer.rank(adapter_name)
             structure.check(short(name), factors, site, config, rank)
             shapes.append((layer, {factor: tuple(tensor.shape) for factor, tensor in factors.items()}))
-        factor = re.compile(rf"\.({'|'.join(config.method.structure.names)})(\.|$)")
+        names = (*config.method.structure.names, *config.method.structure.kept_names)
+        factor = re.compile(rf"\.({'|'.join(names)})(\.|$)")
         extra = sorted(key for key in mapped if factor.search(key) and key not in expected)
         if extra:
             raise ValueError(
@@ -366,8 +366,9 @@ ignores_mismatched_sizes: ContextVar[bool] = ContextVar("ignores_mismatched_size
 
 
 def factor_keys(name: str, adapter_name: str, layer: AdaptedLayer) -> dict[str, str]:
-    """The keys of the parameters of module ``name`` in a model's ``state_dict``, by their names."""
-    return {factor: f"{name}.{factor}.{adapter_name}.weight" for factor in layer.structure.names}
+    """The keys of what is saved of module ``name`` in a model's ``state_dict``, by the tensors' names."""
+    saved = layer.structure.saved_names(layer.configs[adapter_name])
+    return {factor: f"{name}.{factor}.{adapter_name}.weight" for factor in saved}
 
 
 def _check_not_split(base: nn.Module, model: nn.Module, name: str) -> None:
