@@ -18,13 +18,18 @@ _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>'
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     """Links to files outside of docs become their paths: the site holds no copy of them."""
-    folder = Path(config["docs_dir"])
+    folder = Path(config["docs_dir"]).resolve()
+    here = (folder / page.file.src_path).parent
 
     def path_alone(match: re.Match[str]) -> str:
         if match["path"] is None:
             return match[0]
-        inside = match["path"].removeprefix("../")
-        if not (folder.parent / inside).exists():
+        target = (here / match["path"].partition("#")[0]).resolve()
+        if target.is_relative_to(folder):
+            # Of a page in a folder, another page: mkdocs checks it.
+            return match[0]
+        inside = str(target.relative_to(folder.parent))
+        if not target.exists():
             _log.warning("%s: there is no file %s in the repository", page.file.src_path, inside)
         text = match["text"].strip("`")
         return f"`{inside}`" if text == inside else f"{match['text']} (`{inside}`)"

@@ -206,7 +206,7 @@ def square_backward(
     mask: Tensor | None = None,
     p: float = 0.0,
     seed: int = 0,
-    needs: tuple[bool, bool] = (True, True),
+    needs: tuple[bool, bool] = ...,
     weight: Tensor | None = None,
     stream: int = 0,
 ) -> tuple[Tensor | None, Tensor | None]:
