@@ -41,12 +41,12 @@ class LoopedSlices(nn.Module):
         self.a = nn.ModuleList(nn.Linear(self.width, rank, bias=False, dtype=dtype) for _ in range(slices))
         self.b = nn.ModuleList(nn.Linear(rank, out, bias=False, dtype=dtype) for _ in range(slices))
         self.drops = nn.ModuleList(nn.Dropout(dropout) for _ in range(slices))
-        self.scale, self.dtype = alpha / rank, dtype
+        self.scale = alpha / rank
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
         result: Tensor = self.base(x)
-        adapted = x.to(self.dtype)
+        adapted = x.to(self.a[0].weight.dtype)
         parts = []
         for k, (a, b, drop) in enumerate(zip(self.a, self.b, self.drops, strict=True)):
             part = adapted[..., k * self.width : (k + 1) * self.width]
@@ -81,7 +81,7 @@ class LiteralSquare(nn.Module):
         self.base = base.requires_grad_(False)
         side = math.floor(math.sqrt((base.in_features + base.out_features) * rank) + 0.5)
         self.side = side - side % 2 if form == 6 else side
-        self.form, self.drop, self.dtype = form, nn.Dropout(dropout), dtype
+        self.form, self.drop = form, nn.Dropout(dropout)
         self.m = nn.Linear(self.side, self.side, bias=False, dtype=dtype)
         blocks = -(-base.in_features // self.side)
         places = torch.arange(0, self.side, 2) / self.side
@@ -93,7 +93,7 @@ class LiteralSquare(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
         result: Tensor = self.base(x)
-        x = self.drop(x.to(self.dtype))
+        x = self.drop(x.to(self.m.weight.dtype))
         missing = -x.shape[-1] % self.side
         if missing:
             x = torch.cat([x, x[..., :missing]], -1)

@@ -154,6 +154,7 @@ PRELUDES = {
     ("quickstart.md", 2): lambda make_bert, names: {"batches": batches(40)},
     ("from-lora.md", 0): trainer_names,
     ("from-adalora.md", 0): loop_names,
+    ("adalora.md", 0): trainer_names,
     ("averages.md", 0): average_names,
     ("averages.md", 1): lambda make_bert, names: (
         trainer_names(make_bert, names) | {"model": peft.get_peft_model(make_bert(), names["config"])}
