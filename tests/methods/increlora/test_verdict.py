@@ -112,3 +112,16 @@ def test_ranks_stay_where_what_came_is_not_worth_more(caplog):
     assert sorted(scheduler.ranks.values()) == [0] + [1] * 8 + [2]
     assert len({row["step"] for row in scheduler.history}) == 1
     assert sum("ranks stay where they are" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_where_nothing_does_anything_yet_nothing_is_worth_more():
+    model = get_peft_model(
+        Blocks(), IncreLoraConfig(r=1, importance="fluctuation", target_modules=r"parts\.\d+")
+    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    scheduler = attach(model, optimizer, total_steps=20)
+    for _ in range(20):
+        model(torch.randn(4, 10, WIDTH)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert set(scheduler.ranks.values()) == {1}

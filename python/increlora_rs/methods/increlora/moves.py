@@ -256,7 +256,9 @@ class Moves(Allocation):
     def _for_each_parameter(self, worth: _Vector) -> _Vector:
         """What components are worth for each parameter, over the mean of all."""
         costs = np.repeat(np.array(self._in_budget.costs, dtype=np.float64), self._ranks)
-        return worth / costs * (costs.sum() / max(worth.sum(), np.finfo(np.float64).tiny))
+        each = worth / costs
+        mean = worth.sum() / max(costs.sum(), 1.0)
+        return each / mean if mean > 0.0 else each
 
     def _carry(self, stay: list[list[int]], gained: list[int]) -> None:
         """What is known of the components that stay; of new ones nothing is."""
