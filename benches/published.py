@@ -46,7 +46,7 @@ class LoopedSlices(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
         result: Tensor = self.base(x)
-        adapted = x.to(self.a[0].weight.dtype)
+        adapted = x.to(next(self.a.parameters()).dtype)
         parts = []
         for k, (a, b, drop) in enumerate(zip(self.a, self.b, self.drops, strict=True)):
             part = adapted[..., k * self.width : (k + 1) * self.width]
