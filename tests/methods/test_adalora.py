@@ -137,11 +137,8 @@ def test_a_budget_of_all_that_is_there_masks_nothing(make_plain, ranks):
 
 
 @pytest.mark.parametrize("deltaT", [1, 7, 1000])
-@pytest.mark.parametrize("tfinal", [0, 1, 5])
-@pytest.mark.parametrize("steps", [1, 7, 31])
+@pytest.mark.parametrize(("steps", "tfinal"), [(1, 0), (7, 0), (7, 1), (7, 6), (31, 0), (31, 5)])
 def test_the_budget_is_met_whatever_the_schedule(make_plain, steps, tfinal, deltaT):
-    if tfinal >= steps:
-        pytest.skip("a training of so few steps has no such schedule, and is refused")
     model = adapted(make_plain, tinit=0, tfinal=tfinal, deltaT=deltaT)
     optimizer = adamw(model)
     scheduler = attach(model, optimizer, total_steps=steps)
@@ -509,13 +506,15 @@ def test_a_bad_argument_is_named(arguments, error, message):
         ({"tinit": 12, "tfinal": 8}, 20, r"tinit=12 and tfinal=8 leave none of the 20 steps.*lower one"),
         ({"tinit": 20}, 20, r"tinit=20"),
         ({"tfinal": 30}, 20, r"tfinal=30"),
-        ({"rank_pattern": {"lin": 1}}, 20, r"r=2: 2 modules .* 4 components, but begin with 2.*rank_pattern"),
+        (
+            {"rank_pattern": {"lin0": 1, "lin1": 1}},
+            20,
+            r"r=2: 2 modules .* 4 components, but begin with 2.*rank_pattern",
+        ),
         ({}, None, r"total_steps=None.*attach\(\.\.\., total_steps=\.\.\.\)"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused_before_the_first_step(make_plain, arguments, steps, message):
-    if "rank_pattern" in arguments:
-        arguments = {"rank_pattern": {"lin0": 1, "lin1": 1}}
     model = adapted(make_plain, **arguments)
     with pytest.raises(ValueError, match=message):
         attach(model, adamw(model), total_steps=steps)
