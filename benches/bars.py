@@ -145,7 +145,7 @@ def _hooks(records: list[dict[str, Any]]) -> Iterator[Bar]:
     for record in records:
         if record["modules"] != _MODULES:
             continue
-        took = {state: median(samples) for state, samples in record["hooks"].items()}
+        took = {state: median(samples) for state, samples in record["hooks"].items() if samples}
         growth = took.pop(GROWTH)
         worst = max(took, key=lambda state: took[state])
         where = f"{_MODULES} modules, {record['form']} form"

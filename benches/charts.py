@@ -128,6 +128,9 @@ def _scheduler(figures: Mapping[str, Any], path: Path) -> Path:
         plain = [median(record["plain"]) for record in mine]
         panel.plot(modules, plain, "k--", linewidth=1, label="optimizer.step() itself")
         for state in STATES:
+            if not all(record["hooks"][state] for record in mine):
+                # Ranks that move have no window in which an importance is armed.
+                continue
             values = [median(record["hooks"][state]) for record in mine]
             panel.plot(modules, values, "o-", color=_STATE_COLOURS[state], label=state, markersize=4)
         panel.set_xscale("log")

@@ -111,7 +111,7 @@ def _config(method: str, *, rank: int, dropout: float, targets: list[str], growi
             top_h=TOP_H,
             **common,
         )
-    return IncreLoraConfig(r=rank, init_r=rank, **common)
+    return IncreLoraConfig(r=rank, **common)
 
 
 class Projections(nn.Module):

@@ -62,7 +62,7 @@ def main() -> None:
             optimizer.zero_grad()
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(model).save_pretrained(options.out, is_main_process=accelerator.is_main_process)
-    accelerator.print(f"loss {loss.item():.3f}; total rank {growth.total_rank} of {growth.budget}")
+    accelerator.print(f"loss {loss.item():.3f}; parameters {growth.spent} of {growth.budget}")
     accelerator.end_training()
 
 

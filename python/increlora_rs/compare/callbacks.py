@@ -25,7 +25,7 @@ class AdaLoraCallback(TrainerCallback):
 
 
 class RandomGrowthCallback(IncreLoraCallback):
-    """IncreLoRA that grows modules drawn by lot: the control.
+    """IncreLoRA that grows modules drawn by lot: the control of ``importance="gradient"``.
 
     Args:
         seed: Of the lot, drawn anew at each growth.

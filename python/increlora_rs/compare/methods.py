@@ -248,13 +248,18 @@ def _adalora(setting: Setting, **options: Any) -> PeftConfig:
 _increlora = _ours(IncreLoraConfig)
 
 
+def _grown(setting: Setting, **options: Any) -> PeftConfig:
+    return _increlora(setting, **({"importance": "gradient"} | options))
+
+
 def _paper(setting: Setting, **options: Any) -> PeftConfig:
     values = {"task_type": TaskType.SEQ_CLS, "r": setting.r} | setting.shared
     return IncreLoraConfig.paper(**(values | options))
 
 
 def _increlora_given(setting: Setting, **options: Any) -> PeftConfig:
-    return _increlora(setting, **({"rank_pattern": rank_pattern(setting.given)} | options))
+    # At its budget from the start, ranks that grow stay as they are.
+    return _grown(setting, **({"rank_pattern": rank_pattern(setting.given)} | options))
 
 
 def _lora_given(setting: Setting, **options: Any) -> PeftConfig:
@@ -276,7 +281,7 @@ _FORMS: dict[str, Callable[..., PeftConfig]] = {
     "adalora": _adalora,
     **{method.name: _ours(method.config) for method in METHODS},
     "paper": _paper,
-    "increlora-random": _increlora,
+    "increlora-random": _grown,
     "increlora-given": _increlora_given,
     "lora-given": _lora_given,
 }

@@ -29,7 +29,7 @@ OWN_DEFAULTS = {
     "preserve_output": True,
     "importance_window": "auto",
     "importance_norm": "sqrt",
-    "importance": "gradient",
+    "importance": "fluctuation",
     "init_new": None,
     "budget_unit": None,
 }

@@ -24,19 +24,19 @@ class IncreLoraConfig(MethodConfig):
         r: The budget: the average rank of the adapted modules at the end of training, an integer of 1 or
             more or a fraction: 0.25 is one component for four modules; see ``budget_unit``. What a fraction
             makes is rounded, and never less than one component. Below 1 ranks that grow begin at 0.
-        init_r: Rank of every module at the start, from 0 to ``r``; None: 1, or 0 where ``r`` is below 1. With
-            ``importance="fluctuation"`` 1 or more, above ``r`` too; None: ``r``, its floor, at least 1, at
-            most min(in, out). ``rank_pattern`` sets it by module. A module of rank 0 is its base layer alone;
+        init_r: Rank of every module at the start, 1 or more, above ``r`` too; None: ``r``, its floor, at
+            least 1, at most min(in, out). Of ranks that grow from 0 to ``r``; None: 1, or 0 where ``r`` is
+            below 1. ``rank_pattern`` sets it by module. A module of rank 0 is its base layer alone;
             ``importance="gradient"`` tells what it would gain, so that with 0 a module has nothing until it
             is chosen. As long as no module has anything, the gradient is measured in every step, for a loss
             has no other; steps outside of the window do not count.
         max_r: Rank past which no module grows, at least ``r``; None: only min(in, out) of the module.
         total_step: Optimizer steps of the training; None: from the Trainer, or given to ``attach``.
-        tinit: Steps before the first growth; None: 10 % of the steps, at most half of ``growth_end``. With
-            ``importance="fluctuation"`` the first step at which ranks may move; None: 10 % of the steps.
-        deltaT: Steps between growth events; None: spread evenly until ``growth_end``.
-        growth_end: Share of the steps by which the budget is reached, above 0 and at most 1; None: 0.1. With
-            ``importance="fluctuation"`` the last at which ranks may move; None: 0.75. From a ``tinit`` at or
+        tinit: The first step at which ranks may move; None: 10 % of the steps. Where they grow, steps before
+            the first growth; None: 10 % of the steps, at most half of ``growth_end``.
+        deltaT: Steps between events; None: spread evenly until ``growth_end``.
+        growth_end: Share of the steps until which ranks may move, above 0 and at most 1; None: 0.75. Where
+            they grow, by which the budget is reached; None: 0.1. From a ``tinit`` at or
             after it on, growth takes as many steps as it would have taken. Where no multiple of a given
             ``deltaT`` lies before it, or a given ``top_h`` is too low for it, growth goes on after it, and a
             warning says until when; where both are given, they alone decide.
@@ -62,17 +62,17 @@ class IncreLoraConfig(MethodConfig):
             update does not shrink by it; False is the paper's behaviour. With "budget" no growth changes it.
         importance_window: Steps before each growth in which the importance is computed. "auto": as
             many as weigh 1e-3 or more in the smoothing; None: every step, as the paper does.
-        importance: What a module's importance is. "gradient": what a new component would gain, the largest
-            singular value of G outside the span of what the module has, G the gradient of its weight, from
-            a small sketch of G that the backward passes since the last growth add up, those of the window at
-            most. ``beta1`` and ``beta2`` then say nothing but how long the window "auto" is, and
+        importance: What ranks go by. "fluctuation": of each component, the mean square of ``E dL/dE`` about
+            its running mean. Ranks then do not grow but move: from the budget's rank everywhere to where
+            components do most (docs/method.md). ``top_h``, ``add_r``, ``beta1``, ``beta2``,
+            ``importance_norm``, ``importance_window`` and ``advance_learning=True`` do not apply, and raise.
+            With the others ranks grow, by a module's score. "gradient": what a new component would gain, the
+            largest singular value of G outside the span of what the module has, G the gradient of its weight,
+            from a small sketch of G that the backward passes since the last growth add up, those of the
+            window at most. ``beta1`` and ``beta2`` then say nothing but how long the window "auto" is, and
             ``importance_norm`` must be left at "sqrt": the value of one component does not depend on the
             module's size.
             "sensitivity": ``sum |dW * G|`` of what the module has (eq. 6 of the paper), 0 for one of rank 0.
-            "fluctuation": of each component, the mean square of ``E dL/dE`` about its running mean. Ranks
-            then do not grow but move: from the budget's rank everywhere to where components do most
-            (docs/method.md). ``top_h``, ``add_r``, ``beta1``, ``beta2``, ``importance_norm``,
-            ``importance_window`` and ``advance_learning=True`` do not apply, and raise.
         init_new: What a new component starts from: "random" numbers, or the leading singular vectors of the
             "gradient" that ``importance="gradient"`` chose by, as long as the random ones would be (B = 0
             stays 0). Not with components in reserve. None: "gradient" where that can be, else "random".
@@ -81,8 +81,8 @@ class IncreLoraConfig(MethodConfig):
         budget_unit: What the budget counts. "rank": components, ``r`` times the number of modules in all.
             "parameters": the numbers that components train, in + out + 1 each, ``r`` times their sum over the
             modules in all: what rank ``r`` everywhere would train. Modules are then chosen by their score for
-            each parameter, and growth ends when no component fits any more. None: "rank", for ranks that move
-            "parameters".
+            each parameter, and growth ends when no component fits any more. None: "parameters", for ranks
+            that grow "rank".
 
     The other arguments are LoraConfig's: ``target_modules``, ``lora_alpha``, ``lora_dropout``,
     ``bias``, ``use_rslora``, ``modules_to_save``, ``trainable_token_indices``, ``exclude_modules``,
@@ -140,7 +140,7 @@ class IncreLoraConfig(MethodConfig):
         default="sqrt", metadata={"help": "Divide the importance by sqrt(out in) or out in."}
     )
     importance: Literal["fluctuation", "sensitivity", "gradient"] = field(
-        default="gradient",
+        default="fluctuation",
         metadata={"help": "What ranks go by: how what a component does fluctuates, sum |dW * G|, or G."},
     )
     init_new: Literal["random", "gradient"] | None = field(
