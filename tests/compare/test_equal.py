@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,11 +59,11 @@ def sizes(model, targets, methods="all", r=2):
     }
 
 
-def trained(model, method, targets, size):
+def trained(model, method, targets, size, r):
     """What the method trains from the start, counted in a model."""
     base, task = model
     (parsed,) = parse_methods(method)
-    chosen = Setting(2, 100, 0, setting(targets).shared, sized=size.options)
+    chosen = replace(setting(targets, r), sized=size.options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = get_peft_model(base.classifier(task, 0), parsed.prepare(chosen).config)
@@ -106,7 +107,7 @@ def test_the_numbers_are_those_of_a_model(model, targets):
     found = sizes(model, targets, methods, r=3)
     for name, size in found.items():
         if not size.ends:
-            assert trained(model, name, targets, size) == size.numbers, name
+            assert trained(model, name, targets, size, r=3) == size.numbers, name
     assert found["lora"].numbers == found["lora"].of_lora
     # Those whose ranks end at a budget: LoRA's numbers, and an E for each component.
     modules = len(adapted_by(*model, targets).sites)

@@ -83,7 +83,7 @@ def _parameters(comparisons: list[Comparison], title: str) -> Any:
 
 def draw_costs(comparison: Comparison) -> Any:
     """The matplotlib figure of methods of one size: the mean official metric with its standard deviation, the
-    seconds of a step, and the memory at the peak where it is known; a line a method, dashed at LoRA's score."""
+    seconds of a step, and the memory at the peak where it is known; a line a method, dashed LoRA's score."""
     rows = comparison.rows
     costs = {"seconds a step": [row.mean("seconds_a_step") for row in rows]}
     if any(row.peak is not None for row in rows):

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..contract.config import MethodConfig
 from ..support.names import short
-from ..support.sites import Kind, Site, places
+from ..support.sites import OUTSIDE, Kind, Site, places
 from .base_model import BaseModel
 from .methods import Method, Setting
 from .tasks import Task
@@ -189,8 +189,11 @@ def _way_out(method: Method, setting: Setting, adapted: Adapted) -> str:
     """What can be done where a method cannot adapt the modules."""
     config = method.prepare(replace(setting, sized=method.sized(1)[0])).config
     kinds: dict[str, list[Site]] = {}
-    for name, (_, kind) in places([site.name for site in adapted.sites]).items():
-        kinds.setdefault(kind, []).extend(site for site in adapted.sites if site.name == name)
+    found = places([site.name for site in adapted.sites])
+    for site in adapted.sites:
+        layer, kind = found[site.name]
+        if layer != OUTSIDE:
+            kinds.setdefault(kind, []).append(site)
     fitting: list[str] = []
     if isinstance(config, MethodConfig):
         for kind in kinds:

@@ -27,6 +27,8 @@ class PeakMemory(TrainerCallback):
 
     def __init__(self) -> None:
         self.bytes: int | None = None
+        # What nothing uses any more would be freed some time later.
+        gc.collect()
         self._before = _now()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -70,9 +72,8 @@ def _resident(name: str) -> int | None:
 
 
 def _give_back() -> None:
-    """Frees what nothing uses: the C library else keeps the pages of an earlier training, and a later one
-    that takes them would add nothing."""
-    gc.collect()
+    """The C library keeps pages that an earlier training has freed, and a later one that takes them would
+    add nothing."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -109,9 +109,9 @@ class Method:
     def resolved(self, setting: Setting) -> dict[str, Any]:
         """The options of the configuration that are its class's own, defaults included: a default that a
         later release changes makes another run. Without the patterns by module, and what gives it its
-        size."""
+        size: that stands beside them in a run's configuration."""
         own = own_options(self.prepare(setting).config)
-        return {name: value for name, value in own.items() if name not in setting.sized}
+        return {name: value for name, value in own.items() if name not in {"r", *setting.sized}}
 
     def sized(self, r: int) -> list[dict[str, Any]]:
         """The options that make it larger or smaller, at rank ``r``, but for those of its own: one choice, or
