@@ -12,7 +12,7 @@ from comparing import lines, save_tokenizer
 from increlora_rs.cli import main
 from increlora_rs.compare import memory
 from increlora_rs.compare.base_model import BaseModel
-from increlora_rs.compare.equal import adapted_by, beside, size_like_lora
+from increlora_rs.compare.equal import adapted_in, beside, lora_of_rank_1, size_like_lora
 from increlora_rs.compare.methods import Setting, parse_methods
 from increlora_rs.compare.results import read_results, run_id
 from increlora_rs.compare.session import Plan, Session
@@ -53,7 +53,7 @@ def setting(targets, r=2):
 
 
 def sizes(model, targets, methods="all", r=2):
-    adapted = adapted_by(*model, targets)
+    adapted = adapted_in(lora_of_rank_1(*model, targets))
     return {
         str(method): size_like_lora(method, setting(targets, r), adapted) for method in parse_methods(methods)
     }
@@ -110,7 +110,7 @@ def test_the_numbers_are_those_of_a_model(model, targets):
             assert trained(model, name, targets, size, r=3) == size.numbers, name
     assert found["lora"].numbers == found["lora"].of_lora
     # Those whose ranks end at a budget: LoRA's numbers, and an E for each component.
-    modules = len(adapted_by(*model, targets).sites)
+    modules = len(adapted_in(lora_of_rank_1(*model, targets)).sites)
     of_budgets = [size.numbers for size in found.values() if size.ends]
     assert of_budgets and set(of_budgets) == {found["lora"].of_lora + 3 * modules}
 
@@ -145,7 +145,7 @@ def test_a_method_that_cannot_adapt_the_modules_says_which_it_can(model):
 def command(encoder, task_file, tmp_path):
     def build(methods="all", targets=ALIKE):
         base = ["compare", "--model", encoder, "--task", task_file, "--out", tmp_path / "runs.jsonl"]
-        base += ["--methods", methods, "--epochs", 2, "--batch", 5, "--max-length", 8, "--lr", "0.01"]
+        base += ["--methods", methods, "--epochs", 1, "--batch", 5, "--max-length", 8, "--lr", "0.01"]
         return [str(part) for part in [*base, "--seeds", 1, "--targets", ",".join(targets)]]
 
     return build
@@ -215,7 +215,8 @@ def test_recorded_runs_keep_their_ids(name):
 
 def test_what_gives_a_run_its_size_tells_it_apart(model):
     base, task = model
-    shared = {"epochs": 1, "batch": 8, "lora_alpha": 16.0, "lora_dropout": 0.0, "target_modules": ALIKE}
+    shared = {"epochs": 1, "batch": 8, "max_length": 8, "precision": "float32", "target_modules": ALIKE}
+    shared |= {"lora_alpha": 16.0, "lora_dropout": 0.0}
     (method,) = parse_methods("lora_mini")
     made = {}
     for equal in ("ranks", "parameters"):

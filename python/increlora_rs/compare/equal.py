@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftConfig, TaskType, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -43,10 +43,15 @@ class Adapted:
         return sum(site.out + site.features for site in self.sites)
 
 
-def adapted_by(base: BaseModel, task: Task, targets: Any) -> Adapted:
-    """The modules that LoRA adapts under ``target_modules``."""
+def lora_of_rank_1(base: BaseModel, task: Task, targets: Any) -> PeftModel:
+    """The model with a LoRA under ``target_modules``."""
     config = LoraConfig(task_type=TaskType.SEQ_CLS, r=1, target_modules=targets)
-    model = get_peft_model(base.classifier(task, 0), config)
+    model: PeftModel = get_peft_model(base.classifier(task, 0), config)
+    return model
+
+
+def adapted_in(model: PeftModel) -> Adapted:
+    """The modules that LoRA has adapted."""
     sites = [_site(short(name), m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
     return Adapted(sites, model.get_base_model().config)
 

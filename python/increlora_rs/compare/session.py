@@ -21,7 +21,8 @@ from rich.progress import (
 from ..support.capacity import Capacity, labels
 from .base_model import BaseModel
 from .choice import best_lr, score
-from .equal import Size, adapted_by, size_like_lora
+from .equal import Size, adapted_in, lora_of_rank_1, size_like_lora
+from .memory import warm_up
 from .methods import SOURCE, Method, Setting
 from .results import Record, Results, run_id
 from .tasks import Task
@@ -115,9 +116,19 @@ class Session:
             ValueError: a method cannot adapt the modules.
         """
         plan = self._plan
-        self._adapted = adapted_by(self._base, plan.tasks[0], plan.shared["target_modules"])
+        task, shared = plan.tasks[0], plan.shared
+        model = lora_of_rank_1(self._base, task, shared["target_modules"])
+        self._adapted = adapted_in(model)
         if plan.equal == "parameters":
             self._choose_sizes()
+        row = self._base.tokenizer(
+            [task.train[0].first] * shared["batch"],
+            padding="max_length",
+            truncation=True,
+            max_length=shared["max_length"],
+            return_tensors="pt",
+        )
+        warm_up(model, row, shared["precision"])
 
     def run(self) -> int:
         """Trains what is missing; returns how many runs of the plan failed, now or before."""
