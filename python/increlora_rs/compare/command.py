@@ -175,7 +175,9 @@ def _train(options: argparse.Namespace) -> int:
     }
     tasks = [read_task(path).limited(options.limit) for path in options.task]
     methods = parse_methods(options.methods or _METHODS)
-    equal = options.equal or ("parameters" if has_all(options.methods or "") else "ranks")
+    equal = options.equal
+    if equal is None:
+        equal = "parameters" if has_all(options.methods or "") else "ranks"
     plan = Plan(tasks, methods, options.r, options.lr, options.seeds, options.trial_seeds, shared, equal)
     # The new classifier's missing weights, and Transformers' own deprecations, are no news here.
     transformers.logging.set_verbosity_error()
