@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from comparing import WORDS, lines, save_tokenizer
 from increlora_rs import IncreLoraConfig
 from increlora_rs.cli import main
 from increlora_rs.compare.base_model import BaseModel
@@ -24,30 +25,13 @@ from increlora_rs.compare.summary import Spread, summarise
 from increlora_rs.compare.tasks import read_task
 from increlora_rs.methods import METHODS as OURS
 from peft import AdaLoraConfig, LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import BertConfig, LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import BertConfig, LlamaConfig, LlamaForSequenceClassification
 
-WORDS = ["good", "bad", "film", "a", "the", "was", "very", "plot", "song", "book"]
 METHODS = (
     "lora,rslora,adalora,adalora_rs,increlora,lora_mini,paper,increlora-random,increlora-given,lora-given"
 )
 TARGETS = "query,key,value"
-
-
-def save_tokenizer(folder, pad):
-    special = ["[UNK]", "[END]", *(["[PAD]"] if pad else [])]
-    vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="[UNK]",
-        eos_token="[END]",
-        pad_token="[PAD]" if pad else None,
-        model_max_length=32,
-    )
-    fast.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -123,16 +107,6 @@ def gguf_file(tmp_path_factory):
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def lines(count, score=False):
-    rng = np.random.default_rng(5)
-    rows = []
-    for k in range(count):
-        words = " ".join(rng.choice(WORDS, 3 + k % 4))
-        label = f"{(k % 6) * 0.5:.2f}" if score else str(k % 2)
-        rows.append(f"{words} {'good' if k % 2 else 'bad'}\t\t{label}")
-    return "text_a\ttext_b\tlabel\n" + "\n".join(rows) + "\n"
 
 
 @pytest.fixture

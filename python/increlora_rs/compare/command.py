@@ -13,9 +13,9 @@ from rich.console import Console
 # Columns that a table needs.
 _WIDTH = 160
 _METHODS = "lora,rslora,adalora,increlora,paper,increlora-random,increlora-given"
-_DESCRIPTION = """Trains methods at the same budget of ranks on the same tasks and compares them. Every
-method tries the same learning rates on the trial seeds; at the best of them, by the development set after
-the last epoch, all seeds are trained. Runs that --out holds are not trained again."""
+_DESCRIPTION = """Trains methods at the same budget, of ranks or of parameters, on the same tasks and
+compares them. Every method tries the same learning rates on the trial seeds; at the best of them, by the
+development set after the last epoch, all seeds are trained. Runs that --out holds are not trained again."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         help="comma-separated; options after a colon: increlora:orth_reg_weight=0.1,restart_warmup=false "
+        "all: lora and every method of increlora_rs "
         f"({_METHODS}; with --report: all that --out holds)",
+    )
+    parser.add_argument(
+        "--equal",
+        choices=("ranks", "parameters"),
+        help="what all have equally much of: the average rank, or trained parameters, as near to those of "
+        "LoRA of that rank as whole ranks come (ranks; parameters where --methods has all)",
     )
     parser.add_argument(
         "--r",
@@ -138,7 +145,7 @@ def _section(table: Any, charts: list[Path]) -> str:
 def _train(options: argparse.Namespace) -> int:
     import transformers
 
-    from .methods import parse_methods
+    from .methods import has_all, parse_methods
     from .session import Plan, compare
     from .tasks import read_task
 
@@ -168,7 +175,10 @@ def _train(options: argparse.Namespace) -> int:
     }
     tasks = [read_task(path).limited(options.limit) for path in options.task]
     methods = parse_methods(options.methods or _METHODS)
-    plan = Plan(tasks, methods, options.r, options.lr, options.seeds, options.trial_seeds, shared)
+    equal = options.equal
+    if equal is None:
+        equal = "parameters" if has_all(options.methods or "") else "ranks"
+    plan = Plan(tasks, methods, options.r, options.lr, options.seeds, options.trial_seeds, shared, equal)
     # The new classifier's missing weights, and Transformers' own deprecations, are no news here.
     transformers.logging.set_verbosity_error()
     with warnings.catch_warnings():

@@ -2,7 +2,8 @@
 
 ``increlora:orth_reg_weight=0.1,restart_warmup=false`` is a method with options of its configuration
 replaced. One more option is the comparison's own: ``e_lr=10`` (E is trained at ten times the learning rate).
-A method of ours goes by its name: all that it has of the setting is r, alpha, dropout and targets.
+A method of ours goes by its name: all that it has of the setting is r, alpha, dropout and targets. ``all``
+stands for plain LoRA and all of ours.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from ..support.names import rank_pattern
 from ..training.callback import IncreLoraCallback
 from .callbacks import AdaLoraCallback, RandomGrowthCallback
 
+#: What stands for LoRA and all methods of ours.
+ALL = "all"
 # Whose final ranks the methods of given ranks start with.
 SOURCE = "increlora"
 #: E's name among the parameters, of a method of ours and in PEFT's AdaLoRA.
@@ -42,6 +45,7 @@ class Setting:
         seed: Of the run.
         shared: Arguments that all configurations take: alpha, dropout, target modules.
         given: Rank by full module name, for the methods that start with another run's.
+        sized: Options that give a method the size that it is to have; those of the method come before them.
     """
 
     r: float
@@ -49,6 +53,7 @@ class Setting:
     seed: int
     shared: dict[str, Any]
     given: dict[str, int] = field(default_factory=dict)
+    sized: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class Method:
         Raises:
             ValueError, TypeError: an option is unknown to the method, or its value wrong.
         """
-        config = _FORMS[self.name](setting)
+        config = _FORMS[self.name](setting, **setting.sized)
         replaced = {name: value for name, value in self.options.items() if name != _E_LR}
         known = {option.name for option in dataclasses.fields(config) if option.init} - {"peft_type"}
         for name in replaced:
@@ -96,13 +101,26 @@ class Method:
                     f"--methods {self}: {name!r} is neither an option of {type(config).__name__} nor {_E_LR}."
                 )
         return Prepared(
-            _FORMS[self.name](setting, **replaced), self._callbacks(config, setting), self._e_lr(config)
+            _FORMS[self.name](setting, **(setting.sized | replaced)),
+            self._callbacks(config, setting),
+            self._e_lr(config),
         )
 
     def resolved(self, setting: Setting) -> dict[str, Any]:
         """The options of the configuration that are its class's own, defaults included: a default that a
-        later release changes makes another run. Without the patterns by module."""
-        return own_options(self.prepare(setting).config)
+        later release changes makes another run. Without the patterns by module, and what gives it its
+        size: that stands beside them in a run's configuration."""
+        own = own_options(self.prepare(setting).config)
+        return {name: value for name, value in own.items() if name not in {"r", *setting.sized}}
+
+    def sized(self, r: int) -> list[dict[str, Any]]:
+        """The options that make it larger or smaller, at rank ``r``, but for those of its own: one choice, or
+        several from small to large. None of a method of PEFT, which has the setting's rank."""
+        config = _CONFIGS.get(self.name)
+        choices = [{}] if config is None else [{"r": r} | beside for beside in config.options_beside_r()]
+        return [
+            {name: value for name, value in choice.items() if name not in self.options} for choice in choices
+        ]
 
     def _callbacks(self, config: PeftConfig, setting: Setting) -> list[TrainerCallback]:
         if isinstance(config, AdaLoraConfig):
@@ -147,7 +165,7 @@ def names() -> list[str]:
 
 def parse_methods(text: str, known: Sequence[str] | None = None, option: str = "--methods") -> list[Method]:
     """The methods of ``lora,increlora:beta1=0.9,top_h=4,adalora``: a piece with "=" alone goes on with
-    the method before it.
+    the method before it, and the piece "all" stands for LoRA and all methods of ours.
 
     Args:
         known: Names that there are; None: those of :func:`names`.
@@ -156,11 +174,14 @@ def parse_methods(text: str, known: Sequence[str] | None = None, option: str = "
     Raises:
         ValueError: a method is unknown, there twice, or there is none.
     """
+    every = ["lora", *(method.name for method in METHODS)] if known is None else [ALL]
     known = names() if known is None else known
     pieces: list[list[str]] = []
     for piece in filter(None, (piece.strip() for piece in text.split(","))):
         if "=" in piece and ":" not in piece and pieces:
             pieces[-1].append(piece)
+        elif piece == ALL:
+            pieces += [[name] for name in every]
         else:
             pieces.append(piece.split(":", 1))
     methods = [_parse(name.strip(), options, known, option) for name, *options in pieces]
@@ -168,6 +189,11 @@ def parse_methods(text: str, known: Sequence[str] | None = None, option: str = "
     if not methods or len(set(shown)) < len(shown):
         raise ValueError(f"{option} {text!r}: give one or more, each once, of {', '.join(known)}.")
     return methods
+
+
+def has_all(text: str) -> bool:
+    """Has ``text``, as for :func:`parse_methods`, the piece "all"?"""
+    return ALL in [piece.strip() for piece in text.split(",")]
 
 
 def _parse(name: str, pairs: list[str], known: Sequence[str], option: str) -> Method:
@@ -275,6 +301,13 @@ def _lora_given(setting: Setting, **options: Any) -> PeftConfig:
     return _lora(setting, **(values | options))
 
 
+# Of those whose size can be chosen.
+_CONFIGS: dict[str, type[MethodConfig]] = {
+    **{method.name: method.config for method in METHODS},
+    "paper": IncreLoraConfig,
+    "increlora-random": IncreLoraConfig,
+    "increlora-given": IncreLoraConfig,
+}
 _FORMS: dict[str, Callable[..., PeftConfig]] = {
     "lora": _lora,
     "rslora": _rslora,

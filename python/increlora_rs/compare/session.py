@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import (
@@ -21,10 +21,12 @@ from rich.progress import (
 from ..support.capacity import Capacity, labels
 from .base_model import BaseModel
 from .choice import best_lr, score
+from .equal import Size, adapted_in, lora_of_rank_1, size_like_lora
+from .memory import warm_up
 from .methods import SOURCE, Method, Setting
 from .results import Record, Results, run_id
 from .tasks import Task
-from .training import parameters_of_rank_1, steps_of, train
+from .training import steps_of, train
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Plan:
         trial_seeds: The first so many of them are trained at every learning rate.
         shared: What all runs share: epochs, batch, max_length, warmup, lora_alpha, lora_dropout,
             target_modules, limit.
+        equal: What the methods have equally much of: "ranks", or "parameters", as many as LoRA of the rank.
     """
 
     tasks: list[Task]
@@ -49,6 +52,7 @@ class Plan:
     seeds: int
     trial_seeds: int
     shared: dict[str, Any]
+    equal: Literal["ranks", "parameters"] = "ranks"
 
     def __post_init__(self) -> None:
         if not 1 <= self.trial_seeds <= self.seeds:
@@ -60,7 +64,8 @@ class Plan:
         for method in self.methods:
             for r in self.ranks:
                 # Tells of wrong options now, not after the hours that other methods take.
-                method.prepare(Setting(r, 1000, 0, self.adapter))
+                sized = method.sized(1)[0] if self.equal == "parameters" else {}
+                method.prepare(Setting(r, 1000, 0, self.adapter, sized=sized))
 
     @property
     def adapter(self) -> dict[str, Any]:
@@ -101,9 +106,33 @@ class Session:
         self._retry_failed = retry_failed
         self._console = console
         self._failed = 0
+        # By rank and method.
+        self._sizes: dict[tuple[float, str], Size] = {}
+
+    def prepare(self) -> None:
+        """Looks at what is adapted, and chooses the sizes of the methods.
+
+        Raises:
+            ValueError: a method cannot adapt the modules.
+        """
+        plan = self._plan
+        task, shared = plan.tasks[0], plan.shared
+        model = lora_of_rank_1(self._base, task, shared["target_modules"])
+        self._adapted = adapted_in(model)
+        if plan.equal == "parameters":
+            self._choose_sizes()
+        row = self._base.tokenizer(
+            [task.train[0].first] * shared["batch"],
+            padding="max_length",
+            truncation=True,
+            max_length=shared["max_length"],
+            return_tensors="pt",
+        )
+        warm_up(model, row, shared["precision"])
 
     def run(self) -> int:
         """Trains what is missing; returns how many runs of the plan failed, now or before."""
+        self.prepare()
         plan, steps = self._plan, self._plan.steps_by_task()
         a_method = plan.runs_of_a_method()
         of_a_task = a_method * len(plan.methods) * len(plan.ranks)
@@ -125,10 +154,17 @@ class Session:
                         self._method(task, r, method)
         return self._failed
 
+    def _choose_sizes(self) -> None:
+        plan = self._plan
+        for r in plan.ranks:
+            for method in plan.ordered_methods:
+                size = size_like_lora(method, Setting(r, 1000, 0, plan.adapter), self._adapted)
+                self._sizes[r, str(method)] = size
+                self._console.print(f"r={r} {method}: {size}", soft_wrap=True, highlight=False)
+
     def _tell_capacity(self, task: Task, r: float) -> None:
         """How far the ranks' number can matter, in a line."""
-        targets = self._plan.shared["target_modules"]
-        parameters = round(r * parameters_of_rank_1(self._base, task, targets))
+        parameters = round(r * self._adapted.of_rank_1)
         told = Capacity(parameters, labels(Counter(row.label for row in task.train)))
         self._console.print(f"{task.name} r={r}: {told}", soft_wrap=True, highlight=False)
 
@@ -165,6 +201,8 @@ class Session:
             if method.wants_ranks and not given:
                 raise RuntimeError(f"{SOURCE} has no finished run of seed {seed} to take the ranks from")
             record |= train(method, config, task, self._base, given, advance)
+            if (size := self._sizes.get((r, str(method)))) is not None:
+                record["size"] = size.measured(record["parameters"])
             told = f"{score(record):.4f}, {record['seconds']:.0f} s"
         except Exception as error:
             # One method that fails must not keep the others from being trained overnight.
@@ -184,17 +222,21 @@ class Session:
         self, task: Task, r: float, method: Method, lr: float, seed: int, given: dict[str, int]
     ) -> dict[str, Any]:
         steps = self._plan.steps_by_task()[task.name]
+        size = self._sizes.get((r, str(method)))
+        sized = {} if size is None else size.options
+        setting = Setting(r, steps, seed, self._plan.adapter, sized=sized)
         return {
             "task": task.name,
             "data": task.digest,
             "model": self._base.digest,
             "method": str(method),
-            "options": method.resolved(Setting(r, steps, seed, self._plan.adapter)),
+            "options": method.resolved(setting),
             "r": r,
             "lr": lr,
             "seed": seed,
             **self._plan.shared,
             **({"given": given} if method.wants_ranks else {}),
+            **({"equal": self._plan.equal, "sized": sized} if size is not None else {}),
         }
 
     def _given(self, task: Task, r: float, seed: int) -> dict[str, int]:

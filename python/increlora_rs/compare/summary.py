@@ -11,11 +11,18 @@ from rich import box
 from rich.table import Table
 
 from .choice import best_lr, score
+from .equal import beside
 from .results import Record, run_id
 
 # What the rows of one table differ in.
-_OF_A_ROW = ("method", "options", "r", "lr", "seed", "given")
+_OF_A_ROW = ("method", "options", "r", "lr", "seed", "given", "sized")
 _BASELINE = "lora"
+_OF_PEAK = " peak MB: what the training steps took at their peak, the model included."
+_OF_SIZE = (
+    " own r: the whole rank at which the method trains as many numbers as LoRA of rank r, as near as it "
+    "comes; size: how many more those are than LoRA's, left at the end where ranks change until they have a "
+    "budget, else trained."
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,24 @@ class Row:
             values.append(value)
         return float(np.mean(values))
 
+    @property
+    def own_r(self) -> float:
+        """The rank that makes the method as large as LoRA of rank ``r``; ``r`` where that is the rank."""
+        own: float = next(iter(self.runs.values()))["config"].get("sized", {}).get("r", self.r)
+        return own
+
+    @property
+    def size(self) -> str:
+        """How much larger it is than LoRA: ``+0.1 %``; empty where that was not the aim."""
+        sizes = [run["size"] for run in self.runs.values() if "size" in run]
+        return beside(sum(s["own"] for s in sizes), sum(s["lora"] for s in sizes)) if sizes else ""
+
+    @property
+    def peak(self) -> float | None:
+        """Mean of what a training added to the memory at its peak, in MB; None where no run tells it."""
+        peaks = [run["peak_bytes"] for run in self.runs.values() if run.get("peak_bytes") is not None]
+        return float(np.mean(peaks)) / 1e6 if peaks else None
+
     def ranks(self) -> dict[str, float]:
         """Mean final rank by module."""
         every = [run["ranks"] for run in self.runs.values()]
@@ -117,8 +142,13 @@ class Comparison:
         dropout = "" if s["base_dropout"] is None else f", dropout {s['base_dropout']:g} in the base"
         return (
             f"{tasks}: {s['epochs']} epochs of batches of {s['batch']}, {s['max_length']} tokens, "
-            f"{s['precision']}{dropout}{limited}"
+            f"{s['precision']}{dropout}{limited}{', equal parameters' if self.is_equal else ''}"
         )
+
+    @property
+    def is_equal(self) -> bool:
+        """Are the methods of one size?"""
+        return bool(self.setting.get("equal") == "parameters")
 
     @property
     def stem(self) -> str:
@@ -140,9 +170,11 @@ class Comparison:
         first = next(iter(self.rows[0].runs.values()))
         metrics = list(first["epochs"][-1])
         tests = metrics if first["test"] else []
+        has_peak = any(row.peak is not None for row in self.rows)
         header = [
             "method",
             "r",
+            *(["own r", "size"] if self.is_equal else []),
             "lr",
             "seeds",
             "left",
@@ -152,7 +184,7 @@ class Comparison:
             *[f"test {m}" for m in tests],
             "dev loss",
         ]
-        header += ["vs LoRA", "s/step", "failed"]
+        header += ["vs LoRA", "s/step", *(["peak MB"] if has_peak else []), "failed"]
         rows = []
         for row in self.rows:
             difference = self.difference(row)
@@ -160,6 +192,7 @@ class Comparison:
                 [
                     row.method,
                     str(row.r),
+                    *([str(row.own_r), row.size] if self.is_equal else []),
                     f"{row.lr:g} of {len(row.tried)}",
                     str(len(row.runs)),
                     f"{row.mean('parameters', 'adapter'):,.0f}",
@@ -170,6 +203,7 @@ class Comparison:
                     "" if row.loss is None else row.loss.text(3, 1.0),
                     "" if difference is None else difference.text(),
                     f"{row.mean('seconds_a_step'):.3f}",
+                    *(["" if row.peak is None else f"{row.peak:,.0f}"] if has_peak else []),
                     str(row.failed),
                 ]
             )
@@ -184,7 +218,8 @@ class Comparison:
             "rate that was best on the development set with the trial seeds, out of so many. Parameters of "
             f"the adapter, without the {' or '.join(f'{head:,}' for head in heads)} of the classifier: those "
             "left at the end, and those trained until then. vs LoRA: mean of the official metrics less "
-            "LoRA's, seed by seed."
+            f"LoRA's, seed by seed.{_OF_PEAK if any(row.peak is not None for row in self.rows) else ''}"
+            f"{_OF_SIZE if self.is_equal else ''}"
         )
 
     def __rich__(self) -> Table:
@@ -268,13 +303,15 @@ def _rows(records: list[Record]) -> list[Row]:
 
 def _labels(records: list[Record]) -> list[str]:
     """The method of each run; where releases of different defaults have trained it, with what differs."""
-    by_method: dict[str, list[dict[str, Any]]] = {}
+    # Some options follow from the rank.
+    by_method: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for record in records:
-        by_method.setdefault(record["config"]["method"], []).append(record["config"]["options"])
+        config = record["config"]
+        by_method.setdefault((config["method"], config["r"]), []).append(config["options"])
     labels = []
     for record in records:
         method, options = record["config"]["method"], record["config"]["options"]
-        every = by_method[method]
+        every = by_method[method, record["config"]["r"]]
         differ = [name for name in options if any(other.get(name) != options[name] for other in every)]
         with_these = ", ".join(f"{name}={options[name]}" for name in differ)
         labels.append(f"{method} ({with_these})" if differ else method)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import get_peft_model
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -29,6 +29,7 @@ from ..support.names import short
 from ..training.callback import IncreLoraCallback
 from .base_model import BaseModel
 from .callbacks import StepClock
+from .memory import PeakMemory
 from .methods import E, Method, Setting
 from .metrics import measure, official
 from .results import Record
@@ -63,13 +64,15 @@ def train(
 
     Returns:
         ``epochs`` (the metrics on the development set after each), ``losses`` (there, likewise), ``test``,
-        ``parameters``, ``ranks``, ``total_rank``, ``budget``, ``seconds_a_step`` (median), ``seconds``,
-        ``versions``, ``device``, ``threads``.
+        ``parameters``, ``ranks``, ``total_rank``, ``budget``, ``seconds_a_step`` (median),
+        ``peak_bytes`` (None where it is not known), ``seconds``, ``versions``, ``device``, ``threads``.
     """
     start = time.perf_counter()
     shared = {name: config[name] for name in ("lora_alpha", "lora_dropout", "target_modules")}
     steps = steps_of(len(task.train), config)
-    prepared = method.prepare(Setting(config["r"], steps, config["seed"], shared, given))
+    sized = config.get("sized", {})
+    prepared = method.prepare(Setting(config["r"], steps, config["seed"], shared, given, sized))
+    memory = PeakMemory()
     model = get_peft_model(base.classifier(task, config["seed"], config["base_dropout"]), prepared.config)
     data = task.encoded(base.tokenizer, config["max_length"])
     clock, names = StepClock(advance), official(task)
@@ -87,7 +90,7 @@ def train(
             eval_dataset=_by_length(data["dev"]),
             data_collator=DataCollatorWithPadding(base.tokenizer),
             compute_metrics=metrics,
-            callbacks=[*prepared.callbacks, clock],
+            callbacks=[*prepared.callbacks, clock, memory],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -102,21 +105,15 @@ def train(
         "parameters": count_parameters(model, ranks),
         "ranks": ranks,
         "total_rank": sum(ranks.values()),
-        "budget": config["r"] * len(ranks),
+        "budget": sized.get("r", config["r"]) * len(ranks),
         "steps": len(clock.seconds),
         "seconds_a_step": float(np.median(seconds)),
+        "peak_bytes": memory.bytes,
         "seconds": time.perf_counter() - start,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
     }
-
-
-def parameters_of_rank_1(base: BaseModel, task: Task, targets: Any) -> int:
-    """The numbers that LoRA of rank 1 trains, without those of the classifier."""
-    config = LoraConfig(task_type=TaskType.SEQ_CLS, r=1, target_modules=targets)
-    model = get_peft_model(base.classifier(task, 0), config)
-    return count_parameters(model, final_ranks(model))["adapter"]
 
 
 def _by_length(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -174,6 +174,17 @@ class MethodConfig(LoraConfig):
         """
         arguments.integer("r", self.r, at_least=1)
 
+    @classmethod
+    def options_beside_r(cls) -> Sequence[dict[str, Any]]:
+        """Where an adapter is to have a given size, what is set beside ``r``: of these, from small to large,
+        the first with which a rank makes it large enough."""
+        return [{}]
+
+    @property
+    def ends_at_r(self) -> bool:
+        """Do ranks change while it trains, and have ``r`` on average at the end?"""
+        return False
+
     def resolved(self) -> dict[str, Any]:
         """Of the options that may be left at None, what they amount to."""
         return {}

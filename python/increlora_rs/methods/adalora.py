@@ -87,6 +87,11 @@ class AdaLoraRsConfig(MethodConfig):
         """``init_r``, None resolved."""
         return (3 * self.r + 1) // 2 if self.init_r is None else self.init_r
 
+    @property
+    def ends_at_r(self) -> bool:
+        """It is a budget."""
+        return True
+
     def resolved(self) -> dict[str, Any]:
         """The rank at the start."""
         return {"init_r": self.first_rank}

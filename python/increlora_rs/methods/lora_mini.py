@@ -7,7 +7,7 @@ trained ``A`` (r, a) and ``B`` (b, r).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -69,6 +69,11 @@ class LoraMiniConfig(MethodConfig):
     module_sizes: dict[str, list[int]] = field(
         default_factory=dict, metadata={"help": "Kept by the library: out and in of the modules."}
     )
+
+    @classmethod
+    def options_beside_r(cls) -> Sequence[dict[str, Any]]:
+        """Both inner sizes, doubled until the rank that is needed is not above them."""
+        return [{"lora_a": cls.lora_a << k, "lora_b": cls.lora_b << k} for k in range(10)]
 
     def check(self) -> None:
         """Checks the sizes, the seed and the choices."""

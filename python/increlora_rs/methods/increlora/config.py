@@ -201,6 +201,16 @@ class IncreLoraConfig(MethodConfig):
             return self.budget_unit
         return "parameters" if self.importance == "fluctuation" else "rank"
 
+    @classmethod
+    def options_beside_r(cls) -> Sequence[dict[str, Any]]:
+        """A budget of parameters: the size of one of ranks is that of the modules that they go to."""
+        return [{"budget_unit": "parameters"}]
+
+    @property
+    def ends_at_r(self) -> bool:
+        """It is a budget."""
+        return True
+
     def resolved(self) -> dict[str, Any]:
         """The first rank, the last growth and the budget's unit, None resolved."""
         return {"init_r": self.first_rank, "growth_end": self.last_growth, "budget_unit": self.unit}
