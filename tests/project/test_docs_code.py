@@ -84,7 +84,7 @@ def arguments():
 def save_adapter(make_bert, **options):
     """A trained adapter in the folder ``adapter``."""
     settings = {"r": 4, "lora_alpha": 16, "target_modules": ["query", "value"]}
-    model = peft.get_peft_model(make_bert(), growing(**(settings | options)))
+    model = peft.get_peft_model(make_bert(), increlora_rs.IncreLoraConfig(**(settings | options)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scheduler = increlora_rs.attach(model, optimizer, total_steps=20)
     for batch in batches(20):
@@ -162,7 +162,9 @@ PRELUDES = {
     ("averages.md", 2): average_names,
     ("averages.md", 3): lightning_names,
     ("choosing.md", 0): lambda make_bert, names: {
-        "model": peft.get_peft_model(make_bert(), growing(r=8, target_modules=["query", "value"]))
+        "model": peft.get_peft_model(
+            make_bert(), increlora_rs.IncreLoraConfig(r=8, target_modules=["query", "value"])
+        )
     },
     ("export.md", 0): saved_adapter,
     ("export.md", 1): lambda make_bert, names: {"base": make_bert()},
@@ -227,7 +229,7 @@ def test_the_script_before_a_change_runs_on_plain_peft(block, make_bert, folder)
 
 
 @pytest.mark.parametrize("block", DIFFS, ids=lambda block: block.page)
-def test_the_script_after_a_change_makes_ranks_grow(block, make_bert, folder):
+def test_the_script_after_a_change_trains_within_the_budget(block, make_bert, folder):
     namespace = {"__name__": "docs"} | PRELUDES[block.page, block.number](make_bert, {})
     block.run(namespace)
     assert isinstance(namespace["config"], increlora_rs.IncreLoraConfig)
