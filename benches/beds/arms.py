@@ -35,7 +35,7 @@ RATES = {"a_lr": "lora_A", "b_lr": "lora_B", "e_lr": "lora_E"}
 _OURS: dict[str, dict[str, Any]] = {
     "increlora": {},
     "sensitivity": {"importance": "sensitivity", "growth_end": 0.6},
-    "lot": {"growth_end": 0.6},
+    "lot": {"importance": "gradient", "growth_end": 0.6},
 }
 #: The option of the shuffled arms that says whose final ranks they take.
 OF = "of"

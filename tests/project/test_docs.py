@@ -69,7 +69,7 @@ def test_the_figures_of_the_decoder_are_those_of_its_runs():
     page = (DOCS / "evidence.md").read_text()
     section = page.split("## A decoder\n")[1].split("\n## ")[0]
     runs = read_results(DOCS / "evidence" / "smollm2.jsonl")
-    assert [run["config"]["method"] for run in runs] == ["lora", "increlora"]
+    assert [run["config"]["method"] for run in runs] == ["lora", "increlora:importance=gradient"]
     figures = [metrics["accuracy"] for run in runs for metrics in [*run["epochs"], run["test"]]]
     told = [float(number) for number in re.findall(r"\b\d\d\.\d\b", section)]
     assert told == [round(100 * figure, 1) for figure in figures]
@@ -77,8 +77,8 @@ def test_the_figures_of_the_decoder_are_those_of_its_runs():
 
 def test_the_evidence_names_methods_and_tasks_that_were_trained():
     selected = runpy.run_path(str(DOCS / "evidence" / "render.py"))["selected"]
-    with pytest.raises(ValueError, match=r"no run of increlora:beta1=0\.1"):
-        selected("lora,increlora:beta1=0.1", None)
+    with pytest.raises(ValueError, match=r"no run of increlora:alpha=0\.1"):
+        selected("lora,increlora:alpha=0.1", None)
     with pytest.raises(ValueError, match="no task SQuAD"):
         selected("lora", "MRPC,SQuAD")
 
