@@ -4,7 +4,8 @@
 A table stands between ``<!-- overview METHODS TASKS -->`` or ``<!-- tasks METHODS TASKS -->`` and
 ``<!-- end -->``, the number of runs between ``<!-- runs -->`` and it. METHODS are as for
 ``increlora-rs compare``; TASKS names with commas, none for all. That of a bed stands behind
-``<!-- bed ARMS FILE -->``, ARMS as for ``python -m benches.beds``, FILE beside this one, without its ending.
+``<!-- bed ARMS FILE -->``, ARMS as for ``python -m benches.beds``, FILE beside this one, without its ending; that of
+another comparison behind ``<!-- file METHODS FILE -->``.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import re
 import sys
 from pathlib import Path
 
-from increlora_rs.compare.charts import draw_mean_ranks, draw_overview
+from increlora_rs.compare.charts import draw_costs, draw_mean_ranks, draw_overview
 from increlora_rs.compare.methods import parse_methods
 from increlora_rs.compare.overview import Overview
-from increlora_rs.compare.results import read_results
+from increlora_rs.compare.results import Record, read_results
 from increlora_rs.compare.summary import Comparison, markdown_table, summarise
 
 HERE = Path(__file__).parent
@@ -32,7 +33,7 @@ PAGE = HERE.parent / "evidence.md"
 RESULTS = HERE / "minilm.jsonl"
 
 _BLOCK = re.compile(
-    r"<!-- (?P<kind>overview|tasks|runs|bed)(?: (?P<methods>\S+))?(?: (?P<tasks>\S+))? -->\n"
+    r"<!-- (?P<kind>overview|tasks|runs|bed|file)(?: (?P<methods>\S+))?(?: (?P<tasks>\S+))? -->\n"
     r".*?<!-- end -->\n",
     re.DOTALL,
 )
@@ -88,10 +89,28 @@ def _text(block: re.Match[str]) -> str:
         return f"{len(_runs())} runs, {hours:.1f} hours of one core, pauses of the machine included."
     if block["kind"] == "bed":
         return bed(block["methods"], block["tasks"])
+    if block["kind"] == "file":
+        return "\n\n".join(_table(*c.cells()) for c in summarise(recorded(block["methods"], block["tasks"])))
     comparisons = selected(block["methods"], block["tasks"])
     if block["kind"] == "overview":
         return _table(*Overview(comparisons).cells())
     return "\n\n".join(f"### {c.title}\n\n{_table(*c.cells())}" for c in comparisons)
+
+
+def recorded(methods: str, file: str) -> list[Record]:
+    """The runs of the named methods that a file beside this one holds, in that order.
+
+    Raises:
+        ValueError: it has none of a method.
+    """
+    runs = read_results(HERE / f"{file}.jsonl")
+    found = []
+    for method in map(str, parse_methods(methods)):
+        of_method = [run for run in runs if run["config"]["method"] == method]
+        if not of_method:
+            raise ValueError(f"{file}.jsonl has no run of {method}.")
+        found += of_method
+    return found
 
 
 def bed(methods: str, file: str) -> str:
@@ -113,6 +132,8 @@ def _draw() -> None:
     draw_overview(Overview(selected(_COMPARED, None))).savefig(HERE / "parameters.png", bbox_inches="tight")
     (grown,) = selected(_GROWN, _GROWN_ON)
     draw_mean_ranks(grown, grown.rows).savefig(HERE / "ranks.png", bbox_inches="tight")
+    (eight,) = summarise(recorded("all", "eight"))
+    draw_costs(eight).savefig(HERE / "eight.png", bbox_inches="tight")
 
 
 def main() -> int:
