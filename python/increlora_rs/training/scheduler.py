@@ -219,18 +219,19 @@ class RankScheduler:
 
     @property
     def total_rank(self) -> int:
-        """Sum of the ranks; ``budget`` at the end, unless that is in parameters."""
+        """Sum of the ranks; ``budget`` at the end, where that is in ranks."""
         return sum(self.policy.ranks())
 
     @property
     def scores(self) -> dict[str, float]:
-        """The smoothed scores S_k as of the last step (eq. 9 of the paper); with
-        ``importance="gradient"`` sigma of every module as of the last growth, 0 before the first."""
+        """What the components of each module did in all, as of the last event, 0 before the first; with
+        ``importance="gradient"`` sigma of every module as of the last growth; with ``"sensitivity"`` the
+        smoothed scores S_k as of the last step (eq. 9 of the paper)."""
         return self._by_name(self.policy.scores().tolist())
 
     @property
     def history(self) -> npt.NDArray[np.void]:
-        """A row for each growth: ``step``, ``module``, ``rank`` after it, ``importance`` (its score)."""
+        """A row for each module that an event changed: ``step``, ``module``, ``rank`` after it, ``importance`` (its score)."""
         names = [module.name for module in self.session.modules]
         kinds = [("step", "i8"), ("module", f"U{max(map(len, names))}"), ("rank", "i8"), ("importance", "f8")]
         rows = [(step, names[k], rank, score) for step, k, rank, score in self.session.growths]
@@ -238,9 +239,8 @@ class RankScheduler:
 
     @property
     def budget(self) -> int:
-        """Total rank at the end: ``config.r`` times the number of modules. With
-        ``budget_unit="parameters"`` the numbers that the components train, and the end is where no further
-        one fits."""
+        """The numbers that components of rank ``config.r`` everywhere train, in + out + 1 each; with
+        ``budget_unit="rank"``, as where ranks grow, ``config.r`` times the number of modules."""
         if self.policy.budget is None:
             raise AttributeError(self._has_no("budget"))
         return self.policy.budget
@@ -252,7 +252,8 @@ class RankScheduler:
 
     @property
     def schedule(self) -> Any:
-        """When and how much the ranks grow (``tinit``, ``deltaT``, ``top_h``, ``add_r``)."""
+        """When ranks move (``tinit``, ``deltaT``, ``end``), or when and how much they grow (``tinit``,
+        ``deltaT``, ``top_h``, ``add_r``)."""
         return self._of_policy("schedule")
 
     @property

@@ -22,6 +22,6 @@ METHOD = Method(
     config=IncreLoraConfig,
     structure=Components(),
     policy=_policy,
-    summary="A LoRA whose ranks grew during training, by the importance of each module",
+    summary="A LoRA whose ranks changed during training, by what each module does for the loss",
     paper="https://arxiv.org/abs/2308.12043",
 )
