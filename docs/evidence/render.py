@@ -4,8 +4,8 @@
 A table stands between ``<!-- overview METHODS TASKS -->`` or ``<!-- tasks METHODS TASKS -->`` and
 ``<!-- end -->``, the number of runs between ``<!-- runs -->`` and it. METHODS are as for
 ``increlora-rs compare``; TASKS names with commas, none for all. That of a bed stands behind
-``<!-- bed ARMS FILE -->``, ARMS as for ``python -m benches.beds``, FILE beside this one, without its ending; that of
-another comparison behind ``<!-- file METHODS FILE -->``.
+``<!-- bed ARMS FILE -->``, ARMS as for ``python -m benches.beds``, FILE beside this one, without its ending;
+that of another comparison behind ``<!-- file METHODS FILE -->``.
 """
 
 from __future__ import annotations

@@ -231,7 +231,8 @@ class RankScheduler:
 
     @property
     def history(self) -> npt.NDArray[np.void]:
-        """A row for each module that an event changed: ``step``, ``module``, ``rank`` after it, ``importance`` (its score)."""
+        """A row for each module that an event changed: ``step``, ``module``, ``rank`` after it,
+        ``importance`` (its score)."""
         names = [module.name for module in self.session.modules]
         kinds = [("step", "i8"), ("module", f"U{max(map(len, names))}"), ("rank", "i8"), ("importance", "f8")]
         rows = [(step, names[k], rank, score) for step, k, rank, score in self.session.growths]
