@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,13 @@ from .. import _core
 from ..contract.config import MethodConfig
 from ..contract.method import Method
 from ..contract.policy import AdaptedModule, Event, Plan, Policy, Step
-from ..contract.structure import Structure
+from ..contract.structure import matrix_sizes
 from ..gauges import Energy
 from ..ops.update import LowRank
 from ..support import arguments
 from ..support.names import rank_pattern
 from ..support.sites import Site, depths
+from .two_factors import TwoFactors
 
 
 @dataclass
@@ -162,31 +163,12 @@ def rising(first: int, last: int, place: int, count: int) -> int:
     return round(first + Fraction((last - first) * place, count - 1))
 
 
-class Factors(Structure):
+class Factors(TwoFactors):
     """A (r, in) and B (out, r), as LoRA has them."""
-
-    names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
 
     def shapes(self, site: Site, rank: int, config: PriLoraConfig) -> dict[str, tuple[int, ...]]:
         """Of a linear layer."""
         return {"lora_A": (rank, site.features), "lora_B": (site.out, rank)}
-
-    def draw(
-        self, site: Site, rank: int, config: PriLoraConfig, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        """A Kaiming uniform and B 0."""
-        device = None if generator is None else generator.device
-        a = torch.empty(rank, site.features, device=device)
-        b = torch.zeros(site.out, rank, device=device)
-        bound = 1.0 / math.sqrt(site.features)
-        a.uniform_(-bound, bound, generator=generator)
-        if config.init_lora_weights is False:
-            b.uniform_(-bound, bound, generator=generator)
-        return {"lora_A": a, "lora_B": b}
-
-    def first_learners(self, site: Site, config: PriLoraConfig) -> tuple[str, ...]:
-        """B, as long as it is 0."""
-        return ("lora_B",) if config.init_lora_weights else ()
 
     def update(
         self,
@@ -201,23 +183,13 @@ class Factors(Structure):
         a, b = parameters["lora_A"], parameters["lora_B"]
         return LowRank(a, b, a.new_ones(a.shape[0], 1), scale)
 
-    def rank_of(self, parameters: Mapping[str, Tensor]) -> int:
-        """Rows of A."""
-        return parameters["lora_A"].shape[0]
-
     def sizes(self, parameters: Mapping[str, Tensor], config: PriLoraConfig, name: str) -> tuple[int, int]:
         """Those of A and B.
 
         Raises:
             ValueError: they are no matrices.
         """
-        a, b = (parameters[factor] for factor in self.names)
-        if a.dim() != 2 or b.dim() != 2:
-            raise ValueError(
-                f"model_or_adapter_dir: lora_A and lora_B of module {name!r} have shapes {tuple(a.shape)} "
-                f"and {tuple(b.shape)}; they must be matrices."
-            )
-        return int(b.shape[0]), int(a.shape[1])
+        return matrix_sizes(name, parameters["lora_A"], parameters["lora_B"])
 
     def of_low_rank(self, a: Tensor, b: Tensor, e: Tensor) -> dict[str, Tensor]:
         """The factors, E in B."""
