@@ -324,7 +324,9 @@ class MethodModel(LoraModel):
         )
         layers = adapted_layers(model, adapter_name)
         own = {name: factor_keys(name, adapter_name, layer) for name, layer in layers.items()}
-        first = next(iter(own.values()), {})
+        # A model that names its modules in another order has another first one.
+        first = next((keys for keys in own.values() if mapped.keys() >= set(keys.values())), {})
+        first = first or next(iter(own.values()), {})
         expected: set[str] = set()
         filled: dict[str, Tensor] = {}
         shapes: list[tuple[AdaptedLayer, dict[str, tuple[int, ...]]]] = []
