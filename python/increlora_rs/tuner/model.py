@@ -350,7 +350,12 @@ class MethodModel(LoraModel):
             shapes.append((layer, {factor: tuple(tensor.shape) for factor, tensor in factors.items()}))
         names = (*config.method.structure.names, *config.method.structure.kept_names)
         factor = re.compile(rf"\.({'|'.join(names)})(\.|$)")
-        extra = sorted(key for key in mapped if factor.search(key) and key not in expected)
+        # Another method's have others beside those that are called alike.
+        extra = sorted(
+            key
+            for key in mapped
+            if (factor.search(key) or key.partition(".lora_")[0] in own) and key not in expected
+        )
         if extra:
             raise ValueError(
                 f"the adapter has {len(extra)} tensors, {extra[0]!r} the first, that belong to no "
