@@ -91,6 +91,7 @@ class Case:
         acts: Does something besides the optimizer change what is trained?
         ranks: What the ranks do in it: "stay", "grow" to 3 a module on the average, or "fall".
         told: Are their changes in the history?
+        early: What is said of a training that ends before its last step, if anything.
         rank: Of those tensors, the number of components that act.
         other_modules: What is said of an adapter of a base of more layers.
         bad: Arguments of its own that are wrong, each with what the message says of it.
@@ -113,6 +114,7 @@ class Case:
     acts: bool = True
     ranks: Literal["stay", "grow", "fall"] = "stay"
     told: bool = False
+    early: str = ""
     rank: Callable[[Mapping[str, Tensor]], int] = lambda tensors: tensors["lora_A"].shape[0]
     other_modules: str = r"tensors, '.*layer\.1.*' the first, that belong to no adapted module"
     bad: tuple[tuple[dict[str, Any], str], ...] = ()
@@ -261,6 +263,7 @@ CASES = {
         training={"tinit": 2, "tfinal": 3, "deltaT": 1},
         ranks="fall",
         told=True,
+        early="above the budget of 6, .* the training ended with step 3 of 12",
         rank=lambda tensors: int(tensors["lora_E"].count_nonzero()),
         bad=(
             ({"r": 3}, "r=3"),

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import warnings
 
 import increlora_rs
 import numpy as np
@@ -385,6 +386,19 @@ def test_ranks_are_those_of_the_last_mask_event_and_stand_in_the_history(make_pl
         assert totals == sorted(totals, reverse=True)
 
 
+def test_between_two_events_too_the_history_is_there(make_plain, tmp_path):
+    model = adapted(make_plain, tinit=3, tfinal=10, deltaT=5)
+    optimizer = adamw(model)
+    scheduler = attach(model, optimizer, total_steps=40)
+    train(model, optimizer, range(13))
+    # Masked after step 11, and moved since.
+    assert scheduler.total_rank < sum(nonzero(model)) == 8
+    model.save_pretrained(tmp_path)
+    for source in (model, tmp_path):
+        assert growth_history(source).steps == [6, 11]
+        assert growth_history(source).ranks[-1] == list(scheduler.ranks.values())
+
+
 def test_after_the_last_event_what_is_masked_stays_so_and_nothing_is_kept_for_a_choice(make_plain):
     model = adapted(make_plain, tinit=2, tfinal=8, deltaT=1)
     optimizer = adamw(model)
@@ -398,6 +412,45 @@ def test_after_the_last_event_what_is_masked_stays_so_and_nothing_is_kept_for_a_
         assert all(torch.equal(e == 0.0, was) for e, was in zip(values_of(model), left, strict=True))
     assert scheduler.scores == scores
     assert all(score > 0.0 for score in scores.values())
+
+
+def test_a_training_that_ends_early_tells_that_the_budget_was_not_met(make_plain):
+    model = adapted(make_plain, tinit=3, tfinal=10, deltaT=5)
+    optimizer = adamw(model)
+    scheduler = attach(model, optimizer, total_steps=40)
+    train(model, optimizer, range(18))
+    assert scheduler.total_rank == scheduler.schedule.budget(16) < 8
+    with pytest.warns(
+        UserWarning, match=r"rank of 8, above the budget of 4, .* from step 31 on: .*step 18 of 40;"
+    ):
+        scheduler.detach()
+    # Since the last event all have left 0.
+    assert list(scheduler.ranks.values()) == nonzero(model) == [4, 4]
+
+
+def test_an_earlier_adapter_that_is_loaded_at_the_end_is_told_with_its_ranks(make_plain):
+    model = adapted(make_plain, tinit=3, tfinal=10, deltaT=5)
+    optimizer = adamw(model)
+    scheduler = attach(model, optimizer, total_steps=20)
+    train(model, optimizer, range(8))
+    best = copy.deepcopy(model.state_dict())
+    train(model, optimizer, range(8, 20))
+    assert scheduler.total_rank == 4
+    model.load_state_dict(best)
+    with pytest.warns(UserWarning, match=r"rank of 8, .* from step 11 on: .*load_best_model_at_end"):
+        scheduler.detach()
+    assert list(scheduler.ranks.values()) == nonzero(model) == [4, 4]
+
+
+def test_a_training_that_was_whole_ends_without_a_word(make_plain):
+    model = adapted(make_plain)
+    optimizer = adamw(model)
+    scheduler = attach(model, optimizer, total_steps=20)
+    train(model, optimizer, range(20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.detach()
+    assert scheduler.total_rank == sum(nonzero(model)) == 4
 
 
 def test_logs_tell_the_ranks_and_the_regulariser(make_plain):
@@ -465,11 +518,28 @@ def test_a_checkpoint_of_another_method_or_of_other_ranks_is_refused_by_name(mak
     again.load_state_dict(state)
     with pytest.raises(ValueError, match=r"a training with 'adalora_rs', .* method is 'sora'"):
         attach(sora, again, total_steps=12)
-    fewer = adapted(make_plain, init_r=3)
-    again = adamw(fewer)
-    again.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"state is of 8 components, but the adapter has 6; .*init_r"):
-        attach(fewer, again, total_steps=12)
+    # In all as many as there were.
+    for ranks, told in (
+        ({"init_r": 3}, "4 .*'lin0', .* with 3"),
+        ({"rank_pattern": {"lin0": 5, "lin1": 3}}, "4 .*'lin0', .* with 5"),
+    ):
+        other = adapted(make_plain, **ranks)
+        again = adamw(other)
+        again.load_state_dict(state)
+        with pytest.raises(ValueError, match=rf"state is of {told}; .*init_r"):
+            attach(other, again, total_steps=12)
+
+
+def test_a_state_of_a_base_of_other_sizes_is_refused_by_name(make_plain):
+    model = adapted(make_plain)
+    attach(model, optimizer := adamw(model), total_steps=12)
+    other = adapted(
+        lambda: torch.nn.ModuleDict({"lin0": torch.nn.Linear(8, 20), "lin1": torch.nn.Linear(20, 6)})
+    )
+    again = adamw(other)
+    again.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"of 240 trained numbers, .* has 224; resume with the base model"):
+        attach(other, again, total_steps=12)
 
 
 # Bad arguments.
@@ -528,6 +598,13 @@ def test_a_refused_attach_leaves_a_model_that_trains(make_plain):
     attach(model, optimizer, total_steps=30)
     train(model, optimizer, range(30))
     assert sum(nonzero(model)) == 4
+
+
+def test_a_scale_that_is_not_the_configurations_is_refused_with_the_class_to_load_it_with(make_plain):
+    model = adapted(make_plain)
+    layers_of(model)[0].set_scale("default", 2.0)
+    with pytest.raises(ValueError, match=r"'lin0' has the scale .* config=AdaLoraRsConfig\(r="):
+        attach(model, adamw(model), total_steps=20)
 
 
 def test_the_names_are_public_and_those_of_peft_stay_its_own():

@@ -8,6 +8,8 @@ import pickle
 import peft
 import pytest
 import torch
+from increlora_rs import AdaLoraRsConfig, IncreLoraConfig, PriLoraConfig, SoraConfig
+from increlora_rs.methods import METHODS
 from method_cases import (
     CASES,
     EVERY,
@@ -309,6 +311,40 @@ def test_a_refused_load_leaves_the_adapter_that_is_there(method, model, saved):
     with pytest.raises(ValueError, match="no tensor"):
         model.load_adapter(saved, "default")
     assert torch.equal(logits(model), wanted)
+
+
+@pytest.fixture(scope="module")
+def of_every_method(make_bert, tmp_path_factory):
+    """An adapter of each method, by its name, and one of LoRA."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in (*CASES, "lora")}
+    for method in METHODS:
+        adapted(method, make_bert()).save_pretrained(folders[method.name])
+    lora = peft.LoraConfig(target_modules=["query", "value"], r=2)
+    peft.get_peft_model(make_bert(), lora).save_pretrained(folders["lora"])
+    return folders
+
+
+@EVERY
+def test_an_adapter_of_another_method_is_not_loaded_over_one(method, make_bert, of_every_method):
+    model = adapted(method, make_bert())
+    before = trainable(model)
+    for name, folder in of_every_method.items():
+        if name != method.name:
+            told = f"type '{name.upper()}', but 'default' is of type '{method.name.upper()}'"
+            with pytest.raises(ValueError, match=rf"model_id: .*{told}; load it into the base model"):
+                model.load_adapter(folder, "default")
+    assert_equal_bits(trainable(model), before)
+    model.load_adapter(of_every_method[method.name], "default")
+
+
+def test_tensors_that_the_method_has_not_are_refused_by_the_first(make_bert):
+    factors = {"target_modules": ["query"], "init_lora_weights": False, "r": 2}
+    with_e = AdaLoraRsConfig(init_r=2, **factors), SoraConfig(**factors), IncreLoraConfig(init_r=2, **factors)
+    for other in with_e:
+        tensors = get_peft_model_state_dict(peft.get_peft_model(make_bert(), other))
+        model = peft.get_peft_model(make_bert(), PriLoraConfig(r_s=2, **factors))
+        with pytest.raises(ValueError, match=r"2 tensors, '.*layer\.0.*query\.lora_E.*' the first"):
+            set_peft_model_state_dict(model, tensors)
 
 
 @EVERY

@@ -13,6 +13,7 @@ import pytest
 import torch
 from increlora_rs import LortaConfig, attach, export_lora, module_table
 from increlora_rs.layers.found import adapted_layers
+from increlora_rs.methods import lorta
 from increlora_rs.ops.update import Call
 from increlora_rs.support.names import short
 from method_cases import assert_equal_bits
@@ -28,6 +29,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    PhiConfig,
+    PhiForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     RobertaConfig,
@@ -491,12 +494,26 @@ def qwen3():
     return Qwen3ForCausalLM(config)
 
 
+def phi():
+    config = PhiConfig(
+        vocab_size=50,
+        # Half of each head turns.
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        intermediate_size=20,
+        max_position_embeddings=16,
+    )
+    return PhiForCausalLM(config)
+
+
 # Targets, inputs, layers and kinds of matrices.
 ARCHITECTURES = {
     "GPT-2's output": (gpt2, r".*attn\.c_proj", {"input_ids": IDS}, 2, 1),
     "T5": (t5, ["q", "k", "v", "o"], {"input_ids": IDS, "decoder_input_ids": IDS}, 2, 4 + 8),
     "BART": (bart, ["q_proj", "v_proj", "out_proj"], {"input_ids": IDS}, 2, 3 + 6),
     "Qwen3, wide heads": (qwen3, ["q_proj", "o_proj"], {"input_ids": IDS}, 2, 2),
+    "Phi": (phi, ["q_proj", "k_proj", "v_proj", "dense"], {"input_ids": IDS}, 2, 4),
 }
 
 
@@ -516,7 +533,7 @@ def test_architectures_give_the_outputs_of_the_merged_model(architecture, tmp_pa
     base, changed = build(), 0
     for name, place in places.items():
         last = name.rpartition(".")[2]
-        goes_in = last in ("o", "out_proj", "o_proj", "c_proj")
+        goes_in = last in ("o", "out_proj", "o_proj", "c_proj", "dense")
         assert place.heads_go_in is goes_in
         update = literal(tensors, place.layer, place.kind, heads_go_in=goes_in, scale=3 / RANK)
         weight = base.get_submodule(name).weight
@@ -527,6 +544,65 @@ def test_architectures_give_the_outputs_of_the_merged_model(architecture, tmp_pa
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(build(), tmp_path, autocast_adapter_dtype=False)
     torch.testing.assert_close(outputs(loaded, inputs), outputs(model, inputs), rtol=1e-9, atol=1e-11)
+
+
+HEADS_GO_IN = {
+    "bert.encoder.layer.0.attention.output.dense": True,
+    "bert.encoder.layer.0.crossattention.output.dense": True,
+    "bert.encoder.layer.0.output.dense": False,
+    "bert.encoder.layer.0.attention.self.query": False,
+    "albert.encoder.albert_layer_groups.0.albert_layers.0.attention.dense": True,
+    "transformer.h.0.attn.c_proj": True,
+    "transformer.h.0.crossattention.c_proj": True,
+    "transformer.h.0.attn.c_attn": False,
+    "transformer.h.0.mlp.c_proj": False,
+    "transformer.h.0.self_attention.dense": True,
+    "model.layers.0.self_attn.dense": True,
+    "model.layers.0.self_attn.o_proj": True,
+    "model.layers.0.self_attn.v_proj": False,
+    "model.layers.0.attn.Wo": True,
+    "model.layers.0.attn.Wqkv": False,
+    "model.layers.0.mlp.Wo": False,
+    "visual.blocks.0.attn.proj": True,
+    "attention_tower.blocks.0.mlp.proj": False,
+    "decoder.block.0.layer.1.EncDecAttention.o": True,
+    "down_blocks.0.transformer_blocks.0.attn1.to_out.0": True,
+    "proj": False,
+}
+
+
+@pytest.mark.parametrize("name", HEADS_GO_IN)
+def test_an_attentions_output_is_known_by_its_name(name):
+    assert LortaConfig().heads_go_in(name) is HEADS_GO_IN[name]
+
+
+def test_a_saved_adapter_names_what_takes_heads_in(tmp_path, monkeypatch):
+    for orientation, named in (("natural", ["attention.output.dense"]), ("peft", None)):
+        model = adapted(make_bert(), orientation=orientation)
+        model.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["after_heads"] == named
+    adapted(make_bert()).save_pretrained(tmp_path)
+    # As a release that knows other names.
+    monkeypatch.setattr(lorta, "_AFTER_HEADS", ("query",))
+    loaded = PeftModel.from_pretrained(make_bert(), tmp_path, autocast_adapter_dtype=False)
+    for name, update in wanted_of(loaded, "natural").items():
+        torch.testing.assert_close(dense_of(loaded)[name], update, rtol=1e-12, atol=1e-12)
+
+
+def test_a_base_that_has_its_modules_in_another_order_takes_the_adapter(tmp_path):
+    def base(names):
+        torch.manual_seed(5)
+        return nn.ModuleDict({name: nn.Linear(8, 8).double() for name in names})
+
+    model = adapted(base(["v", "q", "o"]), target_modules=["q", "v", "o"], heads=2)
+    for folder in ("first", "again"):
+        model.save_pretrained(tmp_path / folder)
+        loaded = PeftModel.from_pretrained(
+            base(["q", "o", "v"]), tmp_path / folder, autocast_adapter_dtype=False
+        )
+        for name, update in dense_of(model).items():
+            assert torch.equal(dense_of(loaded)[name], update)
+        model = loaded
 
 
 # What is refused.
@@ -595,4 +671,4 @@ def test_a_configuration_serves_several_models():
         model = get_peft_model(make_bert(layers=layers), config)
         assert five(model)["lora_C_l"].shape == (2, layers)
     assert config.module_names == []
-    assert config.heads is None
+    assert config.heads is config.after_heads is None

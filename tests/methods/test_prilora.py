@@ -355,18 +355,67 @@ def test_pruning_last_needs_the_number_of_steps(make_plain):
         attach(model, optimizer_of(model))
 
 
-@pytest.mark.parametrize("make", [torch.optim.Adafactor, torch.optim.SGD])
-def test_moments_that_are_not_one_for_each_entry_cannot_be_pruned(make_plain, make):
-    model = adapted(make_plain, prune_moments="zero", prune_every=2)
-    optimizer = make([p for p in model.parameters() if p.requires_grad], lr=0.01)
+def test_moments_that_are_not_one_for_each_entry_are_refused_long_before_they_would_be_pruned(make_plain):
+    model = adapted(make_plain, prune_moments="zero", prune_every=1000)
+    optimizer = torch.optim.Adafactor([p for p in model.parameters() if p.requires_grad], lr=0.01)
     attach(model, optimizer, total_steps=4)
-    if make is torch.optim.SGD:
-        # It has none.
-        train(model, optimizer, 2)
-        assert all((a == 0).any() for a, _ in factors_of(model).values())
-        return
     with pytest.raises(ValueError, match=r"prune_moments='zero': Adafactor keeps 'row_var'.*'keep'"):
-        train(model, optimizer, 2)
+        train(model, optimizer, 1)
+
+
+def test_an_optimizer_without_moments_has_none_to_prune(make_plain):
+    model = adapted(make_plain, prune_moments="zero", prune_every=2)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    attach(model, optimizer, total_steps=4)
+    train(model, optimizer, 2)
+    assert all((a == 0).any() for a, _ in factors_of(model).values())
+
+
+class Branched(nn.Module):
+    """Two layers, and beside the first one that is left out until it is opened."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin0, self.side, self.lin1 = nn.Linear(12, 20), nn.Linear(12, 20), nn.Linear(20, 6)
+        self.opened = False
+
+    def forward(self, x):
+        hidden = self.lin0(x) + self.side(x) if self.opened else self.lin0(x)
+        return self.lin1(torch.relu(hidden))
+
+
+@pytest.mark.parametrize("group", ["row", "matrix"])
+@pytest.mark.parametrize("moments", ["keep", "zero"])
+def test_a_module_that_nothing_went_into_yet_is_not_pruned(group, moments):
+    model = adapted(
+        Branched, target_modules=["lin0", "side"], prune_every=3, prune_group=group, prune_moments=moments
+    )
+    before = factors_of(model)["side"][0]
+    optimizer = optimizer_of(model)
+    attach(model, optimizer, total_steps=20)
+    train(model, optimizer, 6)
+    # It would lose its first columns, of what it begins with, for good: nothing trains it.
+    assert torch.equal(factors_of(model)["side"][0], before)
+    assert pruned_shares(model) == {"lin0": 0.5, "side": 0.0}
+    model.get_base_model().opened = True
+    train(model, optimizer, 3)
+    assert pruned_shares(model) == {"lin0": 0.5, "side": 0.5}
+
+
+def pruned_shares(model):
+    return {name: float((a == 0).double().mean()) for name, (a, _) in factors_of(model).items()}
+
+
+def test_a_state_of_a_base_of_other_sizes_is_refused_by_name(make_plain):
+    model = adapted(make_plain)
+    attach(model, optimizer := optimizer_of(model), total_steps=4)
+    other = adapted(lambda: nn.ModuleDict({"lin0": nn.Linear(8, 20), "lin1": nn.Linear(20, 6)}))
+    again = optimizer_of(other)
+    again.load_state_dict(optimizer.state_dict())
+    with pytest.raises(
+        ValueError, match=r"of modules with 32 input features in all, .* have 28; resume with"
+    ):
+        attach(other, again, total_steps=4)
 
 
 # What goes in.

@@ -298,6 +298,23 @@ def test_thresholds_that_cannot_be_are_refused(options, message):
         configure(**options)
 
 
+def test_a_longer_training_that_is_resumed_goes_on_by_the_schedule_of_the_first(make_plain):
+    settings = {"sparse_lambda_2": 0.0, "lambda_schedule": "linear", "max_lambda": 0.1, "lambda_num": 5}
+    model = adapted(make_plain, **settings)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    planned = attach(model, optimizer, total_steps=10).policy
+    state = optimizer.state_dict()
+    for total_steps in (20, 30):
+        # Also of what was resumed already.
+        model = adapted(make_plain, **settings)
+        again = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        again.load_state_dict(state)
+        with pytest.warns(UserWarning, match=f"total_steps={total_steps}, .* goes on by that plan"):
+            resumed = attach(model, again, total_steps=total_steps).policy
+        assert [resumed.threshold(k) for k in range(1, 25)] == [planned.threshold(k) for k in range(1, 25)]
+        state = again.state_dict()
+
+
 def test_a_schedule_needs_the_number_of_steps(make_plain):
     model = adapted(make_plain, lambda_schedule="linear")
     with pytest.raises(ValueError, match=r"total_steps=None: lambda_schedule='linear'"):

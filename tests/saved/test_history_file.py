@@ -160,7 +160,7 @@ def test_history_of_another_training_in_the_directory_is_refused(trained, train_
 
 def test_model_that_has_not_grown_says_so(make_bert):
     model = peft.get_peft_model(make_bert(), growing(target_modules=["query"]))
-    with pytest.raises(ValueError, match="have not grown in this process"):
+    with pytest.raises(ValueError, match="have not changed in this process"):
         growth_history(model)
 
 

@@ -41,6 +41,8 @@ class Structure(ABC):
     silencing: ClassVar[frozenset[str]] = frozenset()
     #: Are they one set for all modules of an adapter: drawn for the first, and saved under its name alone?
     shared: ClassVar[bool] = False
+    #: Are components masked that go on learning, so that more may act than the last event has left?
+    masks: ClassVar[bool] = False
     #: What is saved beside the parameters and changed by the policy alone, under configurations for which
     #: :meth:`keeps`; named as they are.
     kept_names: ClassVar[tuple[str, ...]] = ()
@@ -186,6 +188,20 @@ class Structure(ABC):
         except IndexError:
             # A tensor of no dimension.
             return 0
+
+
+def matrix_sizes(name: str, a: Tensor, b: Tensor) -> tuple[int, int]:
+    """The size (out, in) of module ``name`` by A (rank, in) and B (out, rank), as a file has them.
+
+    Raises:
+        ValueError: they are no matrices.
+    """
+    if a.dim() != 2 or b.dim() != 2:
+        raise ValueError(
+            f"model_or_adapter_dir: lora_A and lora_B of module {name!r} have shapes {tuple(a.shape)} and "
+            f"{tuple(b.shape)}; they must be matrices."
+        )
+    return int(b.shape[0]), int(a.shape[1])
 
 
 def check_gathered(name: str, parameters: Mapping[str, Tensor], may_be_empty: Mapping[str, int]) -> None:

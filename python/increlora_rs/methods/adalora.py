@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -132,6 +132,8 @@ class AdaLoraRsConfig(MethodConfig):
 class Triplets(FixedComponents):
     """Components of which E is 0 where they are masked; none comes or goes while they are trained."""
 
+    masks: ClassVar[bool] = True
+
     def is_svd(self, config: AdaLoraRsConfig) -> bool:
         """Always but for tests."""
         return config.init_lora_weights is True
@@ -175,6 +177,7 @@ class Pruning(Policy):
         # Until the last mask event.
         self._scores: Sensitivities | None = None
         self._chosen_by = np.zeros(sum(self._held))
+        self._steps = 0
         self._keep(np.ones(sum(self._held), dtype=np.bool_))
 
     def start(self) -> None:
@@ -200,6 +203,7 @@ class Pruning(Policy):
 
     def after_step(self, step: Step) -> Event | None:
         """Takes the sensitivities in; masks, where the schedule says so."""
+        self._steps = step.number
         # A fused optimizer under a loss scaler has divided the gradients by the scale, and left them so.
         if self._scores is not None and self.schedule.observes(step.number):
             self._scores.observe()
@@ -242,7 +246,8 @@ class Pruning(Policy):
         return float(self._orthogonality.value())
 
     def ranks(self) -> list[int]:
-        """The triplets of every module that the last mask event has left; all of them before the first."""
+        """The triplets of every module that the last mask event has left; all of them before the first. When
+        the training is over, those that the adapter has."""
         return list(self._ranks)
 
     def scores(self) -> _Vector:
@@ -266,6 +271,7 @@ class Pruning(Policy):
             "deltaT": schedule.deltaT,
             "sensitivities": None if self._scores is None else self._scores.state(),
             "chosen_by": torch.from_numpy(self._chosen_by),
+            "held": list(self._held),
             "live": self._live.clone(),
         }
 
@@ -273,14 +279,20 @@ class Pruning(Policy):
         """Goes on by the saved schedule; tells where the configuration has another.
 
         Raises:
-            ValueError: it is of other ranks.
+            ValueError: it is of other ranks, or of modules of other sizes.
         """
+        for module, had, has in zip(self.modules, state["held"], self._held, strict=True):
+            if had != has:
+                raise ValueError(
+                    f"optimizer: its scheduler's state is of {had} components of {module.name!r}, but the "
+                    f"adapter begins with {has}; resume with the init_r and rank_pattern that were trained."
+                )
+        scores = None
+        if state["sensitivities"] is not None:
+            scores = Sensitivities(self.modules, self.config)
+            scores.restore(state["sensitivities"])
+        self._scores = scores
         first, self.budget = state["budget"]
-        if first != sum(self._held):
-            raise ValueError(
-                f"optimizer: its scheduler's state is of {first} components, but the adapter has "
-                f"{sum(self._held)}; resume with the init_r and rank_pattern that were trained."
-            )
         wish = {name: state[name] for name in ("tinit", "tfinal", "deltaT")}
         self.schedule = _core.TripletSchedule(state["total_steps"], first, self.budget, **wish)
         for name, had in {"r": self.budget // len(self.modules), **wish}.items():
@@ -290,17 +302,24 @@ class Pruning(Policy):
                     f"{name}={value}, but the run that is resumed was planned with {had}: its ranks go on "
                     "falling by that plan"
                 )
-        self._scores = None
-        if state["sensitivities"] is not None:
-            self._scores = Sensitivities(self.modules, self.config)
-            self._scores.restore(state["sensitivities"])
         self._chosen_by = state["chosen_by"].numpy().copy()
         self._keep(state["live"].numpy().copy())
 
     def finish(self) -> None:
-        """Drops the sensitivities."""
+        """Drops the sensitivities; tells of an adapter that is above the budget."""
         if self._scores is not None:
             self._chosen_by, self._scores = self._scores.values(), None
+        # Of a training that ended between events, or at whose end an earlier adapter was loaded.
+        self._ranks = torch.stack([torch.count_nonzero(e) for e in self._e]).tolist()
+        total, schedule = sum(self._ranks), self.schedule
+        if self._steps and total > self.budget:
+            why = f"the training ended with step {self._steps} of {schedule.total_steps}"
+            if self._steps >= schedule.last:
+                why = "an adapter of an earlier step was loaded (load_best_model_at_end)"
+            warn(
+                f"the adapter has a total rank of {total}, above the budget of {self.budget}, which holds "
+                f"from step {schedule.last} on: {why}; take a later one, or raise tfinal"
+            )
 
 
 class Sensitivities:
@@ -333,7 +352,16 @@ class Sensitivities:
         return {"mean": self._mean.clone(), "uncertainty": self._uncertainty.clone()}
 
     def restore(self, saved: dict[str, Tensor]) -> None:
-        """Takes what :meth:`state` gave."""
+        """Takes what :meth:`state` gave.
+
+        Raises:
+            ValueError: it is of modules of other sizes.
+        """
+        if saved["mean"].shape != self._mean.shape:
+            raise ValueError(
+                f"optimizer: its scheduler's state is of {len(saved['mean'])} trained numbers, but the "
+                f"adapter has {len(self._mean)}; resume with the base model that was trained."
+            )
         self._mean.copy_(saved["mean"])
         self._uncertainty.copy_(saved["uncertainty"])
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._core import RESERVE_E
-from ..contract.structure import SizeMismatchError, Structure
+from ..contract.structure import SizeMismatchError, Structure, matrix_sizes
 from ..layers import AdaptedLayer
 from ..ops.update import LowRank
 from ..resizing.graph import may_differ
@@ -93,13 +93,7 @@ class Components(Structure):
         Raises:
             ValueError: they are no matrices.
         """
-        a, b, _ = (parameters[factor] for factor in self.names)
-        if a.dim() != 2 or b.dim() != 2:
-            raise ValueError(
-                f"model_or_adapter_dir: lora_A and lora_B of module {name!r} have shapes "
-                f"{tuple(a.shape)} and {tuple(b.shape)}; they must be matrices."
-            )
-        return int(b.shape[0]), int(a.shape[1])
+        return matrix_sizes(name, parameters["lora_A"], parameters["lora_B"])
 
     def of_low_rank(self, a: Tensor, b: Tensor, e: Tensor) -> dict[str, Tensor]:
         """The factors themselves."""

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ..contract.config import MethodConfig
 from ..contract.method import Method
-from ..contract.structure import SizeMismatchError, Structure
+from ..contract.structure import SizeMismatchError
 from ..ops.autocast import without_autocast
 from ..ops.update import LowRank
 from ..support import arguments
 from ..support.seeded import generator
 from ..support.sites import Site
+from .two_factors import TwoFactors
 
 
 @dataclass
@@ -104,32 +105,14 @@ class LoraMiniConfig(MethodConfig):
         self.module_sizes = {site.name: [site.out, site.features] for site in sites}
 
 
-class SplitFactors(Structure):
+class SplitFactors(TwoFactors):
     """A (r, a) and B (b, r), within ``A_aux`` (a, in) and ``B_aux`` (out, b) that are not trained."""
 
-    names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "convolution"})
 
     def shapes(self, site: Site, rank: int, config: LoraMiniConfig) -> dict[str, tuple[int, ...]]:
         """Of the module's size they know nothing."""
         return {"lora_A": (rank, config.lora_a), "lora_B": (config.lora_b, rank)}
-
-    def draw(
-        self, site: Site, rank: int, config: LoraMiniConfig, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        """A Kaiming uniform over ``lora_a`` and B 0."""
-        device = None if generator is None else generator.device
-        a = torch.empty(rank, config.lora_a, device=device)
-        b = torch.zeros(config.lora_b, rank, device=device)
-        bound = 1.0 / math.sqrt(config.lora_a)
-        a.uniform_(-bound, bound, generator=generator)
-        if config.init_lora_weights is False:
-            b.uniform_(-bound, bound, generator=generator)
-        return {"lora_A": a, "lora_B": b}
-
-    def first_learners(self, site: Site, config: LoraMiniConfig) -> tuple[str, ...]:
-        """B, as long as it is 0."""
-        return ("lora_B",) if config.init_lora_weights else ()
 
     def frozen(self, site: Site, config: LoraMiniConfig) -> dict[str, Tensor]:
         """``A_aux`` and ``B_aux``, float32.
@@ -170,10 +153,6 @@ class SplitFactors(Structure):
         aux_a, aux_b = (parameters[name].to(a.device, a.dtype) for name in ("lora_A_aux", "lora_B_aux"))
         with without_autocast(a.device.type):
             return LowRank(a @ aux_a, aux_b @ b, a.new_ones(a.shape[0], 1), scale)
-
-    def rank_of(self, parameters: Mapping[str, Tensor]) -> int:
-        """Rows of A."""
-        return parameters["lora_A"].shape[0]
 
     def sizes(self, parameters: Mapping[str, Tensor], config: LoraMiniConfig, name: str) -> tuple[int, int]:
         """Those that the configuration kept.

@@ -8,6 +8,7 @@ For head h of the matrix of kind m in layer l, with ``c = C_h[h] * C_m[m] * C_l[
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -21,19 +22,23 @@ from ..contract.structure import Structure
 from ..ops.autocast import without_autocast
 from ..ops.update import LowRank
 from ..support import arguments
-from ..support.sites import Site, in_order, places
+from ..support.sites import Site, in_order, places, within_layer
 
-# Names of the projections that an attention's heads go into, of which the input is theirs.
+# Ends of names of the projections that an attention's heads go into, of which the input is theirs.
 _AFTER_HEADS = (
-    "attention.output.dense",
-    "attention.dense",
-    "self_attention.dense",
-    "attn.c_proj",
     "o_proj",
     "out_proj",
     "out_lin",
     "o",
+    "to_out",
+    "to_out.0",
+    "linear_out",
+    "output_proj",
+    "post_proj",
 )
+# Those that others have, too, so that it takes an attention around them: BERT's attention.output.dense.
+_AFTER_HEADS_OF_ATTENTION = ("dense", "c_proj", "proj", "projection", "projection_layer", "Wo", "output")
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
 class Place(NamedTuple):
@@ -65,7 +70,8 @@ class LortaConfig(MethodConfig):
         heads: H, on which the size of a head depends; None: ``num_attention_heads`` of the base model's
             configuration. In a saved adapter it is a number.
         after_heads: Under "natural", ends of the names of those modules whose input is in heads; None: the
-            usual ones, "o_proj", "out_proj", "attention.output.dense" and more.
+            usual ones, "o_proj", "out_proj", the "dense", "c_proj" or "proj" of what is called an attention,
+            and more. In a saved adapter they are named.
         init_scale: Of ``C_h, C_l, C_m``, which are uniform within ``sqrt(6 / ((1 + 5 init_scale^2) r))``; 0
             or more: a larger one makes them smaller. A is uniform within ``1 / sqrt(r)``.
         init_lora_weights: True: B 0. False: B as A, so that a fresh adapter is not the identity (for tests).
@@ -123,17 +129,21 @@ class LortaConfig(MethodConfig):
         Raises:
             ValueError: the adapter is of other modules, or the number of heads is not known.
         """
-        if self.module_names and list(modules) != self.module_names:
-            known = self.module_names
-            other = next((n for n in [*known, *modules] if (n in known) != (n in modules)), known[0])
+        known = self.module_names or list(modules)
+        if set(modules) != set(known):
+            other = next(n for n in [*known, *modules] if (n in known) != (n in modules))
             raise ValueError(
                 f"module_names: the adapter is one tensor over {len(known)} modules, but in this "
                 f"model {len(modules)} are adapted, and {other!r} belongs to one of the two alone; it was "
                 "saved from another base model. For a fresh one, leave module_names out."
             )
         self.heads = self.heads or _heads_of(model)
-        self.module_names = list(modules)
-        self._place(modules)
+        # In the order of the model that it was made for, by which kinds have their columns.
+        self.module_names = known
+        if self.orientation == "natural" and self.after_heads is None:
+            # Other releases may know other names, and an adapter stays what it is.
+            self.after_heads = sorted({within_layer(name) for name in known if self.heads_go_in(name)})
+        self._place(known)
 
     def check_rank(self, site: Site, rank: int) -> None:
         """Checks the side that is in heads.
@@ -157,8 +167,13 @@ class LortaConfig(MethodConfig):
         """Is the input of a module in heads, and not its output?"""
         if self.orientation != "natural":
             return self.orientation == "peft"
-        ends = _AFTER_HEADS if self.after_heads is None else self.after_heads
-        return any(f".{module}".endswith(f".{end}") for end in ends)
+        if self.after_heads is not None:
+            return _ends_with(module, self.after_heads)
+        inside = within_layer(module)
+        of_attention = _ATTENTION.search(inside.rpartition(".")[0]) is not None
+        return _ends_with(inside, _AFTER_HEADS) or (
+            of_attention and _ends_with(inside, _AFTER_HEADS_OF_ATTENTION)
+        )
 
     def sides(self, site: Site) -> tuple[int, int]:
         """The size of the side that is the model's width, and of that in heads."""
@@ -264,6 +279,10 @@ class Tensor5(Structure):
                 f"{config.heads}; it is damaged: take the file that save_pretrained wrote."
             )
         return {name: parameters for parameters in found.values() for name in config.module_names}
+
+
+def _ends_with(module: str, ends: Sequence[str]) -> bool:
+    return any(f".{module}".endswith(f".{end}") for end in ends)
 
 
 def _heads_of(model: Any) -> int:

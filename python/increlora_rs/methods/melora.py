@@ -9,17 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..contract.config import MethodConfig
 from ..contract.method import Method
-from ..contract.structure import Structure
 from ..ops.block_diagonal import BlockDiagonal
 from ..support import arguments
 from ..support.sites import Site
+from .two_factors import TwoFactors
 
 
 @dataclass
@@ -90,33 +89,13 @@ class MeLoraConfig(MethodConfig):
         return super().divisor(rank // self.n_slices)
 
 
-class Slices(Structure):
+class Slices(TwoFactors):
     """A (n, r, in / n) and B (n, out / n, r), a matrix a slice."""
-
-    names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
 
     def shapes(self, site: Site, rank: int, config: MeLoraConfig) -> dict[str, tuple[int, ...]]:
         """``rank`` is that of all slices together."""
         n = config.n_slices
         return {"lora_A": (n, rank // n, site.features // n), "lora_B": (n, site.out // n, rank // n)}
-
-    def draw(
-        self, site: Site, rank: int, config: MeLoraConfig, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        """LoRA's initialisation of every slice by itself."""
-        # A generator is of the CPU; without one, the default device holds (meta while loading).
-        device = None if generator is None else generator.device
-        shapes = self.shapes(site, rank, config)
-        a, b = torch.empty(shapes["lora_A"], device=device), torch.zeros(shapes["lora_B"], device=device)
-        bound = 1.0 / math.sqrt(a.shape[-1])
-        a.uniform_(-bound, bound, generator=generator)
-        if config.init_lora_weights is False:
-            b.uniform_(-bound, bound, generator=generator)
-        return {"lora_A": a, "lora_B": b}
-
-    def first_learners(self, site: Site, config: MeLoraConfig) -> tuple[str, ...]:
-        """B, as long as it is 0."""
-        return ("lora_B",) if config.init_lora_weights else ()
 
     def update(
         self,

@@ -7,10 +7,10 @@ the size of its entries times how much goes in at them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,13 @@ from .. import _core
 from ..contract.config import MethodConfig
 from ..contract.method import Method
 from ..contract.policy import AdaptedModule, Event, Plan, Policy, Step
-from ..contract.structure import Structure
+from ..contract.structure import matrix_sizes
 from ..gauges import Energy
 from ..ops.update import LowRank
 from ..support import arguments
 from ..support.names import rank_pattern
 from ..support.sites import Site, depths
+from .two_factors import TwoFactors
 
 
 @dataclass
@@ -162,31 +163,12 @@ def rising(first: int, last: int, place: int, count: int) -> int:
     return round(first + Fraction((last - first) * place, count - 1))
 
 
-class Factors(Structure):
+class Factors(TwoFactors):
     """A (r, in) and B (out, r), as LoRA has them."""
-
-    names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
 
     def shapes(self, site: Site, rank: int, config: PriLoraConfig) -> dict[str, tuple[int, ...]]:
         """Of a linear layer."""
         return {"lora_A": (rank, site.features), "lora_B": (site.out, rank)}
-
-    def draw(
-        self, site: Site, rank: int, config: PriLoraConfig, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        """A Kaiming uniform and B 0."""
-        device = None if generator is None else generator.device
-        a = torch.empty(rank, site.features, device=device)
-        b = torch.zeros(site.out, rank, device=device)
-        bound = 1.0 / math.sqrt(site.features)
-        a.uniform_(-bound, bound, generator=generator)
-        if config.init_lora_weights is False:
-            b.uniform_(-bound, bound, generator=generator)
-        return {"lora_A": a, "lora_B": b}
-
-    def first_learners(self, site: Site, config: PriLoraConfig) -> tuple[str, ...]:
-        """B, as long as it is 0."""
-        return ("lora_B",) if config.init_lora_weights else ()
 
     def update(
         self,
@@ -201,23 +183,13 @@ class Factors(Structure):
         a, b = parameters["lora_A"], parameters["lora_B"]
         return LowRank(a, b, a.new_ones(a.shape[0], 1), scale)
 
-    def rank_of(self, parameters: Mapping[str, Tensor]) -> int:
-        """Rows of A."""
-        return parameters["lora_A"].shape[0]
-
     def sizes(self, parameters: Mapping[str, Tensor], config: PriLoraConfig, name: str) -> tuple[int, int]:
         """Those of A and B.
 
         Raises:
             ValueError: they are no matrices.
         """
-        a, b = (parameters[factor] for factor in self.names)
-        if a.dim() != 2 or b.dim() != 2:
-            raise ValueError(
-                f"model_or_adapter_dir: lora_A and lora_B of module {name!r} have shapes {tuple(a.shape)} "
-                f"and {tuple(b.shape)}; they must be matrices."
-            )
-        return int(b.shape[0]), int(a.shape[1])
+        return matrix_sizes(name, parameters["lora_A"], parameters["lora_B"])
 
     def of_low_rank(self, a: Tensor, b: Tensor, e: Tensor) -> dict[str, Tensor]:
         """The factors, E in B."""
@@ -247,6 +219,7 @@ class Pruning(Policy):
         self._features = [int(a.shape[1]) for a in self._a]
         self.gauge = Energy.of(self._features, plan.device)
         self._norms = torch.zeros(sum(self._features), dtype=torch.float64, device=plan.device)
+        self._moments_checked = False
 
     def start(self) -> None:
         """Nothing has gone in yet."""
@@ -262,18 +235,39 @@ class Pruning(Policy):
         """Takes the step's inputs in; prunes if it is time."""
         if step.armed:
             _core.average_energy_(self._norms, self.gauge.total, self._features, self.config.beta)
+        forgets = self.config.prune_moments == "zero"
+        if forgets and not self._moments_checked:
+            # Now that there are any: the first pruning may be hours away.
+            list(self._moments(self._a))
+            self._moments_checked = True
         last = self.config.prune_last and step.number == self.plan.total_steps
         if last or step.number % self.config.prune_every == 0:
-            by_row = self.config.prune_group == "row"
-            _core.prune_(self._a, self._norms, self.config.prune_share, by_row=by_row)
-            if self.config.prune_moments == "zero":
-                self._forget()
+            pruned = self._prune()
+            if forgets:
+                for a, moments in self._moments(pruned):
+                    moments.masked_fill_(a == 0, 0.0)
         return None
 
-    def _forget(self) -> None:
-        """Sets the moments of what was pruned to 0."""
+    def _prune(self) -> list[Tensor]:
+        """Prunes the matrices of which it is known what goes in: where nothing did, the first columns would
+        go, whatever they are worth."""
+        norms = self._norms.split(self._features)
+        known = torch.stack([of_one.any() for of_one in norms]).tolist()
+        a = [a for a, is_known in zip(self._a, known, strict=True) if is_known]
+        if a:
+            of_all = torch.cat([of_one for of_one, is_known in zip(norms, known, strict=True) if is_known])
+            by_row = self.config.prune_group == "row"
+            _core.prune_(a, of_all, self.config.prune_share, by_row=by_row)
+        return a
+
+    def _moments(self, of: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The optimizer's moments of matrices A, each with its A.
+
+        Raises:
+            ValueError: they are not a number for each entry.
+        """
         optimizer = self.plan.optimizer
-        for a in self._a:
+        for a in of:
             for name, value in optimizer.state.get(a, {}).items():
                 if not isinstance(value, Tensor) or value.dim() == 0:
                     continue
@@ -283,7 +277,7 @@ class Pruning(Policy):
                         f"{tuple(value.shape)} and dtype {value.dtype} for a lora_A of {tuple(a.shape)}, not "
                         "a number for each entry; leave prune_moments at 'keep', or use AdamW."
                     )
-                value.masked_fill_(a == 0, 0.0)
+                yield a, value
 
     def scores(self) -> npt.NDArray[np.float64]:
         """``sum |A_ij| v_j`` of every module."""
@@ -302,8 +296,18 @@ class Pruning(Policy):
         return {"norms": self._norms.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes them."""
-        self._norms.copy_(state["norms"])
+        """Takes them.
+
+        Raises:
+            ValueError: they are of modules of other sizes.
+        """
+        norms = state["norms"]
+        if norms.shape != self._norms.shape:
+            raise ValueError(
+                f"optimizer: its scheduler's state is of modules with {len(norms)} input features in all, "
+                f"but the adapter's have {len(self._norms)}; resume with the base model that was trained."
+            )
+        self._norms.copy_(norms)
 
 
 METHOD = Method(

@@ -168,6 +168,8 @@ class Gates(Policy):
                 f"{config.lambda_num} values of xi, which needs the number of optimizer steps; give "
                 "attach(..., total_steps=...)."
             )
+        # Of the training that the schedule was made for, which a resumed one may be longer than.
+        self._total_steps = plan.total_steps
         # The gates of each group of the optimizer that has any, and the sizes of all groups then.
         self._groups: list[tuple[int, list[Tensor]]] = []
         self._sizes: list[int] = []
@@ -175,7 +177,7 @@ class Gates(Policy):
 
     def threshold(self, number: int) -> float:
         """xi at step ``number``, before a learning rate is put to it."""
-        total, count = self.plan.total_steps, len(self._thresholds)
+        total, count = self._total_steps, len(self._thresholds)
         if count == 1 or total is None:
             return self._thresholds[0]
         return self._thresholds[min((number - 1) * count // total, count - 1)]
@@ -241,6 +243,14 @@ class Gates(Policy):
     def logs(self) -> dict[str, float]:
         """The part of the gates that are 0."""
         return {"closed_gates": 1.0 - sum(self.ranks()) / sum(gate.numel() for gate in self._gates)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps that xi's schedule is made for."""
+        return {"total_steps": self._total_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on by the schedule of the run that is resumed."""
+        self._total_steps = state.get("total_steps", self._total_steps)
 
 
 def _take_off(gates: list[Tensor], decay: float, scale: Tensor | None) -> None:

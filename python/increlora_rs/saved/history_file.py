@@ -37,8 +37,8 @@ def growth_history(
         history = _part(model_or_adapter_dir, adapter_name, ranks)
         if history is None:
             raise ValueError(
-                "model_or_adapter_dir: there is no history of the model's ranks: they have not grown in this "
-                "process. Train it, or give the directory that save_pretrained wrote after the training."
+                "model_or_adapter_dir: there is no history of the model's ranks: they have not changed in "
+                "this process. Train it, or give the directory that save_pretrained wrote after the training."
             )
         return history
     file = Path(model_or_adapter_dir) / HISTORY_NAME
@@ -48,7 +48,7 @@ def growth_history(
             "after it was loaded from elsewhere, or by a release that kept no history. Call save_pretrained "
             "on the model that was trained, or give one of its Trainer's checkpoints."
         )
-    history = _from_json(file).until(ranks)
+    history = _from_json(file).until(ranks, masked=adapter.config.method.structure.masks)
     if history is None:
         raise ValueError(
             f"model_or_adapter_dir: {file} tells of other ranks than the adapter beside it has: it was left "
@@ -70,7 +70,7 @@ def _part(model: nn.Module, adapter_name: str, ranks: dict[str, int]) -> GrowthH
     layer = next(iter(adapted_layers(model, adapter_name).values()), None)
     history = None if layer is None else layer.probes[adapter_name].history
     # An earlier checkpoint may have been loaded since, with smaller ranks.
-    return None if history is None else history.until(ranks)
+    return None if layer is None or history is None else history.until(ranks, masked=layer.structure.masks)
 
 
 def _to_json(history: GrowthHistory) -> str:

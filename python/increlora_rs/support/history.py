@@ -41,24 +41,33 @@ class GrowthHistory:
         self.scores.append(scores)
         self.step = step
 
-    def until(self, ranks: dict[str, int]) -> GrowthHistory | None:
-        """The part up to the last growth that left these ranks by module; None if none did."""
+    def until(self, ranks: dict[str, int], *, masked: bool = False) -> GrowthHistory | None:
+        """The part up to the last growth that left these ranks by module; None if none did.
+
+        Args:
+            ranks: The ranks that an adapter has.
+            masked: May it have more than the last event left? Then all of it, where no event left these.
+        """
         if set(ranks) != set(self.modules):
             return None
         wanted = [ranks[name] for name in self.modules]
-        for count in range(len(self.steps), 0, -1):
-            if self.ranks[count - 1] == wanted:
-                return GrowthHistory(
-                    self.modules,
-                    self.budget,
-                    self.first_ranks,
-                    self.steps[:count],
-                    self.ranks[:count],
-                    self.scores[:count],
-                    self.step if count == len(self.steps) else self.steps[count],
-                    self.costs,
-                )
-        return None
+        all_of_it = len(self.steps)
+        count = next((count for count in range(all_of_it, 0, -1) if self.ranks[count - 1] == wanted), 0)
+        if masked and not count and all_of_it:
+            more = all(has >= left for has, left in zip(wanted, self.ranks[-1], strict=True))
+            count = all_of_it if more else 0
+        if not count:
+            return None
+        return GrowthHistory(
+            self.modules,
+            self.budget,
+            self.first_ranks,
+            self.steps[:count],
+            self.ranks[:count],
+            self.scores[:count],
+            self.step if count == all_of_it else self.steps[count],
+            self.costs,
+        )
 
     def state(self) -> dict[str, Any]:
         """For the optimizer's checkpoint."""

@@ -56,6 +56,11 @@ def places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     return {name: (layer, short[kind]) for name, (layer, kind) in found.items()}
 
 
+def within_layer(name: str) -> str:
+    """A module's name within its layer: ``attention.self.query``; outside of layers its whole name."""
+    return _place(name)[1]
+
+
 def depths(names: Iterable[str]) -> dict[str, tuple[int, int] | None]:
     """Where in the depth of its model each module stands: the place of its layer, from 0, among those of its
     stack that are named, and how many these are; None outside of layers."""

@@ -97,5 +97,6 @@ def check(saved: dict[str, Any], method: str, modules: list[str], total_steps: i
     if saved["total_steps"] != total_steps:
         warn(
             f"total_steps={total_steps}, but the run that is resumed was planned for "
-            f"{saved['total_steps']}: what changes with the steps, such as ranks, goes on by that plan"
+            f"{saved['total_steps']}: what changes with the steps, such as ranks, goes on by that plan; what "
+            "is done last is done at the end of this one"
         )

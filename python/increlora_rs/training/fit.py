@@ -216,7 +216,7 @@ def check_attachable(modules: Sequence[AdaptedModule], optimizer: torch.optim.Op
                 f"model: {module.name!r} has the scale {module.layer.scaling[module.adapter]:g}, but r="
                 f"{config.r} and its lora_alpha make {configured:g}, which a saved adapter would be loaded "
                 "with. To go on with another r, load it with PeftModel.from_pretrained(..., config="
-                "IncreLoraConfig(r=..., lora_alpha=..., ...)) and scale lora_alpha along."
+                f"{type(config).__name__}(r=..., lora_alpha=..., ...)) and scale lora_alpha along."
             )
         if module.adapter in module.layer.merged_adapters:
             raise ValueError(

@@ -324,7 +324,9 @@ class MethodModel(LoraModel):
         )
         layers = adapted_layers(model, adapter_name)
         own = {name: factor_keys(name, adapter_name, layer) for name, layer in layers.items()}
-        first = next(iter(own.values()), {})
+        # A model that names its modules in another order has another first one.
+        first = next((keys for keys in own.values() if mapped.keys() >= set(keys.values())), {})
+        first = first or next(iter(own.values()), {})
         expected: set[str] = set()
         filled: dict[str, Tensor] = {}
         shapes: list[tuple[AdaptedLayer, dict[str, tuple[int, ...]]]] = []
@@ -348,7 +350,12 @@ class MethodModel(LoraModel):
             shapes.append((layer, {factor: tuple(tensor.shape) for factor, tensor in factors.items()}))
         names = (*config.method.structure.names, *config.method.structure.kept_names)
         factor = re.compile(rf"\.({'|'.join(names)})(\.|$)")
-        extra = sorted(key for key in mapped if factor.search(key) and key not in expected)
+        # Another method's have others beside those that are called alike.
+        extra = sorted(
+            key
+            for key in mapped
+            if (factor.search(key) or key.partition(".lora_")[0] in own) and key not in expected
+        )
         if extra:
             raise ValueError(
                 f"the adapter has {len(extra)} tensors, {extra[0]!r} the first, that belong to no "
