@@ -28,6 +28,7 @@ from ..reports.card import write_section
 from ..saved.history_file import write_history
 from ..support.files import check_weights_file, staged
 from .model import MethodModel, ignores_mismatched_sizes
+from .same_adapter import check_same_adapter
 
 
 class IncreLoraModel(MethodModel):
@@ -151,8 +152,8 @@ def _adapters(model: Any) -> list[str]:
 
 
 def _checked(load: Any) -> Any:
-    """``PeftModel.load_adapter`` that names the damaged file; over an adapter that is there, PEFT reads
-    no configuration, so the check of ``IncreLoraConfig.from_pretrained`` does not run."""
+    """``PeftModel.load_adapter`` that names the damaged file, and refuses an adapter of another kind: over
+    one that is there, PEFT reads no configuration, so the check of ``from_pretrained`` does not run."""
 
     @functools.wraps(load)
     def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -160,6 +161,7 @@ def _checked(load: Any) -> Any:
         if isinstance(known, MethodConfig):
             folder = os.path.join(str(model_id), kwargs.get("subfolder") or "")
             check_weights_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+            check_same_adapter(known, Path(folder), adapter_name)
         before = ignores_mismatched_sizes.set(bool(kwargs.get("ignore_mismatched_sizes", False)))
         try:
             return load(self, model_id, adapter_name, *args, **kwargs)
