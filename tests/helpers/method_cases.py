@@ -312,6 +312,7 @@ CASES = {
             ({"remora_interval": 0}, "remora_interval=0"),
             ({"remora_types": 3}, "remora_types=3"),
             ({"remora_warmup": -1}, "remora_warmup=-1"),
+            ({"remora_interval": 5}, "remora_warmup=50"),
             ({"remora_interval": 5, "mora_type": 6}, "mora_type=6"),
             ({"remora_interval": 5, "mora_type": 4}, "mora_type=4"),
             ({"init_lora_weights": "gaussian"}, "init_lora_weights='gaussian'"),
