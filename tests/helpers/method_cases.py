@@ -90,7 +90,8 @@ class Case:
         training: Settings under which a training of 12 steps does all that the method does.
         acts: Does something besides the optimizer change what is trained?
         ranks: What the ranks do in it: "stay", "grow" to 3 a module on the average, or "fall".
-        told: Are their changes in the history?
+        told: Are changes in the history?
+        graphs: How many torch.compile makes of that training.
         rank: Of those tensors, the number of components that act.
         other_modules: What is said of an adapter of a base of more layers.
         bad: Arguments of its own that are wrong, each with what the message says of it.
@@ -113,6 +114,7 @@ class Case:
     acts: bool = True
     ranks: Literal["stay", "grow", "fall"] = "stay"
     told: bool = False
+    graphs: int = 1
     rank: Callable[[Mapping[str, Tensor]], int] = lambda tensors: tensors["lora_A"].shape[0]
     other_modules: str = r"tensors, '.*layer\.1.*' the first, that belong to no adapted module"
     bad: tuple[tuple[dict[str, Any], str], ...] = ()
@@ -303,7 +305,10 @@ CASES = {
         kinds=frozenset({"linear"}),
         sized=True,
         start=_side,
-        acts=False,
+        # ReMoRA: merged at steps 4 and 8.
+        training={"remora_interval": 4, "remora_warmup": 2},
+        told=True,
+        graphs=3,
         bad=(
             ({"mora_type": 5}, "mora_type=5"),
             ({"mora_type": "1"}, "mora_type='1'"),
