@@ -1,5 +1,5 @@
-"""torch.compile(fullgraph=True) of every method: eager mode's numbers, one compilation for a training, or the few
-that the method needs."""
+"""torch.compile(fullgraph=True) of every method: eager mode's numbers, one compilation for a training or the
+few that the method needs."""
 
 import pytest
 import torch

@@ -145,6 +145,24 @@ def test_a_merge_changes_no_output_and_begins_anew(make_plain):
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("kind", ["AdamWScheduleFree", "SGDScheduleFree"])
+def test_the_warm_up_is_also_that_of_weights_which_an_optimizer_keeps_beside(make_plain, kind):
+    schedulefree = pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    ends = []
+    for warmup in (0, WARMUP):
+        model = remora(make_plain(), remora_warmup=warmup).double().train()
+        optimizer = getattr(schedulefree, kind)([p for p in model.parameters() if p.requires_grad], lr=0.02)
+        attach(model, optimizer)
+        optimizer.train()
+        # The last one is the first after a merge.
+        train(model, range(INTERVAL + 1), optimizer)
+        squares = [layer.lora_A["default"].weight for layer in layers_of(model).values()]
+        ends.append([tensor for m in squares for tensor in (m.detach(), optimizer.state[m]["z"])])
+    for whole, warm in zip(*ends, strict=True):
+        assert whole.any()
+        torch.testing.assert_close(warm, whole / WARMUP)
+
+
 def test_what_else_is_trained_keeps_its_optimizer_state(make_plain):
     model = remora(make_plain(), target_modules=["lin0"], modules_to_save=["lin1"]).train()
     optimizer, _ = train(model, range(INTERVAL - 1))

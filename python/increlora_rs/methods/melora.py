@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..contract.config import MethodConfig
 from ..contract.method import Method
@@ -108,9 +108,10 @@ class Slices(Structure):
         device = None if generator is None else generator.device
         shapes = self.shapes(site, rank, config)
         a, b = torch.empty(shapes["lora_A"], device=device), torch.zeros(shapes["lora_B"], device=device)
-        bound = 1.0 / math.sqrt(a.shape[-1])
-        a.uniform_(-bound, bound, generator=generator)
+        # By torch's own function: of one slice they are LoRA's to the last bit.
+        nn.init.kaiming_uniform_(a.flatten(0, 1), math.sqrt(5.0), generator=generator)
         if config.init_lora_weights is False:
+            bound = 1.0 / math.sqrt(a.shape[-1])
             b.uniform_(-bound, bound, generator=generator)
         return {"lora_A": a, "lora_B": b}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from ..contract.structure import Structure
 from ..ops.square import ROTATION, Square
 from ..ops.total import Total
 from ..ops.update import Update
+from ..resizing.optimizer_starts import weights_of
 from ..support import arguments
 from ..support.sites import Site
 from ..support.warning import warn
@@ -286,7 +288,7 @@ class Remora(Policy):
     def __init__(self, modules: Sequence[AdaptedModule], config: MoraConfig, plan: Plan) -> None:
         super().__init__(modules, config, plan)
         self._matrices: list[Tensor] = [module.factors[0] for module in modules]
-        self._before: list[Tensor] = []
+        self._before: list[list[Tensor]] = []
         # Of a resumed training: as often as the adapter must have been merged.
         self._expected: int | None = None
         # Norms of what the last merge took in.
@@ -328,12 +330,17 @@ class Remora(Policy):
         self._expected = None
         self._before = []
         if self._warmth(step.number) < 1.0:
-            self._before = list(torch._foreach_mul(self._matrices, 1.0))
+            self._before = [[values.clone() for values in moved] for moved in self._moved()]
 
     def after_step(self, step: Step) -> Event | None:
         """Shortens the step; merges, where it is time."""
         if self._before:
-            torch._foreach_lerp_(self._matrices, self._before, 1.0 - self._warmth(step.number))
+            moved = self._moved()
+            for values, before in zip(moved, self._before, strict=True):
+                # What the optimizer began to keep in this step began as M was.
+                before += before[:1] * (len(values) - len(before))
+            weight = 1.0 - self._warmth(step.number)
+            torch._foreach_lerp_([*chain(*moved)], [*chain(*self._before)], weight)
             self._before = []
         if step.number % self._interval or step.number == self.plan.total_steps:
             return None
@@ -354,6 +361,10 @@ class Remora(Policy):
             resized=False,
             restarted=tuple(factor for module in self.modules for factor in module.factors),
         )
+
+    def _moved(self) -> list[list[Tensor]]:
+        """M of every module, and what its optimizer moves along with it."""
+        return [[m, *weights_of(self.plan.optimizer, m)] for m in self._matrices]
 
     def _kept(self, name: str) -> list[Tensor]:
         return [module.layer.tensors(module.adapter)[name] for module in self.modules]

@@ -100,8 +100,8 @@ class Probe:
         elif not self.attached and self.unattended == _UNATTENDED_PASSES:
             warn(
                 f"{_UNATTENDED_PASSES} backward passes through an adapter of {self.title} and no scheduler "
-                "attached: what the method does beside the optimizer (ranks that change, pruning, merging) is "
-                "not done. Give Trainer callbacks=[increlora_rs.IncreLoraCallback()], or call "
+                "attached: what the method does beside the optimizer (ranks that change, pruning, merging) "
+                "is not done. Give Trainer callbacks=[increlora_rs.IncreLoraCallback()], or call "
                 "increlora_rs.attach(model, optimizer, total_steps=...) before training."
             )
 

@@ -1,5 +1,5 @@
-"""Is a saved adapter of the kind that it is to be loaded over? PEFT reads no configuration then, and tensors of
-the same shapes may stand for another update."""
+"""Is a saved adapter of the kind that it is to be loaded over? PEFT reads no configuration then, and tensors
+of the same shapes may stand for another update."""
 
 from __future__ import annotations
 
