@@ -8,6 +8,7 @@ import torch
 from increlora_rs import _core
 from increlora_rs.ops.square import Square, _angles
 from increlora_rs.ops.update import Call
+from largest import Largest
 from squares import TYPES, dense, side_of
 from torch import nn
 
@@ -209,6 +210,17 @@ def test_a_lora_of_types_1_to_4_is_the_update_and_type_6_has_none():
         a, b = lora
         assert (a.shape, b.shape) == ((len(m), features), (out, len(m)))
         torch.testing.assert_close(b @ a, SCALE * dense(form, m, out, features), rtol=1e-11, atol=1e-11)
+
+
+@FORMS
+@pytest.mark.parametrize("made", [Square.dense, Square.lora])
+def test_nothing_larger_than_the_update_is_made_for_a_merge_or_an_export(form, made):
+    features, out, rank = 400, 20, 2
+    m = parts(form, features, out, rank)[0]
+    with Largest() as largest:
+        made(Square(m, form, out, features, SCALE))
+    # Padded, for a round that is not whole.
+    assert largest.numbers <= (out + len(m)) * (features + len(m)) < features**2 / 4
 
 
 BAD = [

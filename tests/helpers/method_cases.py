@@ -92,6 +92,7 @@ class Case:
         ranks: What the ranks do in it: "stay", "grow" to 3 a module on the average, or "fall".
         told: Are their changes in the history?
         early: What is said of a training that ends before its last step, if anything.
+        graphs: How many torch.compile makes of that training.
         rank: Of those tensors, the number of components that act.
         other_modules: What is said of an adapter of a base of more layers.
         bad: Arguments of its own that are wrong, each with what the message says of it.
@@ -115,6 +116,7 @@ class Case:
     ranks: Literal["stay", "grow", "fall"] = "stay"
     told: bool = False
     early: str = ""
+    graphs: int = 1
     rank: Callable[[Mapping[str, Tensor]], int] = lambda tensors: tensors["lora_A"].shape[0]
     other_modules: str = r"tensors, '.*layer\.1.*' the first, that belong to no adapted module"
     bad: tuple[tuple[dict[str, Any], str], ...] = ()
@@ -306,7 +308,10 @@ CASES = {
         kinds=frozenset({"linear"}),
         sized=True,
         start=_side,
-        acts=False,
+        # ReMoRA: merged at steps 4 and 8.
+        training={"remora_interval": 4, "remora_warmup": 2},
+        told=True,
+        graphs=3,
         bad=(
             ({"mora_type": 5}, "mora_type=5"),
             ({"mora_type": "1"}, "mora_type='1'"),
@@ -315,6 +320,7 @@ CASES = {
             ({"remora_interval": 0}, "remora_interval=0"),
             ({"remora_types": 3}, "remora_types=3"),
             ({"remora_warmup": -1}, "remora_warmup=-1"),
+            ({"remora_interval": 5}, "remora_warmup=50"),
             ({"remora_interval": 5, "mora_type": 6}, "mora_type=6"),
             ({"remora_interval": 5, "mora_type": 4}, "mora_type=4"),
             ({"init_lora_weights": "gaussian"}, "init_lora_weights='gaussian'"),

@@ -1,4 +1,5 @@
-"""torch.compile(fullgraph=True) of every method: eager mode's numbers, one compilation for a training."""
+"""torch.compile(fullgraph=True) of every method: eager mode's numbers, one compilation for a training or the
+few that the method needs."""
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_a_plain_training_is_compiled_once_and_agrees_with_eager_mode(method):
 
 
 @EVERY
-def test_an_attached_training_is_compiled_once_and_agrees_with_eager_mode(method):
+def test_an_attached_training_is_compiled_as_often_as_the_method_says_and_agrees_with_eager_mode(method):
     ends = []
     for compiles in (False, True):
         more = {"top_h": 2} if CASES[method.name].ranks == "grow" else {}
@@ -90,7 +91,7 @@ def test_an_attached_training_is_compiled_once_and_agrees_with_eager_mode(method
         scheduler = attach(model, optimizer, total_steps=STEPS)
         run(method, net, optimizer)
         ends.append((scheduler.ranks, trainable(model)))
-    assert counter.frame_count == 1
+    assert counter.frame_count == CASES[method.name].graphs
     (ranks, wanted), (others, found) = ends
     assert others == ranks
     assert CASES[method.name].ranks != "grow" or sum(ranks.values()) == 3 * 3

@@ -16,12 +16,12 @@ from increlora_rs.layers.found import adapted_layers
 from increlora_rs.methods import lorta
 from increlora_rs.ops.update import Call
 from increlora_rs.support.names import short
+from largest import Largest
 from method_cases import assert_equal_bits
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BartConfig,
     BartModel,
@@ -230,19 +230,6 @@ def test_the_factors_have_a_scale_that_cancels():
         five(model)["lora_C_l"].div_(t)
     for name, update in dense_of(model).items():
         torch.testing.assert_close(update, before[name], rtol=1e-12, atol=1e-14)
-
-
-class Largest(TorchDispatchMode):
-    """The most numbers that a result of torch's operations had."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.numbers = max(self.numbers, tensor.numel())
-        return result
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)

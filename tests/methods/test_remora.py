@@ -145,6 +145,35 @@ def test_a_merge_changes_no_output_and_begins_anew(make_plain):
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("kind", ["AdamWScheduleFree", "SGDScheduleFree"])
+def test_the_warm_up_is_also_that_of_weights_which_an_optimizer_keeps_beside(make_plain, kind):
+    schedulefree = pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    ends = []
+    for warmup in (0, WARMUP):
+        model = remora(make_plain(), remora_warmup=warmup).double().train()
+        optimizer = getattr(schedulefree, kind)([p for p in model.parameters() if p.requires_grad], lr=0.02)
+        attach(model, optimizer)
+        optimizer.train()
+        # The last one is the first after a merge.
+        train(model, range(INTERVAL + 1), optimizer)
+        squares = [layer.lora_A["default"].weight for layer in layers_of(model).values()]
+        ends.append([tensor for m in squares for tensor in (m.detach(), optimizer.state[m]["z"])])
+    for whole, warm in zip(*ends, strict=True):
+        assert whole.any()
+        torch.testing.assert_close(warm, whole / WARMUP)
+
+
+def test_what_else_is_trained_keeps_its_optimizer_state(make_plain):
+    model = remora(make_plain(), target_modules=["lin0"], modules_to_save=["lin1"]).train()
+    optimizer, _ = train(model, range(INTERVAL - 1))
+    others = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
+    train(model, [INTERVAL - 1], optimizer)
+    assert model.peft_config["default"].merges == 1
+    assert len(others) == 2
+    assert all(float(optimizer.state[p]["step"]) == INTERVAL for p in others)
+    assert all(bool(optimizer.state[p]["exp_avg"].any()) for p in others)
+
+
 def test_types_take_turns_from_the_first_one_on(make_plain):
     model = remora(make_plain(), remora_types=4, mora_type=3, remora_interval=1, remora_warmup=0).train()
     config = model.peft_config["default"]
@@ -220,6 +249,12 @@ def test_only_remora_tells_of_a_training_that_lacks_its_scheduler(make_plain, in
     assert bool(told) is (interval is not None)
 
 
+def test_a_training_too_short_for_a_merge_is_told_so(make_plain):
+    model = remora(make_plain(), remora_interval=STEPS).train()
+    with pytest.warns(UserWarning, match=f"remora_interval={STEPS}, but the training has {STEPS} steps"):
+        attach(model, optimizer_of(model), total_steps=STEPS)
+
+
 # Saved and loaded.
 
 
@@ -255,7 +290,7 @@ def test_a_loaded_adapter_gives_the_same_outputs(merged, make_plain, tmp_path, l
     loaded, x = load(make_plain(), tmp_path).eval(), x_of(50).float()
     assert torch.equal(loaded(x), merged(x))
     config = loaded.peft_config[loaded.active_adapter]
-    assert (config.merges, config.type_now, config.merged_types) == (3, 2, [1, 2])
+    assert (config.merges, config.type_now, config.merged_types) == (3, 2, (1, 2))
 
 
 def test_transformers_loads_it_with_the_same_outputs(make_bert, tmp_path):
@@ -277,6 +312,25 @@ def test_a_state_dict_brings_the_type_with_it(merged, make_plain):
     x = x_of(50).float()
     assert torch.equal(fresh(x), merged(x))
     assert fresh.peft_config["default"].merges == 3
+
+
+@pytest.mark.parametrize("first", ["of a fresh base", "of a second adapter"])
+def test_a_configuration_that_was_trained_with_makes_an_adapter_that_is_saved_whole(
+    merged, make_plain, tmp_path, first
+):
+    if first == "of a fresh base":
+        model, name = peft.get_peft_model(make_plain(), merged.peft_config["default"]), "default"
+    else:
+        model, name = merged, "second"
+        model.add_adapter(name, model.peft_config["default"])
+        model.set_adapter(name)
+    with torch.no_grad():
+        for layer in layers_of(model).values():
+            layer.lora_A[name].weight.normal_()
+    model.save_pretrained(tmp_path, selected_adapters=[name])
+    path = tmp_path if name == "default" else tmp_path / name
+    x = x_of(50).float()
+    assert torch.equal(peft.PeftModel.from_pretrained(make_plain(), path).eval()(x), model.eval()(x))
 
 
 def test_a_copy_is_independent(merged):
@@ -440,22 +494,25 @@ def test_under_ddp_it_merges_as_without(make_plain, group_of_one):
     assert_equal_bits(trainable(wrapped), trainable(plain))
 
 
-def test_compiled_it_is_compiled_once_a_combination_of_types_and_trains_alike(make_plain):
-    eager, model = (remora(make_plain()).train() for _ in range(2))
-    train(eager, range(20), total=None)
+@pytest.mark.parametrize("types", [2, 4])
+def test_compiled_it_is_compiled_once_a_type_however_often_it_is_merged(make_plain, types):
+    settings = {"remora_types": types, "remora_interval": 2, "remora_warmup": 0}
+    eager, model = (remora(make_plain(), **settings).train() for _ in range(2))
+    train(eager, range(24), total=None)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     net = torch.compile(model, backend=counter, fullgraph=True)
     optimizer = optimizer_of(model)
     attach(model, optimizer, total_steps=None)
-    for step in range(20):
+    for step in range(24):
         x = x_of(step).float()
         functional.mse_loss(net(x), target_of(x)).backward()
         optimizer.step()
         optimizer.zero_grad()
     torch._dynamo.reset()
-    # 1; 2 with 1 merged; 1 and 2 with both merged.
-    assert counter.frame_count <= 5
+    assert model.peft_config["default"].merges == 12
+    # Before the first merge, and each type after it.
+    assert counter.frame_count == 1 + types
     for found, wanted in zip(trainable(model).values(), trainable(eager).values(), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
@@ -486,7 +543,7 @@ def test_a_model_that_is_cast_keeps_the_number_of_its_merges(make_plain, merges)
     model = remora(make_plain()).train()
     optimizer = optimizer_of(model)
     scheduler = attach(model, optimizer)
-    model.peft_config["default"].merges = merges - 1 if merges else 0
+    model.peft_config["default"].note_merges(max(merges - 1, 0))
     if merges:
         scheduler.step = INTERVAL - 1
         train(model, [0], optimizer)

@@ -97,6 +97,9 @@ class MethodConfig(LoraConfig):
     supported: ClassVar[frozenset[str]] = SUPPORTED
     #: Values of ``init_lora_weights``.
     inits: ClassVar[tuple[Any, ...]] = (True, False)
+    #: Options on which it depends what the parameters mean: under another value those of the same shapes are
+    #: another update.
+    meaning: ClassVar[tuple[str, ...]] = ()
 
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Rank by module."})
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "lora_alpha by module."})

@@ -7,26 +7,25 @@ trained ``A`` (r, a) and ``B`` (b, r).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..contract.config import MethodConfig
 from ..contract.method import Method
-from ..contract.structure import SizeMismatchError
 from ..ops.autocast import without_autocast
 from ..ops.update import LowRank
 from ..support import arguments
 from ..support.seeded import generator
 from ..support.sites import Site
+from .module_sizes import SizedConfig
 from .two_factors import TwoFactors
 
 
 @dataclass
-class LoraMiniConfig(MethodConfig):
+class LoraMiniConfig(SizedConfig):
     """Configuration of LoRA-Mini (arXiv 2411.15804), in place of ``peft.LoraConfig``.
 
     A linear layer trains ``r (lora_a + lora_b)`` numbers, LoRA ``r (in + out)``.
@@ -57,6 +56,8 @@ class LoraMiniConfig(MethodConfig):
         TypeError: an argument has a wrong type.
     """
 
+    meaning: ClassVar[tuple[str, ...]] = ("aux_init", "aux_seed")
+
     lora_alpha: int = field(default=16, metadata={"help": "The scale is lora_alpha / r."})
     lora_a: int = field(default=32, metadata={"help": "Rows of the frozen half of A."})
     lora_b: int = field(default=32, metadata={"help": "Columns of the frozen half of B."})
@@ -67,9 +68,6 @@ class LoraMiniConfig(MethodConfig):
     init_lora_weights: bool = field(
         default=True, metadata={"help": "True: B starts at 0. False: both random.", "lora_variants": ()}
     )
-    module_sizes: dict[str, list[int]] = field(
-        default_factory=dict, metadata={"help": "Kept by the library: out and in of the modules."}
-    )
 
     @classmethod
     def options_beside_r(cls) -> Sequence[dict[str, Any]]:
@@ -78,6 +76,7 @@ class LoraMiniConfig(MethodConfig):
 
     def check(self) -> None:
         """Checks the sizes, the seed and the choices."""
+        super().check()
         arguments.integer("lora_a", self.lora_a, at_least=1)
         arguments.integer("lora_b", self.lora_b, at_least=1)
         arguments.integer("aux_seed", self.aux_seed, at_least=0)
@@ -89,20 +88,6 @@ class LoraMiniConfig(MethodConfig):
                     f"{name}={rank} is above lora_a={self.lora_a} or lora_b={self.lora_b}, and no update has "
                     "a rank above either; lower the rank, or raise both."
                 )
-        if not isinstance(self.module_sizes, dict):
-            raise TypeError(f"module_sizes={self.module_sizes!r} must be a dictionary; leave it out.")
-        for name, sizes in self.module_sizes.items():
-            if not isinstance(sizes, (list, tuple)) or [type(size) for size in sizes] != [int, int]:
-                raise ValueError(
-                    f"module_sizes[{name!r}]={sizes!r} must be two numbers, out and in; leave it out: the "
-                    "library keeps it."
-                )
-
-    def note(self, sites: Iterable[Site], *, unlike_lora: Iterable[str], experts: Iterable[str]) -> None:
-        """Takes down the sizes, too, which the trained halves do not tell."""
-        sites = list(sites)
-        super().note(sites, unlike_lora=unlike_lora, experts=experts)
-        self.module_sizes = {site.name: [site.out, site.features] for site in sites}
 
 
 class SplitFactors(TwoFactors):
@@ -115,20 +100,7 @@ class SplitFactors(TwoFactors):
         return {"lora_A": (rank, config.lora_a), "lora_B": (config.lora_b, rank)}
 
     def frozen(self, site: Site, config: LoraMiniConfig) -> dict[str, Tensor]:
-        """``A_aux`` and ``B_aux``, float32.
-
-        Raises:
-            SizeMismatchError: the adapter was saved from a module of another size.
-        """
-        size = [site.out, site.features]
-        known = config.module_sizes.get(site.name, size)
-        if list(known) != size:
-            # The trained halves would fit, between other frozen ones.
-            raise SizeMismatchError(
-                f"size mismatch: the module {site.name!r} is {size[0]} by {size[1]}, and module_sizes has "
-                f"{known[0]} by {known[1]}; the adapter was saved from another base model. For a fresh one, "
-                "leave module_sizes out."
-            )
+        """``A_aux`` and ``B_aux``, float32."""
         a = _normal(site, config, "lora_A_aux", (config.lora_a, site.features))
         b = _normal(site, config, "lora_B_aux", (site.out, config.lora_b))
         if config.aux_init == "scaled":
@@ -160,13 +132,7 @@ class SplitFactors(TwoFactors):
         Raises:
             ValueError: it has none of this module.
         """
-        if name not in config.module_sizes:
-            raise ValueError(
-                f"model_or_adapter_dir: the configuration has no module_sizes of module {name!r}, without "
-                "which its frozen halves are not known; load the adapter into its base model, and save it."
-            )
-        out, features = config.module_sizes[name]
-        return out, features
+        return config.size_of(name)
 
 
 def _normal(site: Site, config: LoraMiniConfig, purpose: str, shape: tuple[int, int]) -> Tensor:

@@ -89,6 +89,8 @@ class LortaConfig(MethodConfig):
         TypeError: an argument has a wrong type.
     """
 
+    meaning: ClassVar[tuple[str, ...]] = ("orientation", "heads", "after_heads")
+
     orientation: Literal["natural", "litgpt", "peft"] = field(
         default="natural", metadata={"help": "Which side of an update is in heads."}
     )

@@ -8,23 +8,26 @@ the input instead (:mod:`increlora_rs.ops.square` has all of them).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..contract.config import MethodConfig
 from ..contract.method import Method
 from ..contract.policy import AdaptedModule, Event, Plan, Policy, Step
-from ..contract.structure import SizeMismatchError, Structure
+from ..contract.structure import Structure
 from ..ops.square import ROTATION, Square
 from ..ops.total import Total
 from ..ops.update import Update
+from ..resizing.optimizer_starts import weights_of
 from ..support import arguments
 from ..support.sites import Site
+from ..support.warning import warn
+from .module_sizes import SizedConfig
 
 _TYPES = (1, 2, 3, 4, ROTATION)
 _MERGED, _MERGES = "lora_merged", "lora_merges"
@@ -34,7 +37,7 @@ _BASE, _DIGITS = 128, 4
 
 
 @dataclass
-class MoraConfig(MethodConfig):
+class MoraConfig(SizedConfig):
     """Configuration of MoRA and ReMoRA (arXiv 2405.12130), in place of ``peft.LoraConfig``.
 
     A linear layer trains the q² numbers of a square matrix, as near to the ``r (in + out)`` of a LoRA as a
@@ -57,7 +60,8 @@ class MoraConfig(MethodConfig):
         remora_interval: ReMoRA: merge M every so many optimizer steps, begin anew with M 0, the next type and
             no optimizer state. None: MoRA. It needs ``IncreLoraCallback`` or ``attach``.
         remora_types: 2: types 1 and 2 in turn; 4: types 1, 2, 3, 4. ``mora_type`` is the first.
-        remora_warmup: Steps after each merge in which the learning rate rises anew, linearly.
+        remora_warmup: Steps after each merge in which the learning rate rises anew, linearly; at most
+            ``remora_interval``.
         init_lora_weights: True: M 0. False: M random, so that a fresh adapter is not the identity (for
             tests).
         module_sizes: Kept by the library, for what reads a saved adapter: out and in, by full module name.
@@ -74,6 +78,8 @@ class MoraConfig(MethodConfig):
         TypeError: an argument has a wrong type.
     """
 
+    meaning: ClassVar[tuple[str, ...]] = ("mora_type", "fold_inputs")
+
     lora_alpha: float | None = field(
         default=None, metadata={"help": "None: the scale is 1. A number: it is lora_alpha / r."}
     )
@@ -89,13 +95,11 @@ class MoraConfig(MethodConfig):
     init_lora_weights: bool = field(
         default=True, metadata={"help": "True: M starts at 0. False: at random.", "lora_variants": ()}
     )
-    module_sizes: dict[str, list[int]] = field(
-        default_factory=dict, metadata={"help": "Kept by the library: out and in of the modules."}
-    )
     merges: int = field(default=0, metadata={"help": "Kept by the library: how often M was merged."})
 
     def check(self) -> None:
         """Checks the type, the merges and the sizes."""
+        super().check()
         if self.mora_type not in _TYPES or isinstance(self.mora_type, (bool, float)):
             raise ValueError(
                 f"mora_type={self.mora_type!r} is no type of MoRA; it must be one of {list(_TYPES)}: 1 for a "
@@ -112,14 +116,14 @@ class MoraConfig(MethodConfig):
                 f"{self.remora_types}; give one of {list(range(1, self.remora_types + 1))}"
                 + (", or remora_types=4." if self.mora_type <= 4 else ", or leave remora_interval out.")
             )
-        if not isinstance(self.module_sizes, dict):
-            raise TypeError(f"module_sizes={self.module_sizes!r} must be a dictionary; leave it out.")
-        for name, sizes in self.module_sizes.items():
-            if not isinstance(sizes, (list, tuple)) or [type(size) for size in sizes] != [int, int]:
-                raise ValueError(
-                    f"module_sizes[{name!r}]={sizes!r} must be two numbers, out and in; leave it out: the "
-                    "library keeps it."
-                )
+
+        if self.remora_interval is not None and self.remora_warmup > self.remora_interval:
+            raise ValueError(
+                f"remora_warmup={self.remora_warmup} steps do not fit between two merges, remora_interval="
+                f"{self.remora_interval} steps apart, so the learning rate would never be whole; give at "
+                f"most {self.remora_interval}, or 0."
+            )
+        self.note_merges(self.merges)
 
     def check_alpha(self) -> None:
         """Checks ``lora_alpha``, which may be None."""
@@ -133,15 +137,7 @@ class MoraConfig(MethodConfig):
             SizeMismatchError: the adapter was saved from a module of another size.
             ValueError: type 6 would have a matrix of one number.
         """
-        size = [site.out, site.features]
-        known = list(self.module_sizes.get(site.name, size))
-        if known != size:
-            # The square may fit all the same.
-            raise SizeMismatchError(
-                f"size mismatch: the module {site.name!r} is {size[0]} by {size[1]}, and module_sizes has "
-                f"{known[0]} by {known[1]}; the adapter was saved from another base model. For a fresh one, "
-                "leave module_sizes out."
-            )
+        super().check_rank(site, rank)
         if self._side(site, rank) < 1:
             raise ValueError(
                 f"r={rank} gives a matrix of one number for its {site.features} inputs and {site.out} "
@@ -181,29 +177,23 @@ class MoraConfig(MethodConfig):
         """Of type 6 there is no LoRA."""
         return self.mora_type != ROTATION
 
-    @property
-    def type_now(self) -> int:
-        """The type of M now."""
-        if self.remora_interval is None:
-            return self.mora_type
-        return (self.mora_type - 1 + self.merges) % self.remora_types + 1
+    def note_merges(self, count: int) -> None:
+        """Takes down how often M was merged: it is of type ``type_now``, and something was merged of
+        ``merged_types``.
 
-    @property
-    def merged_types(self) -> list[int]:
-        """The types of which something was merged."""
-        first, count = self.mora_type - 1, min(self.merges, self.remora_types)
-        return [(first + merge) % self.remora_types + 1 for merge in range(count)]
-
-    def note(self, sites: Iterable[Site], *, unlike_lora: Iterable[str], experts: Iterable[str]) -> None:
-        """Takes down the sizes, too, which M does not tell."""
-        sites = list(sites)
-        super().note(sites, unlike_lora=unlike_lora, experts=experts)
-        self.module_sizes = {site.name: [site.out, site.features] for site in sites}
+        A compiled graph looks neither at the count, by which it would be compiled anew at every merge, nor at
+        those types one by one: from the first merge on it has all (``merged_in_graphs``), some of them 0.
+        """
+        self.merges, first = count, self.mora_type - 1
+        turns = self.remora_types if self.remora_interval is not None else 0
+        self.type_now = (first + count) % turns + 1 if turns else self.mora_type
+        self.merged_types = tuple((first + merge) % turns + 1 for merge in range(min(count, turns)))
+        self.merged_in_graphs = tuple(range(1, turns + 1)) if count else ()
 
     def note_loaded(self, kept: Mapping[str, Tensor]) -> None:
         """The number of merges says which type M is of."""
         if self.remora_interval is not None and not kept[_MERGES].is_meta:
-            self.merges = _count(kept[_MERGES])
+            self.note_merges(_count(kept[_MERGES]))
 
 
 class SquareMatrix(Structure):
@@ -235,11 +225,12 @@ class SquareMatrix(Structure):
         return config.remora_interval is not None
 
     def kept(self, site: Site, rank: int, config: MoraConfig) -> dict[str, Tensor]:
-        """Nothing was merged yet."""
+        """Nothing was merged yet, which the type is counted from: that of a configuration that an adapter was
+        trained with goes on."""
         if not self.keeps(config):
             return {}
-        shapes = self.shapes(site, rank, config)
-        return {name: torch.zeros(shapes[name]) for name in self.kept_names}
+        merged = torch.zeros(self.shapes(site, rank, config)[_MERGED])
+        return {_MERGED: merged, _MERGES: _digits(config.merges).to(merged.device)}
 
     def update(
         self,
@@ -255,7 +246,7 @@ class SquareMatrix(Structure):
         # While M is trained behind a dropout, what was merged of its type is not.
         joined = not (training and config.lora_dropout > 0.0)
         rest = []
-        for form in config.merged_types:
+        for form in config.merged_in_graphs if torch.compiler.is_compiling() else config.merged_types:
             merged = parameters[_MERGED][form - 1].detach()
             if form == now and joined:
                 m = m + merged
@@ -277,14 +268,7 @@ class SquareMatrix(Structure):
         Raises:
             ValueError: it has none of this module.
         """
-        if name not in config.module_sizes:
-            raise ValueError(
-                f"model_or_adapter_dir: the configuration has no module_sizes of module {name!r}, without "
-                "which the size of its update is not known; load the adapter into its base model, and save "
-                "it."
-            )
-        out, features = config.module_sizes[name]
-        return out, features
+        return config.size_of(name)
 
 
 class Remora(Policy):
@@ -304,7 +288,7 @@ class Remora(Policy):
     def __init__(self, modules: Sequence[AdaptedModule], config: MoraConfig, plan: Plan) -> None:
         super().__init__(modules, config, plan)
         self._matrices: list[Tensor] = [module.factors[0] for module in modules]
-        self._before: list[Tensor] = []
+        self._before: list[list[Tensor]] = []
         # Of a resumed training: as often as the adapter must have been merged.
         self._expected: int | None = None
         # Norms of what the last merge took in.
@@ -314,6 +298,15 @@ class Remora(Policy):
     def _interval(self) -> int:
         interval: int = self.config.remora_interval
         return interval
+
+    def start(self) -> None:
+        """Tells of a training that is too short."""
+        total = self.plan.total_steps
+        if total is not None and total <= self._interval:
+            warn(
+                f"remora_interval={self._interval}, but the training has {total} steps, so nothing is merged "
+                "and it is MoRA's; give fewer steps between merges"
+            )
 
     def _warmth(self, number: int) -> float:
         """By how much the learning rate of step ``number`` counts."""
@@ -337,21 +330,26 @@ class Remora(Policy):
         self._expected = None
         self._before = []
         if self._warmth(step.number) < 1.0:
-            self._before = list(torch._foreach_mul(self._matrices, 1.0))
+            self._before = [[values.clone() for values in moved] for moved in self._moved()]
 
     def after_step(self, step: Step) -> Event | None:
         """Shortens the step; merges, where it is time."""
         if self._before:
-            torch._foreach_lerp_(self._matrices, self._before, 1.0 - self._warmth(step.number))
+            moved = self._moved()
+            for values, before in zip(moved, self._before, strict=True):
+                # What the optimizer began to keep in this step began as M was.
+                before += before[:1] * (len(values) - len(before))
+            weight = 1.0 - self._warmth(step.number)
+            torch._foreach_lerp_([*chain(*moved)], [*chain(*self._before)], weight)
             self._before = []
         if step.number % self._interval or step.number == self.plan.total_steps:
             return None
         config, form = self.config, self.config.type_now
-        norms = torch.stack(torch._foreach_norm(self._matrices)).double()
-        self._norms = norms.cpu().numpy()
+        # One by one, for modules may be on several devices.
+        self._norms = np.array([float(norm) for norm in torch._foreach_norm(self._matrices)])
         torch._foreach_add_([merged[form - 1] for merged in self._kept(_MERGED)], self._matrices)
         torch._foreach_zero_(self._matrices)
-        config.merges += 1
+        config.note_merges(config.merges + 1)
         merges = self._kept(_MERGES)
         torch._foreach_copy_(merges, [_digits(config.merges)] * len(merges))
         count = len(self.modules)
@@ -363,6 +361,10 @@ class Remora(Policy):
             resized=False,
             restarted=tuple(factor for module in self.modules for factor in module.factors),
         )
+
+    def _moved(self) -> list[list[Tensor]]:
+        """M of every module, and what its optimizer moves along with it."""
+        return [[m, *weights_of(self.plan.optimizer, m)] for m in self._matrices]
 
     def _kept(self, name: str) -> list[Tensor]:
         return [module.layer.tensors(module.adapter)[name] for module in self.modules]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..contract.structure import Structure
 from ..support.sites import Site
@@ -26,9 +26,10 @@ class TwoFactors(Structure):
         device = None if generator is None else generator.device
         shapes = self.shapes(site, rank, config)
         a, b = torch.empty(shapes["lora_A"], device=device), torch.zeros(shapes["lora_B"], device=device)
-        bound = 1.0 / math.sqrt(a.shape[-1])
-        a.uniform_(-bound, bound, generator=generator)
+        # By torch's own function: to the last bit what LoRA draws.
+        nn.init.kaiming_uniform_(a.view(-1, a.shape[-1]), math.sqrt(5.0), generator=generator)
         if config.init_lora_weights is False:
+            bound = 1.0 / math.sqrt(a.shape[-1])
             b.uniform_(-bound, bound, generator=generator)
         return {"lora_A": a, "lora_B": b}
 

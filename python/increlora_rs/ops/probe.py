@@ -94,14 +94,14 @@ class Probe:
         if self.attached and self.unattended == _IDLE_PASSES:
             warn(
                 f"{_IDLE_PASSES} backward passes through an adapter of {self.title}, but the optimizer that "
-                "its scheduler is attached to took no step: its ranks stay as they are. If the optimizer was "
-                "made anew, call detach() and increlora_rs.attach(model, new_optimizer, ...)."
+                "its scheduler is attached to took no step, so it changes nothing. If the optimizer was made "
+                "anew, call detach() and increlora_rs.attach(model, new_optimizer, ...)."
             )
         elif not self.attached and self.unattended == _UNATTENDED_PASSES:
             warn(
                 f"{_UNATTENDED_PASSES} backward passes through an adapter of {self.title} and no scheduler "
-                "attached: its ranks stay as they are. Give Trainer "
-                "callbacks=[increlora_rs.IncreLoraCallback()], or call "
+                "attached: what the method does beside the optimizer (ranks that change, pruning, merging) "
+                "is not done. Give Trainer callbacks=[increlora_rs.IncreLoraCallback()], or call "
                 "increlora_rs.attach(model, optimizer, total_steps=...) before training."
             )
 

@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from .. import _core
 from . import core_op
-from .autocast import compute_dtype, without_autocast
+from .autocast import compute_dtype
 from .device import stream
 from .modes import readable
 from .observed import observed
@@ -78,26 +78,20 @@ class Square:
         return core_op.with_base(self._op(), x, weight, bias, call, self.m)
 
     def dense(self) -> Tensor:
-        """dW (out, in), float32 or wider: what the update makes of the unit vectors."""
-        wide = torch.promote_types(self.m.dtype, torch.float32)
-        with without_autocast(self.m.device.type):
-            units = torch.eye(self.features, dtype=wide, device=self.m.device)
-            return self._of(units, self.m.to(wide)).t()
+        """dW (out, in), float32 or wider."""
+        m = self.m.to(torch.promote_types(self.m.dtype, torch.float32)) * self.scale
+        if self.form == ROTATION:
+            return self._rotated_dense(m)
+        return self._decompressed(self._on_inputs(m).t()).t()
 
     def lora(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor] | None:
         """``M C`` (q, in) and ``s D`` (out, q), in ``dtype`` (None: float32 or wider); None for type 6, of
         which no product of thin matrices is the update."""
         if self.form == ROTATION:
             return None
-        wide = dtype or torch.promote_types(self.m.dtype, torch.float32)
-        m, side = self.m.to(wide), self.m.shape[0]
-        with without_autocast(m.device.type):
-            inputs, positions = (
-                torch.eye(size, dtype=wide, device=m.device) for size in (self.features, side)
-            )
-            a = m @ self._compressed(inputs, side).t()
-            b = self._decompressed(positions).t() * self.scale
-        return a, b
+        m = self.m.to(dtype or torch.promote_types(self.m.dtype, torch.float32))
+        positions = torch.eye(m.shape[0], dtype=m.dtype, device=m.device)
+        return self._on_inputs(m), self._decompressed(positions).t() * self.scale
 
     def _op(self) -> _Op:
         return _Op(self.form, self.out, self.scale, self.fold)
@@ -127,30 +121,38 @@ class Square:
         return _whole_rounds(x, side).unflatten(-1, (-1, side)).sum(-2)
 
     def _decompressed(self, t: Tensor) -> Tensor:
-        side = t.shape[-1]
-        if self.form not in _REPEATS_NEIGHBOURS:
-            return _tiled(t, self.out)
-        repeated, first = [], 0
-        for start, end, count in _groups(self.out, side):
-            positions = t[..., first : first + count, None]
-            repeated.append(positions.expand(*t.shape[:-1], count, (end - start) // count).flatten(-2))
-            first += count
-        return torch.cat(repeated, -1)
+        return _repeated(t, self.out) if self.form in _REPEATS_NEIGHBOURS else _tiled(t, self.out)
+
+    def _on_inputs(self, m: Tensor) -> Tensor:
+        """``M C`` (q, in): of every input the column of M that it goes to, or their sum."""
+        side = m.shape[1]
+        if self.form in _SUMS_NEIGHBOURS:
+            return _repeated(m, self.features)
+        return _folded(_tiled(m, -(-self.features // side) * side), self.features)
 
     def _rotated(self, x: Tensor, m: Tensor) -> Tensor:
+        side, outs = m.shape[0], -(-self.out // m.shape[0])
+        turned = self._turned(m).to(x.dtype)
+        x = _whole_rounds(x, side).unflatten(-1, (len(turned), side))
+        z = torch.einsum("...bi,boi->...bo", x, turned).flatten(-2)
+        return _tiled(_folded(z, outs * side) if self.fold else z, self.out)
+
+    def _rotated_dense(self, m: Tensor) -> Tensor:
+        side, outs = m.shape[0], -(-self.out // m.shape[0])
+        turned = self._turned(m)
+        whole = m.new_zeros(min(len(turned), outs) * side, len(turned) * side)
+        for number, block in enumerate(turned if self.fold else turned[:outs]):
+            row, column = number % outs * side, number * side
+            whole[row : row + side, column : column + side] = block
+        return _tiled(_folded(whole, self.features).t(), self.out).t()
+
+    def _turned(self, m: Tensor) -> Tensor:
+        """``M R_i`` of every block of inputs, (blocks, q, q)."""
         side = m.shape[0]
-        blocks, outs = -(-self.features // side), -(-self.out // side)
-        x = _whole_rounds(x, side).unflatten(-1, (blocks, side))
-        cos, sin = (table.unsqueeze(1) for table in _angles(side, blocks, m.dtype, m.device))
+        tables = _angles(side, -(-self.features // side), m.dtype, m.device)
+        cos, sin = (table.unsqueeze(1) for table in tables)
         first, second = m[:, : side // 2], m[:, side // 2 :]
-        turned = torch.cat([cos * first + sin * second, cos * second - sin * first], -1)
-        z = torch.einsum("...bi,boi->...bo", x, turned.to(x.dtype))
-        if self.fold:
-            rounds = [z[..., start : start + outs, :] for start in range(0, blocks, outs)]
-            z = rounds[0]
-            for more in rounds[1:]:
-                z = z + functional.pad(more, (0, 0, 0, z.shape[-2] - more.shape[-2]))
-        return _tiled(z.flatten(-2), self.out)
+        return torch.cat([cos * first + sin * second, cos * second - sin * first], -1)
 
 
 def _groups(size: int, side: int) -> list[tuple[int, int, int]]:
@@ -163,6 +165,16 @@ def _groups(size: int, side: int) -> list[tuple[int, int, int]]:
     return [part for part in parts if part[2]]
 
 
+def _repeated(t: Tensor, size: int) -> Tensor:
+    """Each position of ``t`` (..., q) over its group of ``size`` neighbours."""
+    repeated, first = [], 0
+    for start, end, count in _groups(size, t.shape[-1]):
+        positions = t[..., first : first + count, None]
+        repeated.append(positions.expand(*t.shape[:-1], count, (end - start) // count).flatten(-2))
+        first += count
+    return torch.cat(repeated, -1)
+
+
 def _whole_rounds(x: Tensor, side: int) -> Tensor:
     """``x`` with its first features again behind it, so that ``side`` divides their number."""
     return _tiled(x, -(-x.shape[-1] // side) * side)
@@ -172,6 +184,14 @@ def _tiled(t: Tensor, size: int) -> Tensor:
     """``t`` over and over, cut to ``size``."""
     times = -(-size // t.shape[-1])
     return torch.cat([t] * times, -1)[..., :size]
+
+
+def _folded(t: Tensor, size: int) -> Tensor:
+    """The transpose of :func:`_tiled`: pieces of ``size``, the last one maybe shorter, added up."""
+    first, *more = t.split(size, -1)
+    for part in more:
+        first = first + functional.pad(part, (0, first.shape[-1] - part.shape[-1]))
+    return first
 
 
 def _angles(side: int, blocks: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

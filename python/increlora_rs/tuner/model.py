@@ -338,7 +338,7 @@ class MethodModel(LoraModel):
             if missing:
                 raise ValueError(
                     f"the adapter has no tensor {missing[0]!r} for the adapted module {short(name)!r}; "
-                    "it was saved from another base model, or with other target_modules."
+                    "it was saved from another base model, or with another configuration."
                 )
             factors = {factor: mapped[key] for factor, key in keys.items()}
             filled.update({own[name][factor]: tensor for factor, tensor in factors.items()})
@@ -359,8 +359,8 @@ class MethodModel(LoraModel):
         if extra:
             raise ValueError(
                 f"the adapter has {len(extra)} tensors, {extra[0]!r} the first, that belong to no "
-                "adapted module of this model; it was saved from another base model, or with other "
-                "target_modules."
+                "adapted module of this model; it was saved from another base model, or with another "
+                "configuration."
             )
         # Only now that all is right: an adapter that the load was to replace must survive a refusal.
         for layer, sizes in shapes:

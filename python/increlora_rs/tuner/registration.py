@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ from typing import Any
 
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, register_peft_method
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, register_peft_method
 
 try:
     from peft.utils import transformers_weight_conversion
@@ -29,6 +28,7 @@ from ..reports.card import write_section
 from ..saved.history_file import write_history
 from ..support.files import check_weights_file, staged
 from .model import MethodModel, ignores_mismatched_sizes
+from .same_adapter import check_same_adapter
 
 
 class IncreLoraModel(MethodModel):
@@ -152,8 +152,8 @@ def _adapters(model: Any) -> list[str]:
 
 
 def _checked(load: Any) -> Any:
-    """``PeftModel.load_adapter`` that names the damaged file, and what is of another method; over an adapter
-    that is there, PEFT reads no configuration, so nothing else would notice."""
+    """``PeftModel.load_adapter`` that names the damaged file, and refuses an adapter of another kind: over
+    one that is there, PEFT reads no configuration, so the check of ``from_pretrained`` does not run."""
 
     @functools.wraps(load)
     def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -161,7 +161,7 @@ def _checked(load: Any) -> Any:
         if isinstance(known, MethodConfig):
             folder = os.path.join(str(model_id), kwargs.get("subfolder") or "")
             check_weights_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
-            _check_type(folder, adapter_name, known)
+            check_same_adapter(known, Path(folder), adapter_name)
         before = ignores_mismatched_sizes.set(bool(kwargs.get("ignore_mismatched_sizes", False)))
         try:
             return load(self, model_id, adapter_name, *args, **kwargs)
@@ -169,19 +169,3 @@ def _checked(load: Any) -> Any:
             ignores_mismatched_sizes.reset(before)
 
     return load_adapter
-
-
-def _check_type(folder: str, adapter_name: str, known: MethodConfig) -> None:
-    """Raises ValueError where the adapter in ``folder`` is of another type than the one that is there: the
-    tensors of one method may have the shapes of another's."""
-    try:
-        saved = json.loads(Path(folder, CONFIG_NAME).read_text())["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        # It is no folder, or has no configuration, which such a load does not need.
-        return
-    if saved != known.peft_type.value:
-        raise ValueError(
-            f"model_id: {folder} holds an adapter of type {saved!r}, but {adapter_name!r} is of type "
-            f"{known.peft_type.value!r}; load it into the base model by PeftModel.from_pretrained, or take a "
-            "checkpoint of this method."
-        )
