@@ -8,7 +8,7 @@ use super::detached;
 use crate::checks;
 use crate::errors::{Error, Result};
 use crate::kernels::cuda;
-use crate::ops::base::Base;
+use crate::ops::base::{Base, Start};
 use crate::ops::dropout::{self, Dropout};
 use crate::ops::low_rank::{self, LowRank};
 
@@ -137,18 +137,18 @@ impl Onto {
         Self { y, weight, bias }
     }
 
-    /// y of `out` features with what `add` adds to it, given flat x and y.
+    /// y of `out` features with what `add` adds to it, given flat x and y and what y holds.
     fn add<T>(
         self,
         x: &Tensor,
         out: i64,
-        add: impl FnOnce(&Tensor, &mut Tensor) -> Result<T>,
+        add: impl FnOnce(&Tensor, &mut Tensor, Start<'_>) -> Result<T>,
     ) -> Result<(Tensor, T)> {
         match (self.y, &self.weight) {
             (Some(mut y), None) => {
                 let (tokens, _) = checks::matrix("x", x)?;
                 checks::shape("y", &y, &[tokens, out])?;
-                let kept = add(x, &mut y)?;
+                let kept = add(x, &mut y, Start::Add)?;
                 Ok((y, kept))
             }
             (None, Some(weight)) => {

@@ -10,6 +10,7 @@ pub mod philox;
 pub mod plain;
 pub mod pool;
 mod real;
+pub mod rounds;
 pub mod score;
 pub mod simd;
 pub mod smooth;

@@ -1,7 +1,8 @@
 //! The update's loops over tokens on the CPU, float32 and bfloat16: every large matrix is read or
 //! written once, the dropout mask is drawn on the way, and the sums are float32.
 //!
-//! A factor is a small matrix (rows, columns) of float32: A with the dropout's gain, or P^T.
+//! A factor is a small matrix (rows, columns) of float32: A with the dropout's gain, or P^T; or a stack of them, each
+//! for its slice of the columns of the large matrices.
 
 mod tile;
 
@@ -19,11 +20,13 @@ const TILE: usize = 16;
 /// Multiplications below which a second thread costs more than it saves.
 const SERIAL: usize = 1 << 20;
 
-/// A small matrix (rows, columns), contiguous.
+/// Small matrices (slices, rows, columns), contiguous.
 #[derive(Clone, Copy)]
 pub struct Factor<'a> {
-    /// Its values.
+    /// Their values.
     pub values: &'a [f32],
+    /// Their number.
+    pub slices: usize,
     /// Number of rows.
     pub rows: usize,
     /// Number of columns.
@@ -31,9 +34,44 @@ pub struct Factor<'a> {
 }
 
 impl<'a> Factor<'a> {
-    /// `values` as a matrix of `rows` rows.
+    /// `values` as one matrix of `rows` rows.
     pub fn new(values: &'a [f32], rows: usize) -> Self {
-        Self { values, rows, columns: values.len() / rows.max(1) }
+        Self::stack(values, 1, rows)
+    }
+
+    /// `values` as `slices` matrices of `rows` rows.
+    pub fn stack(values: &'a [f32], slices: usize, rows: usize) -> Self {
+        Self { values, slices, rows, columns: values.len() / (slices * rows).max(1) }
+    }
+
+    /// Columns of the large matrix.
+    fn width(&self) -> usize {
+        self.slices * self.columns
+    }
+
+    /// Where the values of a slice begin.
+    #[inline(always)]
+    fn at(&self, slice: usize) -> usize {
+        slice * self.rows * self.columns
+    }
+
+    /// One of the matrices.
+    #[inline(always)]
+    fn slice(&self, slice: usize) -> Self {
+        let first = self.at(slice);
+        Self { values: &self.values[first..first + self.rows * self.columns], slices: 1, ..*self }
+    }
+
+    /// The columns of `slice` of the `tokens` rows from element `start` on of the large matrix at `data`.
+    ///
+    /// # Safety
+    /// They are there.
+    #[inline(always)]
+    unsafe fn tile<E>(&self, data: *mut E, start: usize, tokens: usize, slice: usize) -> Tile<E> {
+        let (columns, stride) = (self.columns, self.width());
+        let start = start + slice * columns;
+        // SAFETY: as the caller promises.
+        Tile { data: unsafe { data.add(start) }, tokens, columns, stride, start }
     }
 }
 
@@ -52,8 +90,10 @@ struct Forward<'a, E> {
     p: Factor<'a>,
     start: Start<'a>,
     dropout: Option<&'a Stream>,
+    /// (slices, all tokens, rows).
     t: Out<f32>,
     y: Out<E>,
+    all: usize,
     tokens: std::ops::Range<usize>,
 }
 
@@ -66,20 +106,26 @@ impl<E: Element> Forward<'_, E> {
     #[inline(always)]
     unsafe fn all<V: Simd, const MASKED: bool>(&self) {
         let mut mask = Mask::default();
-        let (columns, out) = (self.a.columns, self.p.columns);
+        let (a, p) = (self.a, self.p);
         for rows in tiles(self.tokens.clone()) {
             let (first, tokens) = (rows.start, rows.len());
+            let start = first * a.width();
             // SAFETY: the matrices have `tokens` rows of their factors' columns, checked by `forward`.
-            unsafe {
-                let start = first * columns;
-                mask.draw::<V>(self.dropout, start..rows.end * columns);
-                let x = Tile { data: self.x.add(start), tokens, columns, start };
-                let t = self.t.0.add(first * self.a.rows);
-                dots::<V, E, MASKED>(&x, self.a, &mask, t);
-                let y = Tile { data: self.y.0.add(first * out), tokens, columns: out, start: 0 };
-                match self.start {
-                    Start::Bias(bias) => expand::<V, E, false, false>(t, self.p, bias, &mask, &y),
-                    Start::Add => expand::<V, E, false, true>(t, self.p, None, &mask, &y),
+            unsafe { mask.draw::<V>(self.dropout, start..rows.end * a.width()) };
+            for k in 0..a.slices {
+                // SAFETY: as above.
+                unsafe {
+                    let x = a.tile(self.x, start, tokens, k);
+                    let t = self.t.0.add((k * self.all + first) * a.rows);
+                    dots::<V, E, MASKED>(&x, a.slice(k), &mask, t);
+                    let y = p.tile(self.y.0, first * p.width(), tokens, k);
+                    match self.start {
+                        Start::Bias(bias) => {
+                            let bias = bias.map(|bias| &bias[k * p.columns..][..p.columns]);
+                            expand::<V, E, false, false>(t, p.slice(k), bias, &mask, &y)
+                        }
+                        Start::Add => expand::<V, E, false, true>(t, p.slice(k), None, &mask, &y),
+                    }
                 }
             }
         }
@@ -102,16 +148,16 @@ impl<E: Element> Kernel for Forward<'_, E> {
 }
 
 fn workers(tokens: usize, a: Factor<'_>, p: Factor<'_>) -> usize {
-    if tokens * a.rows * (a.columns + p.columns) < SERIAL {
+    if tokens * a.rows * (a.width() + p.width()) < SERIAL {
         1
     } else {
         pool::threads().min(tokens.div_ceil(TILE))
     }
 }
 
-/// `t = drop(x) A^T` (tokens, rows) and the update `t P` put into, or added to, `y` (tokens, out).
+/// `t = drop(x) A^T` (slices, tokens, rows) and the update `t P` put into, or added to, `y` (tokens, out).
 ///
-/// `a` is A times the dropout's gain, `p` is P^T (rows, out).
+/// `a` is A times the dropout's gain, `p` is P^T (rows, out), of as many slices.
 ///
 /// # Panics
 /// Where the lengths do not fit together.
@@ -124,20 +170,26 @@ pub fn forward<E: Element>(
     t: &mut [f32],
     y: &mut [E],
 ) {
-    let tokens = t.len() / a.rows.max(1);
-    assert!(a.rows == p.rows && a.rows > 0 && t.len() == tokens * a.rows);
-    assert!(x.len() == tokens * a.columns && y.len() == tokens * p.columns);
-    assert!(a.values.len() == a.rows * a.columns && p.values.len() == p.rows * p.columns);
+    let tokens = tokens_of(t, a, p);
+    assert!(x.len() == tokens * a.width() && y.len() == tokens * p.width());
     if let Start::Bias(Some(bias)) = start {
-        assert!(bias.len() == p.columns);
+        assert!(bias.len() == p.width());
     }
     // Only read through: a tile is of either kind.
     let x = Out(x.as_ptr().cast_mut());
     let (t, y) = (Out(t.as_mut_ptr()), Out(y.as_mut_ptr()));
     pool::run(workers(tokens, a, p), |thread, threads| {
-        let tokens = pool::part(tokens, TILE, thread, threads);
-        on_best(&Forward { x: x.pointer(), a, p, start, dropout, t, y, tokens });
+        let (all, tokens) = (tokens, pool::part(tokens, TILE, thread, threads));
+        on_best(&Forward { x: x.pointer(), a, p, start, dropout, t, y, all, tokens });
     });
+}
+
+/// How many rows `t` is of; fails where it or the factors do not fit together.
+fn tokens_of(t: &[f32], a: Factor<'_>, p: Factor<'_>) -> usize {
+    let each = a.slices * a.rows;
+    assert!((a.slices, a.rows) == (p.slices, p.rows) && each > 0 && t.len().is_multiple_of(each));
+    assert!(a.values.len() == each * a.columns && p.values.len() == each * p.columns);
+    t.len() / each
 }
 
 struct Dropped<'a, E> {
@@ -162,7 +214,13 @@ impl<E: Element> Kernel for Dropped<'_, E> {
             // SAFETY: token and columns lie inside both matrices, checked by `dropped`.
             unsafe {
                 mask.draw::<V>(Some(self.stream), start..start + width);
-                let from = Tile { data: self.x.add(start), tokens: 1, columns: width, start };
+                let from = Tile {
+                    data: self.x.add(start),
+                    tokens: 1,
+                    columns: width,
+                    stride: width,
+                    start,
+                };
                 let to = self.out.add((token - self.first) * width).pointer();
                 for column in (0..width).step_by(V::LANES) {
                     let count = V::LANES.min(width - column);
@@ -229,9 +287,9 @@ pub fn drop_all(x: &Tensor, stream: &Stream) -> Result<Option<Tensor>> {
 
 /// What [`backward`] gives: sums over the tokens, float32.
 pub struct Sums {
-    /// `t^T gy`, (rows, out).
+    /// `t^T gy`, (rows, out) of every slice.
     pub q: Vec<f32>,
-    /// `(gy P)^T drop(x)`, (rows, in), without the dropout's gain.
+    /// `(gy P)^T drop(x)`, (rows, in) of every slice, without the dropout's gain.
     pub a: Vec<f32>,
 }
 
@@ -245,6 +303,7 @@ struct Backward<'a, E> {
     gx: Option<Out<E>>,
     q: Out<f32>,
     sum_a: Out<f32>,
+    all: usize,
     tokens: std::ops::Range<usize>,
 }
 
@@ -252,24 +311,28 @@ impl<E: Element> Backward<'_, E> {
     #[inline(always)]
     unsafe fn all<V: Simd, const MASKED: bool>(&self) {
         let mut mask = Mask::default();
-        let rows = self.a.rows;
+        let (a, p, rows) = (self.a, self.p, self.a.rows);
         let mut u = vec![0.0f32; TILE * rows];
-        let (columns, out) = (self.a.columns, self.p.columns);
         for part in tiles(self.tokens.clone()) {
             let (first, tokens) = (part.start, part.len());
+            let start = first * a.width();
             // SAFETY: the matrices have `tokens` rows of their factors' columns, checked by `backward`.
-            unsafe {
-                let gy = Tile { data: self.gy.add(first * out), tokens, columns: out, start: 0 };
-                dots::<V, E, false>(&gy, self.p, &mask, u.as_mut_ptr());
-                outer::<V, E, false>(self.t.add(first * rows), rows, &gy, &mask, self.q.0);
-                let start = first * columns;
-                mask.draw::<V>(self.dropout, start..part.end * columns);
-                if let Some(gx) = self.gx {
-                    let gx = Tile { data: gx.0.add(start), tokens, columns, start };
-                    expand::<V, E, MASKED, false>(u.as_ptr(), self.a, None, &mask, &gx);
+            unsafe { mask.draw::<V>(self.dropout, start..part.end * a.width()) };
+            for k in 0..a.slices {
+                // SAFETY: as above.
+                unsafe {
+                    let gy = p.tile(self.gy, first * p.width(), tokens, k);
+                    dots::<V, E, false>(&gy, p.slice(k), &mask, u.as_mut_ptr());
+                    let t = self.t.add((k * self.all + first) * rows);
+                    outer::<V, E, false>(t, rows, &gy, &mask, self.q.0.add(p.at(k)));
+                    if let Some(gx) = self.gx {
+                        let gx = a.tile(gx.0, start, tokens, k);
+                        expand::<V, E, MASKED, false>(u.as_ptr(), a.slice(k), None, &mask, &gx);
+                    }
+                    let x = a.tile(self.x, start, tokens, k);
+                    let sums = self.sum_a.0.add(a.at(k));
+                    outer::<V, E, MASKED>(u.as_ptr(), rows, &x, &mask, sums);
                 }
-                let x = Tile { data: self.x.add(start), tokens, columns, start };
-                outer::<V, E, MASKED>(u.as_ptr(), rows, &x, &mask, self.sum_a.0);
             }
         }
     }
@@ -293,7 +356,7 @@ impl<E: Element> Kernel for Backward<'_, E> {
 /// One pass over `gy` (tokens, out) and `x` (tokens, in): the sums for the parameters' gradients, and
 /// the update's share of the gradient of x, which overwrites `gx` (tokens, in).
 ///
-/// `a` is A times the dropout's gain, `p` is P^T (rows, out), `t` what [`forward`] gave.
+/// `a` is A times the dropout's gain, `p` is P^T (rows, out), of as many slices, `t` what [`forward`] gave.
 ///
 /// # Panics
 /// Where the lengths do not fit together.
@@ -305,10 +368,8 @@ pub fn backward<E: Element>(
     dropout: Option<&Stream>,
     gx: Option<&mut [E]>,
 ) -> Sums {
-    let tokens = t.len() / a.rows.max(1);
-    assert!(a.rows == p.rows && a.rows > 0 && t.len() == tokens * a.rows);
-    assert!(x.len() == tokens * a.columns && gy.len() == tokens * p.columns);
-    assert!(a.values.len() == a.rows * a.columns && p.values.len() == p.rows * p.columns);
+    let tokens = tokens_of(t, a, p);
+    assert!(x.len() == tokens * a.width() && gy.len() == tokens * p.width());
     assert!(gx.as_ref().is_none_or(|gx| gx.len() == x.len()));
     let wanted = workers(tokens, a, p);
     let (length_q, length_a) = (p.values.len(), a.values.len());
@@ -319,11 +380,11 @@ pub fn backward<E: Element>(
     let gx = gx.map(|gx| Out(gx.as_mut_ptr()));
     let (out_q, out_a) = (Out(q.as_mut_ptr()), Out(sum_a.as_mut_ptr()));
     pool::run(wanted, |thread, threads| {
-        let tokens = pool::part(tokens, TILE, thread, threads);
+        let (all, tokens) = (tokens, pool::part(tokens, TILE, thread, threads));
         // SAFETY: there are `wanted` partial sums and never more threads.
         let (q, sum_a) = unsafe { (out_q.add(thread * length_q), out_a.add(thread * length_a)) };
         let (x, gy, t) = (x.pointer(), gy.pointer(), t.pointer());
-        on_best(&Backward { x, gy, t, a, p, dropout, gx, q, sum_a, tokens });
+        on_best(&Backward { x, gy, t, a, p, dropout, gx, q, sum_a, all, tokens });
     });
     for (sums, length) in [(&mut q, length_q), (&mut sum_a, length_a)] {
         let (first, rest) = sums.split_at_mut(length);

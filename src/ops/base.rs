@@ -1,10 +1,12 @@
 //! The product with the weight of the base layer, `x W^T + bias`, and its gradient of x, around which an update
 //! is added.
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use crate::checks;
 use crate::errors::Result;
+use crate::kernels::plain::as_slice;
+use crate::kernels::tokens;
 
 /// The base layer: its weight (out, in) and bias (out), both of the dtype of x.
 pub struct Base<'a> {
@@ -12,6 +14,45 @@ pub struct Base<'a> {
     pub weight: &'a Tensor,
     /// Added to every row, where there is one.
     pub bias: Option<&'a Tensor>,
+}
+
+/// What y holds when an update is put into it.
+#[derive(Clone, Copy)]
+pub enum Start<'a> {
+    /// Nothing yet: it becomes the bias (out), or zeros, plus the update.
+    Bias(Option<&'a Tensor>),
+    /// Values that the update is added to.
+    Add,
+}
+
+impl Start<'_> {
+    /// Makes y what the update can be added to.
+    pub fn write(self, y: &mut Tensor) -> Result<()> {
+        match self {
+            Self::Bias(Some(bias)) => y.f_copy_(bias)?,
+            Self::Bias(None) => {
+                let _ = y.f_zero_()?;
+            }
+            Self::Add => {}
+        }
+        Ok(())
+    }
+
+    /// The bias as [`Start::of_loops`] wants it.
+    pub fn bias(self) -> Result<Option<Tensor>> {
+        match self {
+            Self::Bias(Some(bias)) => Ok(Some(bias.f_to_kind(Kind::Float)?.f_contiguous()?)),
+            _ => Ok(None),
+        }
+    }
+
+    /// The same for the loops, with what [`Start::bias`] gave.
+    pub fn of_loops(self, bias: Option<&Tensor>) -> tokens::Start<'_> {
+        match self {
+            Self::Bias(_) => tokens::Start::Bias(bias.map(as_slice::<f32>)),
+            Self::Add => tokens::Start::Add,
+        }
+    }
 }
 
 impl Base<'_> {
@@ -36,12 +77,12 @@ impl Base<'_> {
     }
 
     /// The whole layer, x (..., in) to y (..., out) of `out` features, to which `add` adds an update: it is
-    /// given flat x, contiguous, and flat y.
+    /// given flat x, contiguous, flat y and what that holds.
     pub fn with_update<T>(
         &self,
         x: &Tensor,
         out: i64,
-        add: impl FnOnce(&Tensor, &mut Tensor) -> Result<T>,
+        add: impl FnOnce(&Tensor, &mut Tensor, Start<'_>) -> Result<T>,
     ) -> Result<(Tensor, T)> {
         checks::float("x", x)?;
         let mut shape = x.size();
@@ -52,8 +93,16 @@ impl Base<'_> {
         let y = Tensor::f_empty(&shape, (x.kind(), x.device()))?;
         // A view of what is returned: autograd forbids to change a view made inside a function.
         let mut flat = y.f_view([x.size()[0], out])?;
-        self.write(&x, &mut flat)?;
-        let kept = add(&x, &mut flat)?;
+        // On the CPU the update first, into memory that nothing has written yet: the large product reads y to add
+        // to it anyway. Elsewhere the product takes the bias along.
+        let kept = if x.device() == Device::Cpu {
+            let kept = add(&x, &mut flat, Start::Bias(self.bias))?;
+            self.add_product(&x, &mut flat)?;
+            kept
+        } else {
+            self.write(&x, &mut flat)?;
+            add(&x, &mut flat, Start::Add)?
+        };
         Ok((y, kept))
     }
 

@@ -1,12 +1,14 @@
 //! The block-diagonal update of one module, `y_i += s B_i (A_i drop(x)_i)` for n equal slices of x and y, forward
-//! and backward (MELoRA, arXiv 2402.17263): all slices in one batched product.
+//! and backward (MELoRA, arXiv 2402.17263): in loops over tokens, or all slices in one batched product.
 
 use tch::{Kind, Tensor};
 
 use crate::checks;
 use crate::errors::Result;
-use crate::ops::base;
+use crate::ops::base::{self, Start};
 use crate::ops::dropout::Dropout;
+
+mod cpu;
 
 /// The parameters of one adapted module.
 pub struct BlockDiagonal {
@@ -75,20 +77,26 @@ fn scaled(tensor: &Tensor, factor: f64, kind: Kind) -> Result<Tensor> {
     Ok(tensor.f_mul_scalar(factor)?.f_to_kind(kind)?)
 }
 
-/// Forward. Adds the update to `y` (tokens, out), contiguous, in place and gives `t = A drop(x)`, (n, tokens,
-/// rows).
+/// Forward. Puts the update into `y` (tokens, out), contiguous, which holds what `start` says, and gives
+/// `t = A drop(x)`, (n, tokens, rows).
 pub fn forward(
     update: &BlockDiagonal,
     x: &Tensor,
     y: &mut Tensor,
+    start: Start<'_>,
     dropout: Option<&mut Dropout>,
 ) -> Result<Tensor> {
     update.check(x)?;
     checks::float("y", y)?;
     checks::shape("y", y, &[x.size()[0], update.out()?])?;
     checks::same_device("y", y, "x", x)?;
+    let x = &x.f_contiguous()?;
+    if let Some(t) = cpu::forward(update, x, y, start, dropout.as_deref())? {
+        return Ok(t);
+    }
+    start.write(y)?;
     let a = update.down(Dropout::gain(dropout.as_deref()), x.kind())?;
-    let x = Dropout::drop(dropout, &x.f_contiguous()?)?;
+    let x = Dropout::drop(dropout, x)?;
     let t = update.slices(&x)?.f_bmm(&a.f_transpose(1, 2)?)?;
     let p = update.up(x.kind())?.f_transpose(1, 2)?;
     let mut slices = update.slices(y)?;
@@ -128,6 +136,12 @@ pub fn backward(
     }
     let (kind, gain) = (x.kind(), Dropout::gain(dropout));
     let (x, gy) = (x.f_contiguous()?, gy.f_to_kind(kind)?.f_contiguous()?);
+    if let Some(mut gradients) = cpu::backward(update, &x, t, &gy, dropout, needs_x)? {
+        if let (Some(grad_x), Some(weight)) = (&mut gradients.x, weight) {
+            base::add_grad_x(weight, &gy, grad_x)?;
+        }
+        return Ok(gradients);
+    }
     let dropped = Dropout::drop_again(dropout, &x)?;
     let by_slice = update.slices(&gy)?;
     let u = by_slice.f_bmm(&update.up(kind)?)?;
@@ -168,7 +182,8 @@ mod tests {
     #[test]
     fn forward_adds_each_slice_to_its_own() {
         let mut y = tensor(&[1, 2], &[100.0, 200.0]);
-        let t = forward(&two_slices(), &tensor(&[1, 4], &[1.0; 4]), &mut y, None).unwrap();
+        let t =
+            forward(&two_slices(), &tensor(&[1, 4], &[1.0; 4]), &mut y, Start::Add, None).unwrap();
         assert_eq!(t, tensor(&[2, 1, 1], &[3.0, 7.0]));
         assert_eq!(y, tensor(&[1, 2], &[107.5, 221.0]));
     }
@@ -184,9 +199,33 @@ mod tests {
     }
 
     #[test]
+    fn the_loops_and_libtorch_give_the_same() {
+        let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Double, tch::Device::Cpu));
+        let (x, gy, bias) = (random(&[37, 60]), random(&[37, 105]), random(&[105]));
+        let wide = BlockDiagonal { a: random(&[3, 5, 20]), b: random(&[3, 35, 5]), scale: 0.5 };
+        let run = |update: &BlockDiagonal, kind: Kind| {
+            let [x, gy, bias] = [&x, &gy, &bias].map(|tensor| tensor.to_kind(kind));
+            let mut y = Tensor::full([37, 105], f64::NAN, (kind, tch::Device::Cpu));
+            let t = forward(update, &x, &mut y, Start::Bias(Some(&bias)), None).unwrap();
+            let got = backward(update, &x, &t, &gy, None, None, true).unwrap();
+            [y, t, got.x.unwrap(), got.a, got.b].map(|tensor| tensor.to_kind(Kind::Double))
+        };
+        let want = run(&wide, Kind::Double);
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let [a, b] = [&wide.a, &wide.b].map(|tensor| tensor.to_kind(kind));
+            let tolerance = if kind == Kind::Float { 1e-5 } else { 2e-2 };
+            for (got, want) in run(&BlockDiagonal { a, b, scale: 0.5 }, kind).iter().zip(&want) {
+                let largest = f64::try_from((got - want).abs().max() / want.abs().max()).unwrap();
+                assert!(largest < tolerance, "{kind:?} {:?}: {largest}", want.size());
+            }
+        }
+    }
+
+    #[test]
     fn slices_that_do_not_fit_x_are_refused() {
         let mut y = tensor(&[1, 2], &[0.0; 2]);
-        let error = forward(&two_slices(), &tensor(&[1, 3], &[1.0; 3]), &mut y, None).unwrap_err();
+        let x = tensor(&[1, 3], &[1.0; 3]);
+        let error = forward(&two_slices(), &x, &mut y, Start::Add, None).unwrap_err();
         assert_eq!(error.to_string(), "x has shape [1, 3]; it must be [1, 4]");
     }
 }

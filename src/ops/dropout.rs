@@ -41,6 +41,11 @@ impl Dropout {
         Ok(Some(Self { stream, mask, keep, packed, queue }))
     }
 
+    /// Is the mask of `x` drawn by the loops of the CPU wherever it is needed?
+    pub(super) fn is_drawn_anew(&self, x: &Tensor) -> bool {
+        self.mask.is_none() && x.device() == Device::Cpu && !cuda::takes(x, self.queue)
+    }
+
     /// Draws what has to be kept until the backward pass, if it is not there yet.
     pub(super) fn prepare(&mut self, x: &Tensor) -> Result<()> {
         if self.mask.is_none() && self.packed {

@@ -13,7 +13,7 @@ use crate::checks;
 use crate::errors::{Error, Result};
 use crate::gauges::sensitivity::{self, Input};
 use crate::kernels::cuda;
-use crate::ops::base::{self, Base};
+use crate::ops::base::{self, Base, Start};
 use crate::ops::dropout::Dropout;
 
 mod cpu;
@@ -142,7 +142,7 @@ pub fn forward(
     checks::float("y", y)?;
     checks::same_device("y", y, "x", x)?;
     let x = &x.f_contiguous()?;
-    if let Some(t) = cpu::forward(low_rank, x, y, cpu::Start::Add, dropout.as_deref())? {
+    if let Some(t) = cpu::forward(low_rank, x, y, Start::Add, dropout.as_deref())? {
         return Ok(t);
     }
     let Operands { a, p } = low_rank.operands(x.kind())?;
@@ -198,7 +198,7 @@ pub fn linear(
     base.check(&x, out)?;
     let x = &x.f_contiguous()?;
     // The update first, into memory that nothing has written yet; the large product is added to it.
-    let start = cpu::Start::Bias(base.bias);
+    let start = Start::Bias(base.bias);
     let t = match cpu::forward(low_rank, x, &mut flat, start, dropout.as_deref())? {
         Some(t) => {
             base.add_product(x, &mut flat)?;

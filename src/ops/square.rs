@@ -8,7 +8,7 @@ use self::rotation::Rotation;
 use self::sums::Pattern;
 use crate::checks;
 use crate::errors::{Error, Result};
-use crate::ops::base;
+use crate::ops::base::{self, Start};
 use crate::ops::dropout::Dropout;
 
 pub mod rotation;
@@ -105,12 +105,14 @@ impl Square {
     }
 }
 
-/// Forward. Adds the update of `x` (tokens, in) to `y` (tokens, out), contiguous, in place. Gives what the backward
-/// pass of types 1 to 4 needs, `C drop(x)` without the dropout's gain, (tokens, q); type 6 needs x.
+/// Forward. Puts the update of `x` (tokens, in) into `y` (tokens, out), contiguous, which holds what `start` says.
+/// Gives what the backward pass of types 1 to 4 needs, `C drop(x)` without the dropout's gain, (tokens, q); type 6
+/// needs x.
 pub fn forward(
     square: &Square,
     x: &Tensor,
     y: &mut Tensor,
+    start: Start<'_>,
     dropout: Option<&mut Dropout>,
 ) -> Result<Option<Tensor>> {
     for (name, tensor) in [("x", x), ("y", &*y), ("M", &square.m)] {
@@ -126,11 +128,11 @@ pub fn forward(
     match &square.form {
         Form::Sums { down, up } => {
             let sums = down.sum(&dropped, side, true)?;
-            up.add(&sums.f_mm(&m.f_to_kind(x.kind())?.f_tr()?)?, y, false)?;
+            up.put(&sums.f_mm(&m.f_to_kind(x.kind())?.f_tr()?)?, y, start, false)?;
             Ok(Some(sums))
         }
         Form::Rotation(rotation) => {
-            rotation.add(&m, &dropped, y)?;
+            rotation.put(&m, &dropped, y, start)?;
             Ok(None)
         }
     }
@@ -151,10 +153,13 @@ pub fn backward(square: &Square, gy: &Tensor, given: &Given<'_>) -> Result<Gradi
         checks::shape("weight", weight, &[out, given.features])?;
     }
     // The base layer's share, to which the update's is added; what a dropout may zero comes first.
-    let mut grad_x = match (given.weight, given.dropout) {
-        _ if !needs_x => None,
-        (Some(weight), None) => Some(gy.f_mm(weight)?),
-        _ => Some(Tensor::f_zeros([tokens, given.features], (given.kind, gy.device()))?),
+    let (mut grad_x, start) = match (given.weight, given.dropout) {
+        (Some(weight), None) if needs_x => (Some(gy.f_mm(weight)?), Start::Add),
+        _ => {
+            let size = [tokens, given.features];
+            let empty = || Tensor::f_empty(size, (given.kind, gy.device()));
+            (needs_x.then(empty).transpose()?, Start::Bias(None))
+        }
     };
     let grad_m = match &square.form {
         Form::Sums { down, up } => {
@@ -164,7 +169,7 @@ pub fn backward(square: &Square, gy: &Tensor, given: &Given<'_>) -> Result<Gradi
             let grad_m =
                 if needs_m { Some(u.f_tr()?.f_mm(&sums.f_to_kind(given.kind)?)?) } else { None };
             if let Some(grad_x) = &mut grad_x {
-                down.add(&u.f_mm(&m.f_to_kind(given.kind)?)?, grad_x, true)?;
+                down.put(&u.f_mm(&m.f_to_kind(given.kind)?)?, grad_x, start, true)?;
             }
             grad_m
         }
@@ -172,7 +177,8 @@ pub fn backward(square: &Square, gy: &Tensor, given: &Given<'_>) -> Result<Gradi
             let x = given.x.ok_or_else(|| missing("x"))?.f_to_kind(given.kind)?.f_contiguous()?;
             checks::shape("x", &x, &[tokens, given.features])?;
             let dropped = Dropout::drop_again(given.dropout, &x)?;
-            rotation.gradients(&m, &dropped, &gy, needs_m, grad_x.as_mut())?
+            let grad_x = grad_x.as_mut().map(|grad_x| (grad_x, start));
+            rotation.gradients(&m, &dropped, &gy, needs_m, grad_x)?
         }
     };
     let m = match grad_m {
@@ -211,7 +217,8 @@ mod tests {
     fn forward_sums_multiplies_and_repeats() {
         let mut y = matrix(1, &[100.0, 200.0, 300.0]);
         // The sums are (1 + 3, 2 + 1): the row is filled from its beginning.
-        let kept = forward(&first_type(), &matrix(1, &[1.0, 2.0, 3.0]), &mut y, None).unwrap();
+        let x = matrix(1, &[1.0, 2.0, 3.0]);
+        let kept = forward(&first_type(), &x, &mut y, Start::Add, None).unwrap();
         assert_eq!(kept, Some(matrix(1, &[4.0, 3.0])));
         assert_eq!(y, matrix(1, &[105.0, 212.0, 305.0]));
     }

@@ -1,5 +1,5 @@
 """A block-diagonal update of a linear layer, ``y_i + s B_i (A_i drop(x)_i)`` for n equal slices of x and y
-(MELoRA, arXiv 2402.17263): all slices in one batched product."""
+(MELoRA, arXiv 2402.17263): all slices in one call."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ fn block_diagonal_forward(
     let (x, onto) = (x.0, Onto::of(y, weight, bias));
     detached(py, move || {
         let mut dropout = Dropout::of(&x, p, seed, None, queue)?;
-        let (y, t) = onto.add(&x, update.out()?, |x, y| {
-            block_diagonal::forward(&update, x, y, dropout.as_mut())
+        let (y, t) = onto.add(&x, update.out()?, |x, y, start| {
+            block_diagonal::forward(&update, x, y, start, dropout.as_mut())
         })?;
         let mask = dropout.and_then(|dropout| dropout.mask);
         Ok((PyTensor(y), PyTensor(t), mask.map(PyTensor)))

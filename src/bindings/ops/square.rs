@@ -42,8 +42,8 @@ fn square_forward(
     let (x, onto) = (x.0, Onto::of(y, weight, bias));
     detached(py, move || {
         let mut dropout = Dropout::of(&x, p, seed, None, queue)?;
-        let (y, kept) =
-            onto.add(&x, out, |x, y| square::forward(&square, x, y, dropout.as_mut()))?;
+        let (y, kept) = onto
+            .add(&x, out, |x, y, start| square::forward(&square, x, y, start, dropout.as_mut()))?;
         let mask = dropout.and_then(|dropout| dropout.mask);
         Ok((PyTensor(y), kept.map(PyTensor), mask.map(PyTensor)))
     })

@@ -69,8 +69,7 @@ fn check<E: Element>(case: &Case, isa: Isa, tolerance: f64) {
     let kept = kept(case, &stream);
     let wide = |v: &E| f64::from(v.widen());
     let dropped: Vec<f64> = x.iter().zip(&kept).map(|(x, k)| wide(x) * k).collect();
-    let (fa, fp) =
-        (Factor { values: &a, rows, columns }, Factor { values: &p, rows, columns: out });
+    let (fa, fp) = (Factor::new(&a, rows), Factor::new(&p, rows));
 
     let t64 = product(tokens, rows, columns, |n, r, i| {
         dropped[n * columns + i] * f64::from(a[r * columns + i])

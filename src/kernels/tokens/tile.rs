@@ -43,7 +43,7 @@ impl Mask {
     }
 }
 
-/// A tile of rows of a large matrix (tokens, columns), and its place in the whole.
+/// A tile of rows of a large matrix, all columns or some neighbouring ones, and its place in the whole.
 #[derive(Clone, Copy)]
 pub struct Tile<E> {
     /// Its first value.
@@ -52,6 +52,8 @@ pub struct Tile<E> {
     pub tokens: usize,
     /// Values in a row.
     pub columns: usize,
+    /// From a row to the next.
+    pub stride: usize,
     /// Element of its first value in the whole matrix.
     pub start: usize,
 }
@@ -65,7 +67,7 @@ impl<E: Element> Tile<E> {
         count: usize,
         mask: &Mask,
     ) -> V {
-        let place = token * self.columns + column;
+        let place = token * self.stride + column;
         // SAFETY: the callers stay inside the tile.
         unsafe {
             let from = self.data.add(place).cast_const();
@@ -187,7 +189,7 @@ unsafe fn expand_block<V: Simd, E: Element, const MASKED: bool, const ADD: bool,
             }
         }
         for (t, sum) in sums.into_iter().enumerate() {
-            let place = (token + t) * tile.columns + column;
+            let place = (token + t) * tile.stride + column;
             let mut value = if MASKED { sum.keep(mask.at(tile.start + place)) } else { sum };
             if ADD {
                 let before: V = load_at(tile.data.add(place).cast_const(), count);

@@ -9,18 +9,11 @@ use crate::kernels::cuda;
 use crate::kernels::plain::{as_slice, as_slice_mut};
 use crate::kernels::simd::{Bf16, Element};
 use crate::kernels::tokens::{self, Factor};
+use crate::ops::base::Start;
 use crate::ops::dropout::Dropout;
 
 /// Most rows that the loops take: above it libtorch's matrix products are faster.
 const MOST_ROWS: i64 = 32;
-
-/// What y holds before the update.
-pub enum Start<'a> {
-    /// Nothing yet: it becomes the bias (out), or zeros, plus the update.
-    Bias(Option<&'a Tensor>),
-    /// Values that the update is added to.
-    Add,
-}
 
 /// Can the loops work on `low_rank` and `x`?
 fn takes(low_rank: &LowRank, x: &Tensor) -> bool {
@@ -93,14 +86,8 @@ pub fn forward(
         return Ok(None);
     }
     let operands = Operands::of(low_rank, Dropout::gain(dropout))?;
-    let bias = match start {
-        Start::Bias(Some(bias)) => Some(bias.f_to_kind(Kind::Float)?.f_contiguous()?),
-        _ => None,
-    };
-    let first = match start {
-        Start::Bias(_) => tokens::Start::Bias(bias.as_ref().map(as_slice::<f32>)),
-        Start::Add => tokens::Start::Add,
-    };
+    let bias = start.bias()?;
+    let first = start.of_loops(bias.as_ref());
     let t = Tensor::f_empty([x.size()[0], operands.rows as i64], (Kind::Float, Device::Cpu))?;
     if x.kind() == Kind::Float {
         run_forward::<f32>(x, &operands, first, dropout, &t, y);

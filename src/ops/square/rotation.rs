@@ -1,5 +1,6 @@
-//! Type 6, rotation: block i of x, turned by the angles of R_i, times one matrix M. It is the matrix that is turned,
-//! M R_i once a call, not the tokens; the stack (blocks, q, q) is the largest thing that is made.
+//! Type 6, rotation: block i of x, turned by the angles of R_i, times one matrix M. Where the loops of [`cpu`] can, they
+//! turn the tokens and add up the blocks that one part of y takes, before the product; elsewhere it is the matrix that
+//! is turned, M R_i once a call, and the stack (blocks, q, q) is the largest thing that is made.
 
 use tch::Tensor;
 
@@ -7,6 +8,9 @@ use super::shares::Blocks;
 use super::sums::Pattern;
 use crate::checks;
 use crate::errors::{Error, Result};
+use crate::ops::base::Start;
+
+mod cpu;
 
 /// How type 6 turns the blocks.
 pub struct Rotation {
@@ -57,9 +61,13 @@ impl Rotation {
         Ok(Tensor::f_cat(&[sum(first)?, sum(second)?], 1)?)
     }
 
-    /// Adds the update of `x` (tokens, in), dropped, to `y` (tokens, out). `m` has the scale and the dropout's
-    /// gain in it.
-    pub fn add(&self, m: &Tensor, x: &Tensor, y: &mut Tensor) -> Result<()> {
+    /// Puts the update of `x` (tokens, in), dropped, into `y` (tokens, out), which holds what `start` says. `m` has
+    /// the scale and the dropout's gain in it.
+    pub fn put(&self, m: &Tensor, x: &Tensor, y: &mut Tensor, start: Start<'_>) -> Result<()> {
+        if cpu::put(self, m, x, y, start)? {
+            return Ok(());
+        }
+        start.write(y)?;
         let blocks = self.blocks(m, x.size2()?.1, y.size2()?.1)?;
         let turned = self.turned(m)?.f_to_kind(x.kind())?;
         if blocks.period == y.size2()?.1 && y.kind() == x.kind() {
@@ -68,19 +76,25 @@ impl Rotation {
         let size = [x.size2()?.0, blocks.period];
         let products = Tensor::f_zeros(size, (x.kind(), x.device()))?;
         add_products(&blocks, &turned, x, &products)?;
-        Pattern::Cyclic.add(&products, y, false)
+        Pattern::Cyclic.put(&products, y, Start::Add, false)
     }
 
     /// The gradient of M, without the scale, where it is needed, from `gy` (tokens, out), of the dtype of x; that
-    /// of x is added to `grad_x` (tokens, in). `m` as for [`Rotation::add`].
+    /// of x is put into `grad_x` (tokens, in). `m` as for [`Rotation::put`].
     pub fn gradients(
         &self,
         m: &Tensor,
         x: &Tensor,
         gy: &Tensor,
         needs_m: bool,
-        grad_x: Option<&mut Tensor>,
+        mut grad_x: Option<(&mut Tensor, Start<'_>)>,
     ) -> Result<Option<Tensor>> {
+        if cpu::takes(m, x) && cpu::takes(m, gy) {
+            return cpu::gradients(self, m, x, gy, needs_m, grad_x);
+        }
+        if let Some((grad_x, start)) = &mut grad_x {
+            start.write(grad_x)?;
+        }
         let (features, side) = (x.size2()?.1, m.size2()?.0);
         let blocks = self.blocks(m, features, gy.size2()?.1)?;
         let summed = if blocks.period == gy.size2()?.1 {
@@ -100,7 +114,7 @@ impl Rotation {
         } else {
             None
         };
-        if let Some(grad_x) = grad_x {
+        if let Some((grad_x, _)) = grad_x {
             let turned = self.turned(m)?.f_to_kind(x.kind())?;
             for piece in &blocks.pieces {
                 let left = summed.f_narrow(1, piece.out, piece.rows)?;
@@ -144,8 +158,37 @@ mod tests {
         let m = Tensor::eye(2, (Kind::Double, Device::Cpu));
         let x = Tensor::from_slice(&[1.0, 2.0, 3.0, 4.0]).reshape([1, 4]);
         let mut y = Tensor::zeros([1, 4], (Kind::Double, Device::Cpu));
-        rotation.add(&m, &x, &mut y).unwrap();
+        rotation.put(&m, &x, &mut y, Start::Add).unwrap();
         assert_eq!(y, Tensor::from_slice(&[1.0, 2.0, -4.0, 3.0]).reshape([1, 4]));
+    }
+
+    #[test]
+    fn the_loops_turn_what_libtorch_turns() {
+        let random =
+            |rows: i64, columns: i64| Tensor::randn([rows, columns], (Kind::Double, Device::Cpu));
+        // Blocks of inputs and outputs: as many, fewer inputs, fewer outputs, less than one.
+        for (features, out, fold) in
+            [(40, 44, true), (20, 75, true), (75, 20, true), (75, 20, false), (5, 7, true)]
+        {
+            let (side, tokens) = (12, 19);
+            let m = random(side, side);
+            let (x, gy, bias) = (random(tokens, features), random(tokens, out), random(1, out));
+            let angles = random((features + side - 1) / side, side / 2);
+            let run = |kind: Kind| {
+                let [m, x, gy, bias, cos, sin] =
+                    [&m, &x, &gy, &bias, &angles.cos(), &angles.sin()].map(|t| t.to_kind(kind));
+                let rotation = Rotation { cos, sin, fold };
+                let of = |columns| Tensor::full([tokens, columns], f64::NAN, (kind, Device::Cpu));
+                let (mut y, mut grad_x) = (of(out), of(features));
+                rotation.put(&m, &x, &mut y, Start::Bias(Some(&bias.get(0)))).unwrap();
+                let to = Some((&mut grad_x, Start::Bias(None)));
+                let grad_m = rotation.gradients(&m, &x, &gy, true, to).unwrap().unwrap();
+                [y, grad_x, grad_m].map(|t| t.to_kind(Kind::Double))
+            };
+            for (got, want) in run(Kind::Float).iter().zip(run(Kind::Double)) {
+                assert!(got.allclose(&want, 1e-4, 1e-4, false), "{features} {out} {fold}");
+            }
+        }
     }
 
     #[test]

@@ -6,6 +6,8 @@ use tch::Tensor;
 use super::shares::{Cyclic, Neighbours, Run};
 use crate::errors::Result;
 use crate::kernels::groups;
+use crate::kernels::rounds::{self, Rounds};
+use crate::ops::base::Start;
 
 /// Which positions of a long row share one of a short row.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -23,6 +25,9 @@ impl Pattern {
         let (tokens, length) = long.size2()?;
         match self {
             Self::Cyclic => {
+                if let Some(sum) = rounds::fold(loops(length, short, wraps), long)? {
+                    return Ok(sum);
+                }
                 let Cyclic { rounds, rest, wraps: filled } = Cyclic::of(length, short);
                 let mut sum = if rounds > 0 {
                     rounds_of(long, rounds, short)?.f_sum_dim_intlist(
@@ -58,10 +63,23 @@ impl Pattern {
         }
     }
 
-    /// The transpose: adds the positions of the rows of `short` (tokens, short) to all of `long` (tokens,
-    /// long), contiguous, that share them.
-    pub fn add(self, short: &Tensor, long: &mut Tensor, wraps: bool) -> Result<()> {
+    /// The transpose: puts the positions of the rows of `short` (tokens, short) into all of `long` (tokens,
+    /// long), contiguous, that share them; `start` is what that holds.
+    pub fn put(
+        self,
+        short: &Tensor,
+        long: &mut Tensor,
+        start: Start<'_>,
+        wraps: bool,
+    ) -> Result<()> {
         let (side, length) = (short.size2()?.1, long.size2()?.1);
+        if self == Self::Cyclic {
+            let (rounds, bias) = (loops(length, side, wraps), start.bias()?);
+            if rounds::unfold(rounds, short, long, start.of_loops(bias.as_ref()))? {
+                return Ok(());
+            }
+        }
+        start.write(long)?;
         match self {
             Self::Cyclic => {
                 let Cyclic { rounds, rest, wraps: filled } = Cyclic::of(length, side);
@@ -85,6 +103,13 @@ impl Pattern {
             }
         }
     }
+}
+
+/// The cyclic pattern for the loops.
+fn loops(long: i64, short: i64, wraps: bool) -> Rounds<'static> {
+    let (long, side) = (long as usize, short as usize);
+    let used = long.div_ceil(side);
+    Rounds { long, side, used, parts: 1, width: side, wraps, angles: None }
 }
 
 /// The whole rounds at the beginning of the rows, (tokens, rounds, short): a view.
@@ -136,11 +161,30 @@ mod tests {
     fn the_transpose_of_both_patterns() {
         let added = |pattern: Pattern| {
             let mut long = row(&[100.0; 5]);
-            pattern.add(&row(&[1.0, 2.0]), &mut long, false).unwrap();
+            pattern.put(&row(&[1.0, 2.0]), &mut long, Start::Add, false).unwrap();
             long
         };
         assert_eq!(added(Pattern::Cyclic), row(&[101.0, 102.0, 101.0, 102.0, 101.0]));
         assert_eq!(added(Pattern::Neighbours), row(&[101.0, 101.0, 101.0, 102.0, 102.0]));
+    }
+
+    #[test]
+    fn the_loops_of_rounds_give_what_libtorch_does() {
+        for (length, short, wraps) in [(7, 3, true), (768, 111, true), (5, 9, true), (30, 4, false)]
+        {
+            let random = |columns| Tensor::randn([3, columns], (Kind::Double, Device::Cpu));
+            let (long, short_rows, bias) = (random(length), random(short), random(length).get(0));
+            let both = |kind: Kind| {
+                let [long, rows, bias] = [&long, &short_rows, &bias].map(|t| t.to_kind(kind));
+                let mut put = Tensor::full([3, length], f64::NAN, (kind, Device::Cpu));
+                Pattern::Cyclic.put(&rows, &mut put, Start::Bias(Some(&bias)), wraps).unwrap();
+                [Pattern::Cyclic.sum(&long, short, wraps).unwrap(), put]
+                    .map(|t| t.to_kind(Kind::Double))
+            };
+            for (by_loops, by_torch) in both(Kind::Float).iter().zip(both(Kind::Double)) {
+                assert!(by_loops.allclose(&by_torch, 1e-5, 1e-5, false), "{length} {short}");
+            }
+        }
     }
 
     #[test]
