@@ -310,3 +310,12 @@ def test_sizes_are_beside_loras_and_runs_of_equal_ranks_in_a_table_of_their_own(
     assert (found["lorta"]["r"], found["lorta"]["own r"], found["lorta"]["size"]) == ("2", "9", "-3.0 %")
     assert len(summarise([made_up("lora"), made_up("lora", sized={})])) == 2
     assert beside(103, 100) == "+3.0 %"
+
+
+def test_a_method_with_a_scale_of_its_own_keeps_it():
+    (mora, other, lora) = parse_methods("mora,mora:lora_alpha=4,lora_mini")
+    setting = Setting(2, 100, 0, {"lora_alpha": 16.0, "lora_dropout": 0.0, "target_modules": ["query"]})
+    assert mora.prepare(setting).config.lora_alpha is None
+    assert other.prepare(setting).config.lora_alpha == 4
+    assert lora.prepare(setting).config.lora_alpha == 16.0
+    assert mora.resolved(setting)["lora_alpha"] is None

@@ -226,8 +226,12 @@ def _text(value: Any) -> str:
 
 
 def _ours(config: type[MethodConfig]) -> Callable[..., PeftConfig]:
+    # A method whose scale is its own has no alpha by default, and LoRA's would be another method.
+    own = {option.name for option in dataclasses.fields(config) if option.default is None} & {"lora_alpha"}
+
     def form(setting: Setting, **options: Any) -> PeftConfig:
-        return config(**({"task_type": TaskType.SEQ_CLS, "r": setting.r} | setting.shared | options))
+        shared = {name: value for name, value in setting.shared.items() if name not in own}
+        return config(**({"task_type": TaskType.SEQ_CLS, "r": setting.r} | shared | options))
 
     return form
 
