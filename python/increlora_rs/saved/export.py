@@ -99,8 +99,7 @@ def export_lora(
     if not loras:
         raise ValueError(
             f"model_or_adapter_dir: each of the {len(adapter.modules)} modules has rank 0, so that the "
-            "adapter does nothing and there is no LoRA to write; train it until ranks grow, or use the base "
-            "model."
+            "adapter does nothing and there is no LoRA to write; train it, or use the base model."
         )
     _refuse_unlike_lora(adapter, loras)
     # An update's own rank need not be that of the LoRA that does the same.
