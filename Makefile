@@ -67,8 +67,10 @@ test: lint docs test-rust test-python conformance ## everything that CI runs
 test-rust: $(INSTALLED)
 	$(WITH_TORCH) cargo test --release --quiet
 
+# A process a core, of one thread each (tests/conftest.py), and no more than memory is likely to be there for. Tests
+# of one file stay together, for what they share, until a process would have nothing left to do.
 test-python: build
-	pytest
+	pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 test-isa: build ## the tests of numbers as on other processors, and on one core
 	@set -e; for switch in $(INSTRUCTION_SETS); do \

@@ -7,6 +7,9 @@ import sys
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # There is a process a core; before torch is imported, and for the processes that tests start.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import peft
 import pytest
@@ -164,7 +167,7 @@ def group_of_one(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-# Loads adapters on a saved BERT classifier; a line of JSON in, a line of JSON out.
+# Loads adapters on a saved BERT classifier, or on a whole module in a file; a line of JSON in, a line out.
 _WORKER = """
 import json, sys
 {imports}
@@ -173,11 +176,17 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 for line in sys.stdin:
     request = json.loads(line)
-    base = AutoModelForSequenceClassification.from_pretrained(request["base"])
-    model = PeftModel.from_pretrained(base.to(getattr(torch, request["dtype"])), request["adapter"])
+    if request["base"].endswith(".pt"):
+        base = torch.load(request["base"], weights_only=False)
+    else:
+        base = AutoModelForSequenceClassification.from_pretrained(request["base"])
+    dtype = getattr(torch, request["dtype"])
+    model = PeftModel.from_pretrained(base.to(dtype), request["adapter"]).eval()
     answer = {{"classes": sorted({{type(m).__module__ for m in model.modules()}})}}
+    x = torch.tensor(request["x"], dtype=torch.float64)
     with torch.no_grad():
-        answer["logits"] = model(torch.tensor(request["tokens"])).logits.double().tolist()
+        y = model(x.long() if request["integers"] else x.to(dtype))
+        answer["logits"] = getattr(y, "logits", y).double().tolist()
     answer["knows_increlora"] = "increlora_rs" in sys.modules
     print("ANSWER" + json.dumps(answer), flush=True)
 """
@@ -193,8 +202,9 @@ def _worker(imports):
             text=True,
         )
 
-        def ask(base, adapter, tokens, dtype="float32"):
-            request = {"base": str(base), "adapter": str(adapter), "tokens": tokens.tolist(), "dtype": dtype}
+        def ask(base, adapter, x, dtype="float32"):
+            request = {"base": str(base), "adapter": str(adapter), "dtype": dtype}
+            request |= {"x": x.tolist(), "integers": not x.is_floating_point()}
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
             for line in process.stdout:
@@ -210,15 +220,14 @@ def _worker(imports):
 
 @pytest.fixture(scope="session")
 def plain_peft():
-    """``plain_peft(base_dir, adapter_dir, tokens)``: what a process that never imports increlora_rs
-    gets from the adapter."""
+    """``plain_peft(base, adapter_dir, x)``: what a process that never imports increlora_rs gets from the
+    adapter, on a saved classifier or on a module in a file ``.pt``."""
     yield from _worker("")
 
 
 @pytest.fixture(scope="session")
 def new_process():
-    """``new_process(base_dir, adapter_dir, tokens)``: what a new process that imports increlora_rs
-    gets from the adapter."""
+    """``new_process(base, adapter_dir, x)``: what a new process that imports increlora_rs gets."""
     yield from _worker("import increlora_rs")
 
 

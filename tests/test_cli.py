@@ -7,6 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import finetune
 import peft
 import pytest
 import torch
@@ -147,16 +148,22 @@ def test_demo_trains_saves_exports_and_draws(tmp_path, capsys):
     assert (out / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ending", ["tsv", "csv", "jsonl"])
-def test_the_example_fine_tunes_a_model_directory_on_a_file(ending, tmp_path):
-    rows = [(f"a {word} film", label) for word, label in [("good", "yes"), ("bad", "no")] * 10]
-    data = tmp_path / f"reviews.{ending}"
-    if ending == "jsonl":
-        data.write_text("\n".join(json.dumps({"text": text, "label": label}) for text, label in rows))
+REVIEWS = [{"text": f"a {word} film", "label": label} for word, label in [("good", "yes"), ("bad", "no")] * 10]
+
+
+def write_reviews(path):
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in REVIEWS))
     else:
-        separator = "\t" if ending == "tsv" else ","
-        data.write_text("\n".join(separator.join(row) for row in [("text", "label"), *rows]))
+        separator = "\t" if path.suffix == ".tsv" else ","
+        rows = [("text", "label"), *(row.values() for row in REVIEWS)]
+        path.write_text("\n".join(separator.join(row) for row in rows))
+    return path
+
+
+@pytest.mark.slow
+def test_the_example_fine_tunes_a_model_directory_on_a_file(tmp_path):
+    data = write_reviews(tmp_path / "reviews.tsv")
     command = [sys.executable, str(EXAMPLE), "--model", str(MINILM), "--data", str(data)]
     command += ["--out", str(tmp_path / "out"), "--rank", "2", "--epochs", "1", "--max-length", "16"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -167,11 +174,20 @@ def test_the_example_fine_tunes_a_model_directory_on_a_file(ending, tmp_path):
     assert sum(ranks.values()) == 2 * len(ranks)
 
 
-@pytest.mark.slow
-def test_the_example_says_which_column_is_missing(tmp_path):
+@pytest.mark.parametrize("ending", ["tsv", "csv", "jsonl"])
+def test_the_example_reads_a_file_by_its_ending(ending, tmp_path):
+    assert finetune.read_rows(write_reviews(tmp_path / f"reviews.{ending}")) == REVIEWS
+
+
+def test_the_example_says_which_endings_it_reads(tmp_path):
+    (tmp_path / "reviews.txt").touch()
+    with pytest.raises(SystemExit, match=r"must end in \.tsv, \.csv or \.jsonl"):
+        finetune.read_rows(tmp_path / "reviews.txt")
+
+
+def test_the_example_says_which_column_is_missing(tmp_path, monkeypatch):
     data = tmp_path / "reviews.csv"
     data.write_text("words,label\nfine,1\n")
-    command = [sys.executable, str(EXAMPLE), "--model", str(MINILM), "--data", str(data)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0
-    assert "no column 'text'; it has ['words', 'label']" in done.stderr
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--model", str(MINILM), "--data", str(data)])
+    with pytest.raises(SystemExit, match=r"no column 'text'; it has \['words', 'label'\]"):
+        finetune.main()

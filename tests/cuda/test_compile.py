@@ -1,11 +1,9 @@
 """Every kernel compiles, without a GPU, for the architectures that matter."""
 
 import hashlib
-import os
 import re
-import subprocess
-import sys
 
+import extension
 import pytest
 import torch
 from increlora_rs import _core
@@ -61,15 +59,8 @@ def test_a_missing_device_has_a_reason_and_no_exception():
 
 def device_code(cache):
     """The hash of the device code that a new process gets, its cache folder being ``cache``."""
-    # The extension alone: the whole package takes seconds to import.
-    code = (
-        "import hashlib, sys, torch; from importlib.util import module_from_spec, spec_from_file_location; "
-        "spec = spec_from_file_location('_core', sys.argv[1]); core = module_from_spec(spec); "
-        "spec.loader.exec_module(core); print(hashlib.sha256(core.cuda_cubin('sm_90')).hexdigest())"
-    )
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
-    command = [sys.executable, "-c", code, _core.__file__]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    program = "import hashlib; print(hashlib.sha256(_core.cuda_cubin('sm_90')).hexdigest())"
+    done = extension.run(program, XDG_CACHE_HOME=str(cache))
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

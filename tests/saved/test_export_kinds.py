@@ -1,8 +1,6 @@
 """Export and conversion of modules that are no nn.Linear: Conv1D, embeddings, convolutions."""
 
 import json
-import subprocess
-import sys
 from collections import OrderedDict
 
 import consumers
@@ -117,31 +115,16 @@ def test_export_gives_the_same_outputs(case, grown, tmp_path, source, layout):
     assert (output(loaded, x) - output(build(), x)).abs().max() > 1e-3
 
 
-_READ = """
-import json, sys
-import torch
-from peft import PeftModel
-base, adapter, x = sys.argv[1:]
-model = PeftModel.from_pretrained(torch.load(base, weights_only=False), adapter).eval()
-with torch.no_grad():
-    y = model(torch.load(x))
-knows = "increlora_rs" in sys.modules
-print("ANSWER" + json.dumps([getattr(y, "logits", y).tolist(), knows]))
-"""
-
-
 @pytest.mark.slow
-def test_export_gives_the_same_outputs_in_a_process_without_increlora(case, grown, tmp_path):
+def test_export_gives_the_same_outputs_in_a_process_without_increlora(case, grown, tmp_path, plain_peft):
     build, x, _ = case
     model = grown()
     path = exported(model, "directory", tmp_path)
     torch.save(build(), tmp_path / "base.pt")
-    torch.save(x, tmp_path / "x.pt")
-    command = [sys.executable, "-c", _READ, str(tmp_path / "base.pt"), str(path), str(tmp_path / "x.pt")]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found, knows = json.loads(answer.split("ANSWER")[1])
-    assert knows is False
-    torch.testing.assert_close(torch.tensor(found).double(), output(model, x), rtol=1e-6, atol=1e-6)
+    found = plain_peft(tmp_path / "base.pt", path, x, "float64")
+    assert found["knows_increlora"] is False
+    there = torch.tensor(found["logits"], dtype=torch.float64)
+    torch.testing.assert_close(there, output(model, x), rtol=1e-6, atol=1e-6)
 
 
 @sources
