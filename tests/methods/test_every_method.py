@@ -351,6 +351,16 @@ def test_a_module_of_another_kind_is_refused_by_name_with_the_way_out(method, ki
         adapted(method, build(method, kind), target_modules=["body"], rank_pattern={})
 
 
+@EVERY
+@pytest.mark.parametrize("size", [(0, 4), (4, 0)], ids=["no input", "no output"])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_module_without_numbers_is_refused_by_name(method, size):
+    base = nn.ModuleDict({"body": nn.Linear(*size), "tail": nn.Linear(4, 4)})
+    told = f"body: it has {size[0]} inputs and {size[1]} outputs.*leave it out of target_modules"
+    with pytest.raises(ValueError, match=told):
+        adapted(method, base, target_modules=["body"], rank_pattern={})
+
+
 # Several adapters.
 
 

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from increlora_rs import MeLoraConfig, export_lora, module_table
-from method_cases import adapted_modules, optimizer_of
+from one_layer import layer_of, linear_of, train, x_of
 from paths import assert_near
 from safetensors.torch import load_file
 from torch import nn
@@ -20,8 +20,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def model_of(features=24, out=16):
-    torch.manual_seed(5)
-    return nn.ModuleDict({"body": nn.Linear(features, out)})
+    return linear_of(features, out)
 
 
 def melora(base, n_slices=4, seed=11, **settings):
@@ -30,26 +29,8 @@ def melora(base, n_slices=4, seed=11, **settings):
     return peft.get_peft_model(base, MeLoraConfig(n_slices=n_slices, **(config | settings)))
 
 
-def layer_of(model):
-    (layer,) = adapted_modules(model).values()
-    return layer
-
-
 def factors(layer, adapter="default"):
     return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-
-
-def x_of(*shape, seed=1, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def train(layer, x, steps=6, lr=0.05):
-    optimizer = optimizer_of(layer, lr)
-    for _ in range(steps):
-        layer(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return layer
 
 
 def off_the_diagonal(delta, n_slices):
@@ -181,7 +162,7 @@ def test_a_training_in_float64_is_that_of_the_dense_update_by_autograd():
     layer, x = layer_of(melora(model_of(), 4)).double().train(), x_of(7, 24, dtype=torch.float64)
     own = [p.detach().clone().requires_grad_() for p in factors(layer)]
     base = layer.get_base_layer()
-    optimizer = torch.optim.AdamW(own, lr=0.05)
+    optimizer = torch.optim.AdamW(own, lr=0.02)
     for _ in range(20):
         blocks = [ALPHA / R * b @ a for a, b in zip(*own, strict=True)]
         result = functional.linear(x, base.weight + torch.block_diag(*blocks), base.bias)

@@ -6,11 +6,13 @@ import pytest
 import torch
 from increlora_rs import MeLoraConfig, MoraConfig, attach, export_lora, module_table
 from increlora_rs.ops.square import Square
-from method_cases import adapted_modules, optimizer_of
+from method_cases import optimizer_of
+from one_layer import layer_of, linear_of, train, x_of
 from paths import assert_near
 from squares import TYPES, dense, side_of, turn
 from torch import nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 R = 4
 EACH = pytest.mark.parametrize("form", TYPES)
@@ -21,8 +23,7 @@ SIZED = pytest.mark.parametrize(("features", "out"), SIZES)
 
 
 def model_of(features=24, out=90):
-    torch.manual_seed(5)
-    return nn.ModuleDict({"body": nn.Linear(features, out)})
+    return linear_of(features, out)
 
 
 def mora(base, form=1, seed=11, **settings):
@@ -31,26 +32,8 @@ def mora(base, form=1, seed=11, **settings):
     return peft.get_peft_model(base, MoraConfig(**(config | settings)))
 
 
-def layer_of(model):
-    (layer,) = adapted_modules(model).values()
-    return layer
-
-
 def m_of(layer, adapter="default"):
     return layer.lora_A[adapter].weight
-
-
-def x_of(*shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def train(layer, x, steps=6, lr=0.02):
-    optimizer = optimizer_of(layer, lr)
-    for _ in range(steps):
-        layer(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return layer
 
 
 # What it is.
@@ -143,6 +126,18 @@ def test_a_training_in_float64_is_that_of_the_dense_update_by_autograd(form):
         optimizer.zero_grad()
     train(layer, x, steps=15)
     torch.testing.assert_close(m_of(layer), own, rtol=1e-9, atol=1e-11)
+
+
+@EACH
+@SIZED
+def test_on_conv1d_of_transformers_each_type_is_the_transposed_update(form, features, out):
+    torch.manual_seed(5)
+    model = mora(nn.ModuleDict({"body": Conv1D(out, features)}), form, init_lora_weights=False).double()
+    layer, x = layer_of(model), x_of(2, 3, features, dtype=torch.float64)
+    delta, base = dense(form, m_of(layer), out, features), layer.get_base_layer()
+    torch.testing.assert_close(layer.get_delta_weight("default"), delta.t(), rtol=1e-11, atol=1e-12)
+    wanted = functional.linear(x, base.weight.t() + delta, base.bias)
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-11, atol=1e-11)
 
 
 # Type 6 and the inputs that it ignored.

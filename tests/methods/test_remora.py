@@ -8,7 +8,6 @@ import peft
 import pytest
 import torch
 from increlora_rs import (
-    IncreLoraCallback,
     MoraConfig,
     attach,
     export_lora,
@@ -17,12 +16,10 @@ from increlora_rs import (
 )
 from method_cases import adapted_modules, assert_equal_bits, batch, optimizer_of, run, trainable
 from paths import assert_near
-from rows import Rows
 from squares import dense
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments
 
 F64 = torch.float64
 SHAPES = {"lin0": (20, 12), "lin1": (6, 20)}
@@ -434,37 +431,6 @@ def test_an_optimizer_of_another_checkpoint_than_the_adapter_is_refused(make_pla
     optimizer.load_state_dict(state)
     with pytest.raises(ValueError, match="merged 2 times, but the resumed optimizer state is of 1 merges"):
         train(model, [10], optimizer)
-
-
-def trained_by_trainer(base, folder, resume=False):
-    model = remora(base, target_modules=["query", "value"], task_type="SEQ_CLS", lora_dropout=0.1)
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(folder),
-            max_steps=STEPS,
-            per_device_train_batch_size=4,
-            learning_rate=5e-3,
-            save_steps=6,
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            use_cpu=True,
-            seed=11,
-        ),
-        train_dataset=Rows(64),
-        callbacks=[IncreLoraCallback()],
-    )
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-6") if resume else None)
-    return trainer.model
-
-
-def test_trainer_merges_and_resumes_bit_for_bit(make_bert, tmp_path):
-    whole = trained_by_trainer(make_bert(), tmp_path)
-    resumed = trained_by_trainer(make_bert(), tmp_path, resume=True)
-    assert whole.peft_config["default"].merges == resumed.peft_config["default"].merges == 3
-    every = [{n: p.detach() for n, p in each.named_parameters() if "lora_" in n} for each in (resumed, whole)]
-    assert_equal_bits(*every)
 
 
 # In other company.

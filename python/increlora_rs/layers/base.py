@@ -104,6 +104,11 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
                 f"{' and '.join(sorted(self.structure.kinds))} modules only; leave it out of "
                 "target_modules, or take IncreLoraConfig."
             )
+        if self.site.largest_rank == 0:
+            raise ValueError(
+                f"it has {self.site.features} inputs and {self.site.out} outputs: nothing to adapt; leave it "
+                "out of target_modules, by exclude_modules."
+            )
         self.quantization = quantization
         self.scaling = Scales(self)
         self.adapter_layer_names = self._tensor_names = self.structure.names
