@@ -1,116 +1,20 @@
 //! Rows cut into rounds of a short length, each turned or not, and added up, and the transpose, for float32 and
 //! bfloat16 on the CPU: the sums are float32 and the large matrix is read or written once.
 
+mod row;
+
 use tch::{Device, Kind, Tensor};
 
+use self::row::{put, widen};
+pub use self::row::{Angles, Rounds};
 use super::plain::{as_slice, as_slice_mut, Out};
 use super::pool;
-use super::simd::{load_at, on_best, store_at, Bf16, Element, Kernel, Simd};
+use super::simd::{on_best, Bf16, Element, Kernel, Simd};
 use super::tokens::Start;
 use crate::errors::Result;
 
 /// Elements of the long rows below which a second thread costs more than it saves.
 const SERIAL: usize = 1 << 15;
-
-/// Cosines and sines of the angles of every round, (rounds, side / 2): pairs (j, j + side / 2) are turned.
-#[derive(Clone, Copy)]
-pub struct Angles<'a> {
-    /// Cosines.
-    pub cos: &'a [f32],
-    /// Sines.
-    pub sin: &'a [f32],
-}
-
-/// Which positions of a long row belong to which of a short one.
-#[derive(Clone, Copy)]
-pub struct Rounds<'a> {
-    /// Positions of the long row.
-    pub long: usize,
-    /// Positions of a round, even where it is turned.
-    pub side: usize,
-    /// Rounds that count, from the first on.
-    pub used: usize,
-    /// Parts of the short row: round i belongs to part i modulo this.
-    pub parts: usize,
-    /// Positions of a part in memory; those from `side` on are 0.
-    pub width: usize,
-    /// Is the last round filled from the long row's beginning, over and over? Else with zeros.
-    pub wraps: bool,
-    /// How the rounds are turned.
-    pub angles: Option<Angles<'a>>,
-}
-
-/// Rows of float32 in the first cache.
-struct Rows {
-    long: Vec<f32>,
-    short: Vec<f32>,
-}
-
-impl Rounds<'_> {
-    /// All rounds, the last one filled.
-    fn whole(&self) -> usize {
-        self.long.div_ceil(self.side) * self.side
-    }
-
-    fn rows(&self) -> Rows {
-        Rows { long: vec![0.0; self.whole()], short: vec![0.0; self.parts * self.width] }
-    }
-
-    fn turn(&self, round: usize) -> Option<(&[f32], &[f32])> {
-        let half = self.side / 2;
-        let part = round * half..(round + 1) * half;
-        self.angles.map(|Angles { cos, sin }| (&cos[part.clone()], &sin[part]))
-    }
-
-    /// The short row of `rows` from its long one.
-    #[inline(always)]
-    fn fold(&self, rows: &mut Rows) {
-        for place in self.long..rows.long.len() {
-            rows.long[place] = if self.wraps { rows.long[place - self.long] } else { 0.0 };
-        }
-        rows.short.fill(0.0);
-        for (round, from) in rows.long.chunks_exact(self.side).take(self.used).enumerate() {
-            let to = &mut rows.short[round % self.parts * self.width..][..self.side];
-            match self.turn(round) {
-                Some((cos, sin)) => turn_onto(cos, sin, 1.0, from, to),
-                None => to.iter_mut().zip(from).for_each(|(to, from)| *to += from),
-            }
-        }
-    }
-
-    /// The long row of `rows` from its short one.
-    #[inline(always)]
-    fn unfold(&self, rows: &mut Rows) {
-        rows.long.fill(0.0);
-        for (round, to) in rows.long.chunks_exact_mut(self.side).take(self.used).enumerate() {
-            let from = &rows.short[round % self.parts * self.width..][..self.side];
-            match self.turn(round) {
-                Some((cos, sin)) => turn_onto(cos, sin, -1.0, from, to),
-                None => to.copy_from_slice(from),
-            }
-        }
-        if self.wraps {
-            for place in self.long..rows.long.len() {
-                rows.long[place % self.long] += rows.long[place];
-            }
-        }
-    }
-}
-
-/// Adds `from`, its pairs turned by the angles times `sign`, to `to`.
-#[inline(always)]
-fn turn_onto(cos: &[f32], sin: &[f32], sign: f32, from: &[f32], to: &mut [f32]) {
-    let half = cos.len();
-    let (first, second) = from.split_at(half);
-    let (to_first, to_second) = to.split_at_mut(half);
-    let second = &second[..half];
-    let (to_second, sin) = (&mut to_second[..half], &sin[..half]);
-    for j in 0..half {
-        let sin = sign * sin[j];
-        to_first[j] += cos[j] * first[j] - sin * second[j];
-        to_second[j] += sin * first[j] + cos[j] * second[j];
-    }
-}
 
 #[derive(Clone, Copy)]
 enum Way<'a> {
@@ -139,68 +43,21 @@ impl<E: Element> Kernel for Work<'_, E> {
                 match self.way {
                     Way::Fold => {
                         widen::<V, E>(at, &mut rows.long[..long]);
-                        self.rounds.fold(&mut rows);
-                        narrow::<V, E>(&rows.short, to);
+                        self.rounds.fold::<V>(&mut rows);
+                        put::<V, E, false>(rows.short.as_ptr(), None, to, short);
                     }
-                    Way::Unfold(Start::Bias(bias)) => {
+                    Way::Unfold(start) => {
                         widen::<V, E>(to, &mut rows.short);
-                        self.rounds.unfold(&mut rows);
-                        if let Some(bias) = bias {
-                            rows.long.iter_mut().zip(bias).for_each(|(to, bias)| *to += bias);
+                        self.rounds.unfold::<V>(&mut rows);
+                        let from = rows.long.as_ptr();
+                        match start {
+                            Start::Bias(bias) => put::<V, E, false>(from, bias, at, long),
+                            Start::Add => put::<V, E, true>(from, None, at, long),
                         }
-                        narrow::<V, E>(&rows.long[..long], at);
-                    }
-                    Way::Unfold(Start::Add) => {
-                        widen::<V, E>(to, &mut rows.short);
-                        self.rounds.unfold(&mut rows);
-                        add::<V, E>(&rows.long[..long], at);
                     }
                 }
             }
         }
-    }
-}
-
-#[inline(always)]
-unsafe fn widen<V: Simd, E: Element>(from: *const E, to: &mut [f32]) {
-    let mut place = 0;
-    while place < to.len() {
-        let count = V::LANES.min(to.len() - place);
-        // SAFETY: as many can be read at `from` as `to` has.
-        unsafe {
-            let value: V = load_at(from.add(place), count);
-            store_at(value, to.as_mut_ptr().add(place), count);
-        }
-        place += count;
-    }
-}
-
-#[inline(always)]
-unsafe fn narrow<V: Simd, E: Element>(from: &[f32], to: *mut E) {
-    let mut place = 0;
-    while place < from.len() {
-        let count = V::LANES.min(from.len() - place);
-        // SAFETY: as many can be written at `to` as `from` has.
-        unsafe {
-            let value: V = load_at(from.as_ptr().add(place), count);
-            store_at(value, to.add(place), count);
-        }
-        place += count;
-    }
-}
-
-#[inline(always)]
-unsafe fn add<V: Simd, E: Element>(from: &[f32], to: *mut E) {
-    let mut place = 0;
-    while place < from.len() {
-        let count = V::LANES.min(from.len() - place);
-        // SAFETY: as many lie at `to` as `from` has.
-        unsafe {
-            let value: V = load_at(from.as_ptr().add(place), count);
-            let before: V = load_at(to.add(place).cast_const(), count);
-            store_at(before.fma(V::splat(1.0), value), to.add(place), count);
-        }
-        place += count;
     }
 }
 
@@ -256,6 +113,7 @@ fn each_row<E: Element>(rounds: Rounds<'_>, long: &Tensor, short: &Tensor, way: 
     assert!(long.size() == [tokens as i64, rounds.long as i64]);
     assert!(short.size() == [tokens as i64, (parts * width) as i64]);
     assert!(side > 0 && side <= width && parts > 0 && rounds.used * side <= rounds.whole());
+    assert!(rounds.used >= parts);
     if let Some(Angles { cos, sin }) = rounds.angles {
         let angles = rounds.used * (side / 2);
         assert!(side.is_multiple_of(2) && cos.len() >= angles && sin.len() >= angles);

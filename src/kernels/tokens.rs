@@ -301,6 +301,8 @@ struct Backward<'a, E> {
     p: Factor<'a>,
     dropout: Option<&'a Stream>,
     gx: Option<Out<E>>,
+    /// Does gx hold what the update's share is added to?
+    add: bool,
     q: Out<f32>,
     sum_a: Out<f32>,
     all: usize,
@@ -327,7 +329,12 @@ impl<E: Element> Backward<'_, E> {
                     outer::<V, E, false>(t, rows, &gy, &mask, self.q.0.add(p.at(k)));
                     if let Some(gx) = self.gx {
                         let gx = a.tile(gx.0, start, tokens, k);
-                        expand::<V, E, MASKED, false>(u.as_ptr(), a.slice(k), None, &mask, &gx);
+                        let (u, a) = (u.as_ptr(), a.slice(k));
+                        if self.add {
+                            expand::<V, E, MASKED, true>(u, a, None, &mask, &gx);
+                        } else {
+                            expand::<V, E, MASKED, false>(u, a, None, &mask, &gx);
+                        }
                     }
                     let x = a.tile(self.x, start, tokens, k);
                     let sums = self.sum_a.0.add(a.at(k));
@@ -354,7 +361,7 @@ impl<E: Element> Kernel for Backward<'_, E> {
 }
 
 /// One pass over `gy` (tokens, out) and `x` (tokens, in): the sums for the parameters' gradients, and
-/// the update's share of the gradient of x, which overwrites `gx` (tokens, in).
+/// the update's share of the gradient of x, which overwrites `gx` (tokens, in), or is added to it.
 ///
 /// `a` is A times the dropout's gain, `p` is P^T (rows, out), of as many slices, `t` what [`forward`] gave.
 ///
@@ -366,25 +373,26 @@ pub fn backward<E: Element>(
     t: &[f32],
     (a, p): (Factor<'_>, Factor<'_>),
     dropout: Option<&Stream>,
-    gx: Option<&mut [E]>,
+    gx: Option<(&mut [E], bool)>,
 ) -> Sums {
     let tokens = tokens_of(t, a, p);
     assert!(x.len() == tokens * a.width() && gy.len() == tokens * p.width());
-    assert!(gx.as_ref().is_none_or(|gx| gx.len() == x.len()));
+    assert!(gx.as_ref().is_none_or(|(gx, _)| gx.len() == x.len()));
+    let add = gx.as_ref().is_some_and(|(_, add)| *add);
     let wanted = workers(tokens, a, p);
     let (length_q, length_a) = (p.values.len(), a.values.len());
     let mut q = vec![0.0f32; wanted * length_q];
     let mut sum_a = vec![0.0f32; wanted * length_a];
     let (x, gy, t) =
         (Out(x.as_ptr().cast_mut()), Out(gy.as_ptr().cast_mut()), Out(t.as_ptr().cast_mut()));
-    let gx = gx.map(|gx| Out(gx.as_mut_ptr()));
+    let gx = gx.map(|(gx, _)| Out(gx.as_mut_ptr()));
     let (out_q, out_a) = (Out(q.as_mut_ptr()), Out(sum_a.as_mut_ptr()));
     pool::run(wanted, |thread, threads| {
         let (all, tokens) = (tokens, pool::part(tokens, TILE, thread, threads));
         // SAFETY: there are `wanted` partial sums and never more threads.
         let (q, sum_a) = unsafe { (out_q.add(thread * length_q), out_a.add(thread * length_a)) };
         let (x, gy, t) = (x.pointer(), gy.pointer(), t.pointer());
-        on_best(&Backward { x, gy, t, a, p, dropout, gx, q, sum_a, all, tokens });
+        on_best(&Backward { x, gy, t, a, p, dropout, gx, add, q, sum_a, all, tokens });
     });
     for (sums, length) in [(&mut q, length_q), (&mut sum_a, length_a)] {
         let (first, rest) = sums.split_at_mut(length);

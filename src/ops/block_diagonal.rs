@@ -136,10 +136,7 @@ pub fn backward(
     }
     let (kind, gain) = (x.kind(), Dropout::gain(dropout));
     let (x, gy) = (x.f_contiguous()?, gy.f_to_kind(kind)?.f_contiguous()?);
-    if let Some(mut gradients) = cpu::backward(update, &x, t, &gy, dropout, needs_x)? {
-        if let (Some(grad_x), Some(weight)) = (&mut gradients.x, weight) {
-            base::add_grad_x(weight, &gy, grad_x)?;
-        }
+    if let Some(gradients) = cpu::backward(update, &x, t, &gy, dropout, weight, needs_x)? {
         return Ok(gradients);
     }
     let dropped = Dropout::drop_again(dropout, &x)?;
@@ -166,6 +163,7 @@ pub fn backward(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::cuda;
 
     fn tensor(shape: &[i64], values: &[f64]) -> Tensor {
         Tensor::from_slice(values).reshape(shape)
@@ -202,21 +200,27 @@ mod tests {
     fn the_loops_and_libtorch_give_the_same() {
         let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Double, tch::Device::Cpu));
         let (x, gy, bias) = (random(&[37, 60]), random(&[37, 105]), random(&[105]));
+        let weight = random(&[105, 60]);
         let wide = BlockDiagonal { a: random(&[3, 5, 20]), b: random(&[3, 35, 5]), scale: 0.5 };
-        let run = |update: &BlockDiagonal, kind: Kind| {
-            let [x, gy, bias] = [&x, &gy, &bias].map(|tensor| tensor.to_kind(kind));
+        let run = |update: &BlockDiagonal, kind: Kind, p: f64| {
+            let [x, gy, bias, weight] = [&x, &gy, &bias, &weight].map(|t| t.to_kind(kind));
+            let mut dropout = Dropout::of(&x, p, 3, None, cuda::Stream(0)).unwrap();
             let mut y = Tensor::full([37, 105], f64::NAN, (kind, tch::Device::Cpu));
-            let t = forward(update, &x, &mut y, Start::Bias(Some(&bias)), None).unwrap();
-            let got = backward(update, &x, &t, &gy, None, None, true).unwrap();
+            let start = Start::Bias(Some(&bias));
+            let t = forward(update, &x, &mut y, start, dropout.as_mut()).unwrap();
+            let (dropout, weight) = (dropout.as_ref(), Some(&weight));
+            let got = backward(update, &x, &t, &gy, dropout, weight, true).unwrap();
             [y, t, got.x.unwrap(), got.a, got.b].map(|tensor| tensor.to_kind(Kind::Double))
         };
-        let want = run(&wide, Kind::Double);
-        for kind in [Kind::Float, Kind::BFloat16] {
+        for (kind, p) in
+            [Kind::Float, Kind::BFloat16].into_iter().flat_map(|kind| [(kind, 0.0), (kind, 0.3)])
+        {
             let [a, b] = [&wide.a, &wide.b].map(|tensor| tensor.to_kind(kind));
             let tolerance = if kind == Kind::Float { 1e-5 } else { 2e-2 };
-            for (got, want) in run(&BlockDiagonal { a, b, scale: 0.5 }, kind).iter().zip(&want) {
-                let largest = f64::try_from((got - want).abs().max() / want.abs().max()).unwrap();
-                assert!(largest < tolerance, "{kind:?} {:?}: {largest}", want.size());
+            let narrow = BlockDiagonal { a, b, scale: 0.5 };
+            for (got, want) in run(&narrow, kind, p).iter().zip(run(&wide, Kind::Double, p)) {
+                let largest = f64::try_from((got - &want).abs().max() / want.abs().max()).unwrap();
+                assert!(largest < tolerance, "{kind:?} {p} {:?}: {largest}", want.size());
             }
         }
     }

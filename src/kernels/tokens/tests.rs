@@ -156,7 +156,7 @@ fn threads_share_the_tokens() {
     let stream = Stream::new(0.2, 1, 0);
     let run = || {
         let mut gx = vec![0.0f32; tokens * columns];
-        let sums = backward(&x, &gy, &t, (fa, fp), Some(&stream), Some(&mut gx));
+        let sums = backward(&x, &gy, &t, (fa, fp), Some(&stream), Some((&mut gx, false)));
         let (mut t, mut y) = (vec![0.0f32; tokens * rows], vec![0.0f32; tokens * out]);
         forward(&x, fa, fp, Start::Bias(None), Some(&stream), &mut t, &mut y);
         (gx, sums.q, sums.a, t, y)

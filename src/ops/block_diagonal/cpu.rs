@@ -8,7 +8,7 @@ use crate::errors::Result;
 use crate::kernels::plain::{as_slice, as_slice_mut};
 use crate::kernels::simd::{Bf16, Element};
 use crate::kernels::tokens::{self, Factor};
-use crate::ops::base::Start;
+use crate::ops::base::{self, Start};
 use crate::ops::dropout::Dropout;
 
 /// Most rows of a slice that the loops take: above it libtorch's matrix products are faster.
@@ -82,13 +82,14 @@ pub fn forward(
     Ok(Some(t))
 }
 
-/// As [`super::backward`], of contiguous `x` and `gy`, with the update's gradient of x alone.
+/// As [`super::backward`], of contiguous `x` and `gy`.
 pub fn backward(
     update: &BlockDiagonal,
     x: &Tensor,
     t: &Tensor,
     gy: &Tensor,
     dropout: Option<&Dropout>,
+    weight: Option<&Tensor>,
     needs_x: bool,
 ) -> Result<Option<Gradients>> {
     if !takes(update, x, dropout)? {
@@ -97,12 +98,23 @@ pub fn backward(
     let gain = Dropout::gain(dropout);
     let operands = Operands::of(update, gain)?;
     let t = t.f_to_kind(Kind::Float)?.f_contiguous()?;
-    let grad_x = needs_x.then(|| Tensor::f_empty(x.size(), (x.kind(), Device::Cpu))).transpose()?;
-    let sums = if x.kind() == Kind::Float {
-        run_backward::<f32>(x, &t, gy, &operands, dropout, grad_x.as_ref())
-    } else {
-        run_backward::<Bf16>(x, &t, gy, &operands, dropout, grad_x.as_ref())
+    // A product of bfloat16 that adds takes longer than one that writes and adding the update to it, one of float32
+    // does not.
+    let first = weight.filter(|_| x.kind() == Kind::BFloat16);
+    let mut grad_x = match first {
+        _ if !needs_x => None,
+        Some(weight) => Some(gy.f_mm(weight)?),
+        None => Some(Tensor::f_empty(x.size(), (x.kind(), Device::Cpu))?),
     };
+    let to = grad_x.as_ref().map(|grad_x| (grad_x, first.is_some()));
+    let sums = if x.kind() == Kind::Float {
+        run_backward::<f32>(x, &t, gy, &operands, dropout, to)
+    } else {
+        run_backward::<Bf16>(x, &t, gy, &operands, dropout, to)
+    };
+    if let (Some(grad_x), Some(weight), None) = (&mut grad_x, weight, first) {
+        base::add_grad_x(weight, gy, grad_x)?;
+    }
     let tensor = |values: &[f32], like: &Tensor| -> Result<Tensor> {
         Ok(Tensor::f_from_slice(values)?.f_view(like.size().as_slice())?)
     };
@@ -121,10 +133,10 @@ fn run_backward<E: Element>(
     gy: &Tensor,
     operands: &Operands,
     dropout: Option<&Dropout>,
-    grad_x: Option<&Tensor>,
+    grad_x: Option<(&Tensor, bool)>,
 ) -> tokens::Sums {
     // SAFETY: the caller has just made it; nobody else has a slice of it.
-    let grad_x = grad_x.map(|grad_x| unsafe { as_slice_mut::<E>(grad_x) });
+    let grad_x = grad_x.map(|(grad_x, add)| (unsafe { as_slice_mut::<E>(grad_x) }, add));
     let stream = dropout.map(|dropout| &dropout.stream);
     let [a, p] = operands.factors();
     tokens::backward(

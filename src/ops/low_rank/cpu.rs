@@ -173,7 +173,7 @@ fn run_backward<E: Element>(
     grad_x: Option<&Tensor>,
 ) -> tokens::Sums {
     // SAFETY: the caller has just made it; nobody else has a slice of it.
-    let grad_x = grad_x.map(|grad_x| unsafe { as_slice_mut::<E>(grad_x) });
+    let grad_x = grad_x.map(|grad_x| (unsafe { as_slice_mut::<E>(grad_x) }, false));
     let stream = dropout.map(|dropout| &dropout.stream);
     let pair = (operands.a(), operands.p());
     tokens::backward(as_slice::<E>(x), as_slice::<E>(gy), as_slice::<f32>(t), pair, stream, grad_x)
