@@ -148,7 +148,9 @@ def test_demo_trains_saves_exports_and_draws(tmp_path, capsys):
     assert (out / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
 
-REVIEWS = [{"text": f"a {word} film", "label": label} for word, label in [("good", "yes"), ("bad", "no")] * 10]
+REVIEWS = [
+    {"text": f"a {word} film", "label": label} for word, label in [("good", "yes"), ("bad", "no")] * 10
+]
 
 
 def write_reviews(path):

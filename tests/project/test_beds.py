@@ -397,4 +397,4 @@ def test_the_results_are_lines_of_json_with_all_options(tiny, tmp_path):
     (record,) = map(json.loads, file.read_text().splitlines())
     config = record["config"]
     assert config["bed"]["steps"] == 12 and config["seed"] == 0
-    assert config["resolved"]["growth_end"] == 0.5 and config["resolved"]["importance"] == "gradient"
+    assert config["resolved"]["growth_end"] == 0.5 and config["resolved"]["importance"] == "fluctuation"

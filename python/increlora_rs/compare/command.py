@@ -71,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base-dropout", type=float, default=None, metavar="P", help="of the model's layers (its own)"
     )
     parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps (0.1)")
-    parser.add_argument("--alpha", type=float, default=16.0, help="lora_alpha of all methods that have one by default (16)")
+    parser.add_argument(
+        "--alpha", type=float, default=16.0, help="lora_alpha of all methods that have one by default (16)"
+    )
     parser.add_argument("--dropout", type=float, default=0.0, help="lora_dropout of all methods (0)")
     parser.add_argument(
         "--targets", default="all-linear", help="names of modules, comma-separated (all-linear)"
