@@ -90,6 +90,7 @@ fn check<E: Element>(case: &Case, isa: Isa, tolerance: f64) {
             dropout,
             t: Out(t.as_mut_ptr()),
             y: Out(y.as_mut_ptr()),
+            all: tokens,
             tokens: 0..tokens,
         });
         close(&t, &t64, 1e-5, "t");
@@ -108,8 +109,10 @@ fn check<E: Element>(case: &Case, isa: Isa, tolerance: f64) {
         p: fp,
         dropout,
         gx: Some(Out(gx.as_mut_ptr())),
+        add: false,
         q: Out(q.as_mut_ptr()),
         sum_a: Out(sum_a.as_mut_ptr()),
+        all: tokens,
         tokens: 0..tokens,
     });
     let u64s =
