@@ -59,7 +59,7 @@ TRAINED_E = (
     r"|follows_inference_mode_(modules_to_save|trainable_token_indices)"
     r"|lora_(different_targets|same_targets|conv2d|emb_conv1d))$"
 )
-LAST_BITS = "asks for equal bits of logarithms near 0, which round otherwise where the bias is trained"
+LAST_BITS = "asks for nearly equal bits of logarithms near 0, of logits that are large: rounding decides"
 CLASS_NAMES = "asks for the class names of PEFT's LoRA layers"
 NOT_GATHERED = "asks for a warning where parts of a parameter are saved; that raises by name"
 
