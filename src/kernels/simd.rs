@@ -10,6 +10,8 @@ use tch::Kind;
 
 use super::philox::philox;
 
+/// Bytes of a line of the cache.
+pub const LINE: usize = 64;
 /// Most lanes of any [`Simd`].
 pub const MAX_LANES: usize = 16;
 
@@ -41,6 +43,19 @@ pub unsafe trait Simd: Copy {
     unsafe fn keep(self, bits: u32) -> Self;
     /// Sum of the lanes.
     unsafe fn sum(self) -> f32;
+
+    /// Asks for the memory at `place`, which need not be there, ahead of its use.
+    #[inline(always)]
+    unsafe fn prefetch(_place: *const u8) {}
+
+    /// Adds the sum of the lanes of each to a value of its own at `to`.
+    #[inline(always)]
+    unsafe fn add_sums<const N: usize>(values: &[Self; N], to: *mut f32) {
+        for (n, value) in values.iter().enumerate() {
+            // SAFETY: as the caller promises.
+            unsafe { *to.add(n) += value.sum() };
+        }
+    }
 
     /// Transposes 16 x 16 elements of 16 bits: rows `stride` apart at `from`, columns `to_stride` at `to`.
     #[inline(always)]

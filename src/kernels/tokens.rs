@@ -4,10 +4,12 @@
 //! A factor is a small matrix (rows, columns) of float32: A with the dropout's gain, or P^T; or a stack of them, each
 //! for its slice of the columns of the large matrices.
 
+mod panels;
 mod tile;
 
 use tch::{Device, Kind, Tensor};
 
+use self::panels::Panels;
 use self::tile::{dots, expand, outer, Mask, Tile};
 use super::dropout::Stream;
 use super::plain::{as_slice, as_slice_mut, Out};
@@ -48,20 +50,9 @@ impl<'a> Factor<'a> {
     fn width(&self) -> usize {
         self.slices * self.columns
     }
+}
 
-    /// Where the values of a slice begin.
-    #[inline(always)]
-    fn at(&self, slice: usize) -> usize {
-        slice * self.rows * self.columns
-    }
-
-    /// One of the matrices.
-    #[inline(always)]
-    fn slice(&self, slice: usize) -> Self {
-        let first = self.at(slice);
-        Self { values: &self.values[first..first + self.rows * self.columns], slices: 1, ..*self }
-    }
-
+impl Panels<'_> {
     /// The columns of `slice` of the `tokens` rows from element `start` on of the large matrix at `data`.
     ///
     /// # Safety
@@ -86,8 +77,8 @@ pub enum Start<'a> {
 
 struct Forward<'a, E> {
     x: *mut E,
-    a: Factor<'a>,
-    p: Factor<'a>,
+    a: Panels<'a>,
+    p: Panels<'a>,
     start: Start<'a>,
     dropout: Option<&'a Stream>,
     /// (slices, all tokens, rows).
@@ -178,7 +169,9 @@ pub fn forward<E: Element>(
     // Only read through: a tile is of either kind.
     let x = Out(x.as_ptr().cast_mut());
     let (t, y) = (Out(t.as_mut_ptr()), Out(y.as_mut_ptr()));
-    pool::run(workers(tokens, a, p), |thread, threads| {
+    let (wanted, packed) = (workers(tokens, a, p), [a, p].map(Panels::pack));
+    let (a, p) = (Panels::of(&packed[0], a), Panels::of(&packed[1], p));
+    pool::run(wanted, |thread, threads| {
         let (all, tokens) = (tokens, pool::part(tokens, TILE, thread, threads));
         on_best(&Forward { x: x.pointer(), a, p, start, dropout, t, y, all, tokens });
     });
@@ -297,12 +290,13 @@ struct Backward<'a, E> {
     x: *mut E,
     gy: *mut E,
     t: *const f32,
-    a: Factor<'a>,
-    p: Factor<'a>,
+    a: Panels<'a>,
+    p: Panels<'a>,
     dropout: Option<&'a Stream>,
     gx: Option<Out<E>>,
     /// Does gx hold what the update's share is added to?
     add: bool,
+    /// In the panels of p and a.
     q: Out<f32>,
     sum_a: Out<f32>,
     all: usize,
@@ -326,7 +320,7 @@ impl<E: Element> Backward<'_, E> {
                     let gy = p.tile(self.gy, first * p.width(), tokens, k);
                     dots::<V, E, false>(&gy, p.slice(k), &mask, u.as_mut_ptr());
                     let t = self.t.add((k * self.all + first) * rows);
-                    outer::<V, E, false>(t, rows, &gy, &mask, self.q.0.add(p.at(k)));
+                    outer::<V, E, false>(t, rows, &gy, &mask, self.q.0.add(p.start(k)));
                     if let Some(gx) = self.gx {
                         let gx = a.tile(gx.0, start, tokens, k);
                         let (u, a) = (u.as_ptr(), a.slice(k));
@@ -337,7 +331,7 @@ impl<E: Element> Backward<'_, E> {
                         }
                     }
                     let x = a.tile(self.x, start, tokens, k);
-                    let sums = self.sum_a.0.add(a.at(k));
+                    let sums = self.sum_a.0.add(a.start(k));
                     outer::<V, E, MASKED>(u.as_ptr(), rows, &x, &mask, sums);
                 }
             }
@@ -380,9 +374,11 @@ pub fn backward<E: Element>(
     assert!(gx.as_ref().is_none_or(|(gx, _)| gx.len() == x.len()));
     let add = gx.as_ref().is_some_and(|(_, add)| *add);
     let wanted = workers(tokens, a, p);
-    let (length_q, length_a) = (p.values.len(), a.values.len());
+    let (length_q, length_a) = (p.slices * Panels::length(p), a.slices * Panels::length(a));
     let mut q = vec![0.0f32; wanted * length_q];
     let mut sum_a = vec![0.0f32; wanted * length_a];
+    let packed = [a, p].map(Panels::pack);
+    let (panels_a, panels_p) = (Panels::of(&packed[0], a), Panels::of(&packed[1], p));
     let (x, gy, t) =
         (Out(x.as_ptr().cast_mut()), Out(gy.as_ptr().cast_mut()), Out(t.as_ptr().cast_mut()));
     let gx = gx.map(|(gx, _)| Out(gx.as_mut_ptr()));
@@ -392,16 +388,10 @@ pub fn backward<E: Element>(
         // SAFETY: there are `wanted` partial sums and never more threads.
         let (q, sum_a) = unsafe { (out_q.add(thread * length_q), out_a.add(thread * length_a)) };
         let (x, gy, t) = (x.pointer(), gy.pointer(), t.pointer());
+        let (a, p) = (panels_a, panels_p);
         on_best(&Backward { x, gy, t, a, p, dropout, gx, add, q, sum_a, all, tokens });
     });
-    for (sums, length) in [(&mut q, length_q), (&mut sum_a, length_a)] {
-        let (first, rest) = sums.split_at_mut(length);
-        for part in rest.chunks_exact(length) {
-            first.iter_mut().zip(part).for_each(|(sum, value)| *sum += value);
-        }
-        sums.truncate(length);
-    }
-    Sums { q, a: sum_a }
+    Sums { q: Panels::unpack(p, &q), a: Panels::unpack(a, &sum_a) }
 }
 
 #[cfg(test)]

@@ -61,6 +61,43 @@ unsafe fn transpose_16x16(from: *const u16, stride: usize, to: *mut u16, to_stri
     }
 }
 
+/// Where the upper halves of 16 words of 32 bits are.
+#[inline(always)]
+unsafe fn upper_halves() -> __m512i {
+    let mut places = [0i16; 32];
+    for (n, place) in places.iter_mut().enumerate() {
+        *place = (2 * (n as i16 % 16)) + 1;
+    }
+    // SAFETY: 512 bits are there.
+    unsafe { _mm512_loadu_si512(places.as_ptr().cast()) }
+}
+
+/// The sums of the lanes of eight vectors: they are added crosswise, with two shuffles for two vectors instead of four
+/// for each.
+#[inline(always)]
+unsafe fn sums_of_eight(v: [__m512; 8]) -> __m256 {
+    unsafe {
+        let pairs: [__m512; 4] = std::array::from_fn(|n| {
+            let (a, b) = (v[2 * n], v[2 * n + 1]);
+            _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b))
+        });
+        let fours: [__m512; 2] = std::array::from_fn(|n| {
+            let (low, high) = (_mm512_castps_pd(pairs[2 * n]), _mm512_castps_pd(pairs[2 * n + 1]));
+            let halves = (_mm512_unpacklo_pd(low, high), _mm512_unpackhi_pd(low, high));
+            _mm512_add_ps(_mm512_castpd_ps(halves.0), _mm512_castpd_ps(halves.1))
+        });
+        // Each quarter has the four sums of its lanes: quarters 0 + 2 and 1 + 3 of both, then those.
+        let outer = _mm512_shuffle_f32x4::<0b01_00_01_00>(fours[0], fours[1]);
+        let inner = _mm512_shuffle_f32x4::<0b11_10_11_10>(fours[0], fours[1]);
+        let halves = _mm512_add_ps(outer, inner);
+        let (low, high) = (_mm512_castps512_ps256(halves), _mm512_extractf32x8_ps::<1>(halves));
+        _mm256_add_ps(
+            _mm256_permute2f128_ps::<0x20>(low, high),
+            _mm256_permute2f128_ps::<0x31>(low, high),
+        )
+    }
+}
+
 /// 256 bits, with FMA.
 #[derive(Clone, Copy)]
 pub struct Avx2(__m256);
@@ -129,6 +166,10 @@ unsafe impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn prefetch(place: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(place.cast()) }
+    }
+    #[inline(always)]
     unsafe fn transpose_16x16(from: *const u16, stride: usize, to: *mut u16, to_stride: usize) {
         unsafe { transpose_16x16(from, stride, to, to_stride) }
     }
@@ -167,10 +208,12 @@ unsafe impl Simd for Avx512 {
             let bits = _mm512_castps_si512(self.0);
             let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
             let round = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF));
-            let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, round));
-            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
-            let halves = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0));
-            _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(halves));
+            let number = _mm512_cmp_ps_mask::<_CMP_ORD_Q>(self.0, self.0);
+            let nan = _mm512_set1_epi32(0x7FC0_0000);
+            let rounded = _mm512_mask_add_epi32(nan, number, bits, round);
+            // One shuffle takes all upper halves; the narrowing conversion is two, after a shift.
+            let upper = _mm512_permutexvar_epi16(upper_halves(), rounded);
+            _mm256_storeu_si256(to.cast(), _mm512_castsi512_si256(upper));
         }
     }
     #[inline(always)]
@@ -188,6 +231,24 @@ unsafe impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn sum(self) -> f32 {
         unsafe { _mm512_reduce_add_ps(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn add_sums<const N: usize>(values: &[Self; N], to: *mut f32) {
+        // SAFETY: as the caller promises; eight values are there in the first case.
+        unsafe {
+            if N == 8 {
+                let sums = sums_of_eight(std::array::from_fn(|n| values[n % N].0));
+                _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), sums));
+                return;
+            }
+            for (n, value) in values.iter().enumerate() {
+                *to.add(n) += value.sum();
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(place: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(place.cast()) }
     }
     #[inline(always)]
     unsafe fn transpose_16x16(from: *const u16, stride: usize, to: *mut u16, to_stride: usize) {

@@ -70,6 +70,8 @@ fn check<E: Element>(case: &Case, isa: Isa, tolerance: f64) {
     let wide = |v: &E| f64::from(v.widen());
     let dropped: Vec<f64> = x.iter().zip(&kept).map(|(x, k)| wide(x) * k).collect();
     let (fa, fp) = (Factor::new(&a, rows), Factor::new(&p, rows));
+    let packed = [fa, fp].map(Panels::pack);
+    let (in_a, in_p) = (Panels::of(&packed[0], fa), Panels::of(&packed[1], fp));
 
     let t64 = product(tokens, rows, columns, |n, r, i| {
         dropped[n * columns + i] * f64::from(a[r * columns + i])
@@ -84,8 +86,8 @@ fn check<E: Element>(case: &Case, isa: Isa, tolerance: f64) {
         let (mut t, mut y) = (vec![f32::NAN; tokens * rows], y0.clone());
         isa.run(&Forward {
             x: x.as_ptr().cast_mut(),
-            a: fa,
-            p: fp,
+            a: in_a,
+            p: in_p,
             start,
             dropout,
             t: Out(t.as_mut_ptr()),
@@ -100,13 +102,13 @@ fn check<E: Element>(case: &Case, isa: Isa, tolerance: f64) {
 
     let t = random(tokens * rows, 7);
     let mut gx = vec![E::nearest(f32::NAN); tokens * columns];
-    let (mut q, mut sum_a) = (vec![0.0f32; rows * out], vec![0.0f32; rows * columns]);
+    let (mut q, mut sum_a) = (vec![0.0; packed[1].len()], vec![0.0; packed[0].len()]);
     isa.run(&Backward {
         x: x.as_ptr().cast_mut(),
         gy: gy.as_ptr().cast_mut(),
         t: t.as_ptr(),
-        a: fa,
-        p: fp,
+        a: in_a,
+        p: in_p,
         dropout,
         gx: Some(Out(gx.as_mut_ptr())),
         add: false,
@@ -115,6 +117,7 @@ fn check<E: Element>(case: &Case, isa: Isa, tolerance: f64) {
         all: tokens,
         tokens: 0..tokens,
     });
+    let (q, sum_a) = (Panels::unpack(fp, &q), Panels::unpack(fa, &sum_a));
     let u64s =
         product(tokens, rows, out, |n, r, o| wide(&gy[n * out + o]) * f64::from(p[r * out + o]));
     close(
