@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -258,8 +260,10 @@ def _look(optimizer: torch.optim.Optimizer) -> _Look:
 
 
 def _group(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
+    # An event asks for hundreds of parameters among thousands: the comparing loop must not be Python's.
+    is_it = partial(is_, parameter)
     for group in optimizer.param_groups:
-        if any(other is parameter for other in group["params"]):
+        if any(map(is_it, group["params"])):
             found: dict[str, Any] = group
             return found
     return {}
