@@ -11,6 +11,8 @@ import finetune
 import peft
 import pytest
 import torch
+import transformers
+from decoders import decoder
 from growing import growing
 from increlora_rs.cli import main
 from safetensors.torch import load_file
@@ -79,6 +81,48 @@ def test_export_rounds_for_vllm_and_casts(saved, tmp_path, capsys):
     assert "a plain LoRA of rank 8; vLLM needs --max-lora-rank 8" in capsys.readouterr().out
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     assert {(t.dtype, t.shape[0]) for name, t in tensors.items() if "lora_A" in name} == {(torch.bfloat16, 8)}
+
+
+@pytest.fixture
+def decoder_adapter(grow, tmp_path):
+    """A saved adapter on a decoder that lies in ``base``, and that it names."""
+    decoder().save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(model, growing(r=3, target_modules=["q_proj", "v_proj"]))
+    grow(model)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("base", [[], ["--base", "base"]], ids=["named by the adapter", "given"])
+def test_export_writes_a_file_for_llama_cpp(decoder_adapter, tmp_path, capsys, monkeypatch, base):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "adapter", "adapter.gguf", "--gguf", *base]) == 0
+    assert "'llama' models, 4 matrices, ranks 1 to 3; llama-server" in capsys.readouterr().out
+    assert (tmp_path / "adapter.gguf").read_bytes().startswith(b"GGUF")
+
+
+def test_export_for_llama_cpp_takes_float16(decoder_adapter, tmp_path):
+    for dtype in ("float32", "float16"):
+        out = str(tmp_path / f"{dtype}.gguf")
+        assert main(["export", str(decoder_adapter), out, "--gguf", "--dtype", dtype]) == 0
+    assert (tmp_path / "float16.gguf").stat().st_size < (tmp_path / "float32.gguf").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gguf", "--rank", "8"], "--rank is for a plain LoRA"),
+        (["--gguf", "--layout", "compact"], "--layout is for a plain LoRA"),
+        (["--gguf", "--vllm-rank"], "--vllm-rank is for a plain LoRA"),
+        (["--gguf", "--dtype", "bfloat16"], "must be torch.float32 or torch.float16"),
+        (["--base", "base"], "--base is for --gguf alone"),
+    ],
+)
+def test_options_of_the_other_export_are_refused_by_name(decoder_adapter, tmp_path, capsys, options, words):
+    assert main(["export", str(decoder_adapter), str(tmp_path / "out.gguf"), *options]) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out.gguf").exists()
 
 
 def test_convert_writes_an_adapter_that_can_grow(saved, make_bert, tmp_path, capsys):

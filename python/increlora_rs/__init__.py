@@ -24,6 +24,7 @@ from .methods.sora import SoraConfig  # noqa: E402
 from .reports.plots import plot_growth, plot_ranks, plot_scores  # noqa: E402
 from .reports.tables import module_table, rank_table  # noqa: E402
 from .saved.export import Export, export_lora  # noqa: E402
+from .saved.gguf_export import GgufExport, export_gguf  # noqa: E402
 from .saved.history_file import growth_history  # noqa: E402
 from .support.history import GrowthHistory  # noqa: E402
 from .training.averages import keep_average  # noqa: E402
@@ -40,6 +41,7 @@ __all__ = [
     "RESERVE_E",
     "AdaLoraRsConfig",
     "Export",
+    "GgufExport",
     "GrowthEvent",
     "GrowthHistory",
     "IncreLoraCallback",
@@ -55,6 +57,7 @@ __all__ = [
     "SoraConfig",
     "attach",
     "convert_lora",
+    "export_gguf",
     "export_lora",
     "growth_history",
     "keep_average",

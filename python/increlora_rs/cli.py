@@ -17,6 +17,7 @@ from .methods.increlora.convert import convert_lora
 from .reports.plots import plot_growth, plot_ranks, plot_scores
 from .reports.tables import module_table, rank_table
 from .saved.export import export_lora
+from .saved.gguf_export import export_gguf
 
 _PICTURES = {"ranks": plot_ranks, "growth": plot_growth, "scores": plot_scores}
 
@@ -51,13 +52,19 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--layers", action="store_true", help="ranks only, layer by layer")
     inspect.set_defaults(run=_inspect)
 
-    export = commands.add_parser("export", help="write a saved adapter as a plain LoRA")
+    export = commands.add_parser("export", help="write a saved adapter as a plain LoRA, or for llama.cpp")
     export.add_argument("directory", metavar="DIR", help="what save_pretrained wrote")
-    export.add_argument("out", metavar="OUT", help="folder of the plain LoRA")
-    export.add_argument("--layout", choices=("uniform", "compact"), default="uniform")
+    export.add_argument("out", metavar="OUT", help="folder of the plain LoRA; with --gguf, the file")
+    export.add_argument("--gguf", action="store_true", help="write a GGUF file, which llama.cpp loads")
+    export.add_argument("--base", default=None, help="with --gguf: the base model's directory or name")
+    export.add_argument("--layout", choices=("uniform", "compact"), default=None, help="default: uniform")
     export.add_argument("--rank", type=int, default=None, help="default: the largest; below it, truncates")
     export.add_argument("--vllm-rank", action="store_true", help="round the rank up to one that vLLM takes")
-    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the adapter's")
+    export.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: the adapter's; with --gguf float32",
+    )
     export.set_defaults(run=_export)
 
     convert = commands.add_parser("convert", help="write a trained plain LoRA as an adapter that can grow")
@@ -109,10 +116,15 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    if options.gguf:
+        _export_gguf(options)
+        return
+    if options.base is not None:
+        raise ValueError("--base is for --gguf alone; a plain LoRA is written without the base model.")
     export = export_lora(
         options.directory,
         options.out,
-        options.layout,
+        options.layout or "uniform",
         options.rank,
         vllm_rank=options.vllm_rank,
         dtype=options.dtype and getattr(torch, options.dtype),
@@ -127,6 +139,21 @@ def _export(options: argparse.Namespace) -> None:
             print(f"{name}: lost {error:.2%} of its update")
     if export.error:
         print(f"all updates together: lost {export.error:.2%}")
+
+
+def _export_gguf(options: argparse.Namespace) -> None:
+    for name in ("layout", "rank", "vllm_rank"):
+        if getattr(options, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for a plain LoRA; with --gguf each module keeps its rank."
+            )
+    dtype = getattr(torch, options.dtype or "float32")
+    export = export_gguf(options.directory, options.base, options.out, dtype=dtype)
+    ranks = export.ranks.values()
+    print(
+        f"{options.out}: an adapter for llama.cpp's {export.architecture!r} models, {len(ranks)} matrices, "
+        f"ranks {min(ranks)} to {max(ranks)}; llama-server --model BASE.gguf --lora {options.out}"
+    )
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -1,9 +1,10 @@
-"""How servers read a LoRA directory: their loading rules, each written down as a function from the
-directory to the updates that the server would add to the base weights."""
+"""How servers read an exported adapter: their loading rules, each written down as a function from the
+directory or file to the updates that the server would add to the base weights."""
 
 import json
 import re
 
+import gguf
 import torch
 from safetensors.torch import load_file
 
@@ -82,11 +83,58 @@ def tgi(path):
     return updates
 
 
-def llama_cpp(path):
-    """The scale is the global alpha over the rank of the tensor at hand; patterns are not read."""
+def llama_cpp(path, tied=False):
+    """``convert_lora_to_gguf.py`` and what loads its file; ``tied``: the base's embedding is its head. The
+    scale is the global alpha over the rank of the tensor at hand; patterns are not read, norms dropped."""
     config, tensors = _read(path)
-    for key in tensors:
-        if not re.search(r"\.lora_([AB]\.weight|embedding_[AB])$", key):
+    updated = {}
+    for key, tensor in tensors.items():
+        if re.search(r"\.lora_([AB]\.weight|embedding_[AB])$", key):
+            updated[key] = tensor
+        elif not re.search(r"\.base_layer\.weight$|_layernorm|\.norm", key):
             raise Refused(f"{key}: not a lora_A or lora_B tensor")
-    pairs, alpha = _pairs(tensors).items(), config["lora_alpha"]
+    pairs, alpha = _pairs(updated).items(), config["lora_alpha"]
+    if tied and any(re.search(r"(^|\.)(embed_tokens|lm_head)$", name) for name, _ in pairs):
+        raise Refused("an embedding that is the head too")
     return {_short(n): alpha / b.shape[1] * _update(a, b, embedding) for n, (a, b, embedding) in pairs}
+
+
+def llama_cpp_file(path, base):
+    """What llama.cpp's loader (src/llama-adapter.cpp) makes of the adapter ``path`` beside the model
+    ``base``, both GGUF files: updates by the name of the base's tensor, its rows in the base's order."""
+    file, model = gguf.GGUFReader(path), gguf.GGUFReader(base)
+    shapes = {tensor.name: tensor.data.shape for tensor in model.tensors}
+    wanted = {
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "general.architecture": _field(model, "general.architecture"),
+    }
+    for key, value in wanted.items():
+        if _field(file, key) != value:
+            raise Refused(f"expect {key} to be {value!r}")
+    field = file.get_field("adapter.lora.alpha")
+    if field is None or field.types != [gguf.GGUFValueType.FLOAT32]:
+        raise Refused("adapter.lora.alpha is no float32")
+    factors = {}
+    for tensor in file.tensors:
+        name, _, factor = tensor.name.rpartition(".")
+        if factor not in ("lora_a", "lora_b"):
+            raise Refused(f"{tensor.name} has an unexpected suffix")
+        factors.setdefault(name, {})[factor] = torch.tensor(tensor.data).double()
+    updates = {}
+    for name, pair in factors.items():
+        if set(pair) != {"lora_a", "lora_b"} or name not in shapes:
+            raise Refused(f"{name} is missing one component, or does not exist in the base model")
+        if name == "token_embd.weight" and "output.weight" not in shapes:
+            raise Refused(f"{name} is the head, too")
+        b, embedding = pair["lora_b"], name == "token_embd.weight"
+        update = _update(pair["lora_a"].T if embedding else pair["lora_a"], b, embedding)
+        if update.shape != shapes[name]:
+            raise Refused(f"{name} has an incorrect shape")
+        updates[name] = float(field.contents()) / b.shape[1] * update
+    return updates
+
+
+def _field(file, key):
+    field = file.get_field(key)
+    return None if field is None else field.contents()

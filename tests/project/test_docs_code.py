@@ -13,6 +13,7 @@ import pytorch_lightning
 import torch
 import transformers
 import unets
+from decoders import decoder
 from growing import growing
 
 ROOT = Path(__file__).parents[2]
@@ -139,6 +140,14 @@ def saved_adapter(make_bert, names):
     return {"increlora_rs": increlora_rs}
 
 
+def saved_llama_adapter(make_bert, names):
+    """An adapter on a Llama, both saved."""
+    decoder().save_pretrained("my-llama")
+    config = increlora_rs.IncreLoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    peft.get_peft_model(decoder(), config).save_pretrained("llama_adapter")
+    return {}
+
+
 def unet_names(make_bert, names):
     unet = unets.unet()
     unet.add_adapter(growing(r=2, target_modules=["to_q", "to_v"]))
@@ -168,9 +177,10 @@ PRELUDES = {
     },
     ("export.md", 0): saved_adapter,
     ("export.md", 1): lambda make_bert, names: {"base": make_bert()},
-    ("export.md", 5): unet_names,
-    ("export.md", 6): lambda make_bert, names: {"fresh_base": make_bert()},
-    ("export.md", 7): lambda make_bert, names: {"another_base": make_bert()},
+    ("export.md", 5): saved_llama_adapter,
+    ("export.md", 6): unet_names,
+    ("export.md", 7): lambda make_bert, names: {"fresh_base": make_bert()},
+    ("export.md", 8): lambda make_bert, names: {"another_base": make_bert()},
     ("troubleshooting.md", 0): lambda make_bert, names: {
         "base": make_bert(),
         "config": growing(r=2, target_modules=["query", "value"]),
@@ -217,7 +227,7 @@ PRODUCED = {
     "README.md": ["adapter", "lora", "ranks.png"],
     "quickstart.md": ["adapter", "lora", "ranks.png"],
     "averages.md": ["adapter", "averaged", "ema"],
-    "export.md": ["growing", "lora", "lora16", "lora2", "merged", "unet_lora"],
+    "export.md": ["adapter.gguf", "growing", "lora", "lora16", "lora2", "merged", "unet_lora"],
 }
 
 

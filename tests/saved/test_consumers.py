@@ -70,3 +70,26 @@ def test_our_own_directory_is_refused_rather_than_misread(model, tmp_path, read)
     model().save_pretrained(tmp_path)
     with pytest.raises(consumers.Refused, match="lora_"):
         read(tmp_path)
+
+
+def test_llama_cpps_converter_drops_norms_and_refuses_other_modules(make_llama, grow, tmp_path):
+    for trained, refused in (("norm", False), ("lm_head", True)):
+        config = growing(target_modules=["q_proj"], modules_to_save=[trained])
+        model = get_peft_model(make_llama(), config)
+        grow(model)
+        export_lora(model, tmp_path / trained)
+        if refused:
+            with pytest.raises(consumers.Refused, match="lm_head"):
+                consumers.llama_cpp(tmp_path / trained)
+        else:
+            assert_right(consumers.llama_cpp(tmp_path / trained), model)
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_llama_cpp_has_no_update_of_a_tied_embedding(make_llama, grow, tmp_path, module):
+    model = get_peft_model(make_llama(), growing(target_modules=["q_proj", module]))
+    grow(model)
+    export_lora(model, tmp_path)
+    assert_right(consumers.llama_cpp(tmp_path), model)
+    with pytest.raises(consumers.Refused, match="head"):
+        consumers.llama_cpp(tmp_path, tied=True)

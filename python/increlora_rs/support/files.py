@@ -71,6 +71,20 @@ def staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
+@contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """A path in the folder of ``target`` whose file replaces it when the block ends without error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = target.with_name(f"{_STAGE}{target.name}")
+    try:
+        yield stage
+        with open(stage, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(stage, target)
+    finally:
+        stage.unlink(missing_ok=True)
+
+
 def refuse_own_directory(source: object, target: Path) -> None:
     """Raises ValueError if ``target`` is the directory ``source``, which writing would damage."""
     if isinstance(source, (str, os.PathLike)) and target.resolve() == Path(source).resolve():
