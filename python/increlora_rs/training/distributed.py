@@ -1,4 +1,4 @@
-"""Several processes: the same choice in each, and DDP's buckets made anew after a growth."""
+"""Several processes: what all have to know alike, so that they choose alike."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 
 def several_processes() -> bool:
@@ -45,17 +44,3 @@ def shared_seed(seed: int, device: torch.device) -> int:
     value = torch.tensor(seed % 2**62, dtype=torch.int64, device=device)
     dist.broadcast(value, 0)
     return int(value)
-
-
-def refuse_sharded(parameter: nn.Parameter) -> None:
-    """Raises ValueError for a parameter that is sharded over processes and so cannot grow in place."""
-    if isinstance(parameter, DTensor):
-        raise ValueError(
-            "model: its adapter is sharded (FSDP), and a sharded parameter cannot grow. Use DDP: leave out "
-            "`fsdp` in TrainingArguments, or call fully_shard on the base model's frozen weights only."
-        )
-    if hasattr(parameter, "ds_id"):
-        raise ValueError(
-            "model: its parameters are partitioned by DeepSpeed ZeRO-3, and a partitioned parameter cannot "
-            "grow. Use DDP: leave out `deepspeed` in TrainingArguments."
-        )
