@@ -102,7 +102,7 @@ def test_trainer_in_two_processes_resumes_bit_for_bit(trainers, form):
 
 def test_a_sharded_model_is_refused_before_the_first_step(trainers):
     assert "FSDP" in trainers[0]["sharded"]
-    assert "Use DDP" in trainers[0]["sharded"]
+    assert "ignored_params=increlora_rs.adapter_parameters(model)" in trainers[0]["sharded"]
 
 
 def test_a_model_that_is_wrapped_after_the_first_look_is_found(group_of_one):

@@ -69,6 +69,23 @@ def test_a_training_that_one_process_saved_after_a_growth_goes_on_bit_for_bit(pr
         assert torch.equal(one, parameter)
 
 
+@slow
+def test_trainer_with_a_sharded_base_ends_as_under_ddp_and_resumes_bit_for_bit(tmp_path):
+    torchrun(2, WORKERS / "trainer_sharded.py", tmp_path)
+    first, second = (torch.load(tmp_path / f"rank{k}.pt") for k in range(2))
+    ours, like = first["fsdp"], first["ddp"]
+    assert ours["sharded"] > like["sharded"] == 0
+    assert [row[:3] for row in ours["history"]] == [row[:3] for row in like["history"]]
+    of_all = zip(ours["parameters"], like["parameters"], second["fsdp"]["parameters"], strict=True)
+    for one, parameter, other in of_all:
+        assert (one - parameter).norm() <= 1e-4 * parameter.norm()
+        assert torch.equal(one, other)
+    # A checkpoint of the middle goes on from its adapter.
+    assert first["resumed"]["history"] == second["resumed"]["history"] == ours["history"]
+    pairs = zip(first["resumed"]["parameters"], ours["parameters"], strict=True)
+    assert all(torch.equal(one, parameter) for one, parameter in pairs)
+
+
 def test_what_has_to_stay_whole_is_the_adapter_and_what_else_is_trained():
     model = sharded.model_for("with a head")
     names = {id(p): name for name, p in model.named_parameters()}

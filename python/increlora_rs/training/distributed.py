@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -35,6 +37,24 @@ def in_any_process(facts: Tensor, device: torch.device) -> npt.NDArray[np.bool_]
         facts = shared.cpu() > 0
     result: npt.NDArray[np.bool_] = facts.numpy()
     return result
+
+
+def from_holder(value: Any, device: torch.device) -> Any:
+    """``value``, or in a process where it is None that of the first process where it is not."""
+    if not several_processes():
+        return value
+    count = dist.get_world_size()
+    # The first that has it, and the first that has not.
+    has = dist.get_rank() if value is not None else count
+    has_not = dist.get_rank() if value is None else count
+    firsts = torch.tensor([has, has_not], device=device)
+    dist.all_reduce(firsts, dist.ReduceOp.MIN)
+    holder, lacking = (int(first) for first in firsts.tolist())
+    if count in (holder, lacking):
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, holder)
+    return held[0] if value is None else value
 
 
 def shared_seed(seed: int, device: torch.device) -> int:

@@ -20,7 +20,7 @@ from ..support.warning import warn
 from . import checkpoint, step_kinds
 from .assigned import Assigned
 from .bystanders import BEGUN_ANEW, Bystanders
-from .distributed import average_
+from .distributed import average_, from_holder
 from .events import Cause, SizeListeners
 from .hooks import Hooks
 from .modules import AdaptedModule
@@ -72,7 +72,9 @@ class Session:
         self._scaler = ScalerWatch(scaler, self._drop_gauge)
         self._replicas = Replicas(model, modules, self.optimizer)
         saved = self._group.get(checkpoint.KEY, checkpoint.HELD)
-        if saved == checkpoint.HELD:
+        # A state that the first process loads for all (broadcast_from_rank0) has unknown entries there alone.
+        saved = from_holder(None if saved == checkpoint.HELD else saved, plan.device)
+        if saved is None:
             self._start()
         else:
             self._restore(saved)
