@@ -32,6 +32,7 @@ from .training.callback import IncreLoraCallback  # noqa: E402
 from .training.distributed_checkpoint import load_checkpoint  # noqa: E402
 from .training.events import GrowthEvent, Resize  # noqa: E402
 from .training.scheduler import RankScheduler, attach  # noqa: E402
+from .training.sharding import adapter_parameters  # noqa: E402
 from .tuner.registration import IncreLoraModel, register  # noqa: E402
 
 register()
@@ -55,6 +56,7 @@ __all__ = [
     "RankScheduler",
     "Resize",
     "SoraConfig",
+    "adapter_parameters",
     "attach",
     "convert_lora",
     "export_gguf",

@@ -21,6 +21,7 @@ BLOCK = re.compile(r"^```(?P<language>\w+)(?P<options>[^\n]*)\n(?P<code>.*?)^```
 # Blocks that are files of their own, with the test that runs them.
 FILES = {
     'title="train.py"': "test_the_script_for_several_processes_runs_in_two",
+    'title="train_sharded.py"': "test_the_script_for_several_processes_runs_in_two",
     'title="resume.py"': "test_the_script_that_resumes_a_distributed_checkpoint_runs",
 }
 
@@ -284,13 +285,14 @@ def test_the_script_that_resumes_a_distributed_checkpoint_runs(bert_dir, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_script_for_several_processes_runs_in_two(bert_dir, tmp_path):
+@pytest.mark.parametrize("script", ["train.py", "train_sharded.py"])
+def test_the_script_for_several_processes_runs_in_two(script, bert_dir, tmp_path):
     text = (ROOT / "docs" / "distributed.md").read_text()
-    (tmp_path / "train.py").write_text(script_of(text, "train.py"))
+    (tmp_path / script).write_text(script_of(text, script))
     (tmp_path / "my_project.py").write_text(MY_PROJECT.format(model=str(bert_dir)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, "train.py"],
+        [*command, script],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -11,27 +11,35 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 # What was found by a look at all objects, which takes longer than all else at a growth.
-_found: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DistributedDataParallel]] = (
+_found: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[DistributedDataParallel]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
-    """The DistributedDataParallel around ``model``: a Trainer does not hand it to its callbacks."""
+def find_ddps(model: nn.Module) -> list[DistributedDataParallel]:
+    """Each DistributedDataParallel that averages gradients of ``model``.
+
+    It is around it, as a Trainer's, which it does not hand to its callbacks; around a part of it; or that of
+    ``torch.distributed._composable.replicate``.
+    """
     # A group of one process has a reducer with sizes of its own, too.
     if not (dist.is_available() and dist.is_initialized()):
-        return None
-    known = _found[model]() if model in _found else None
-    if known is not None:
+        return []
+    parameters = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    known = [ddp for each in _found.get(model, ()) if (ddp := each()) is not None]
+    if known and parameters <= set().union(*map(_held, known)):
         return known
-    for candidate in gc.get_objects():
-        # By type: asking some of torch's own objects for their class warns.
-        if issubclass(type(candidate), DistributedDataParallel) and any(
-            module is model for module in candidate.modules()
-        ):
-            _found[model] = weakref.ref(candidate)
-            return candidate
-    return None
+    # By type: asking some of torch's own objects for their class warns.
+    candidates = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+    found = [ddp for ddp in candidates if parameters & _held(ddp)]
+    _found[model] = [weakref.ref(ddp) for ddp in found]
+    return found
+
+
+def _held(ddp: DistributedDataParallel) -> set[int]:
+    # Without what it was told to leave alone.
+    internal: Any = ddp
+    return {id(parameter) for parameter in internal._module_parameters}
 
 
 def rebuild_buckets(ddp: DistributedDataParallel) -> None:

@@ -7,11 +7,18 @@ import re
 from collections import Counter
 
 _PREFIX = "base_model.model."
+# In the name of a module, but not in those of its parameters, as torch's checkpoint_wrapper has them saved.
+_CHECKPOINTED = "_checkpoint_wrapped_module."
 
 
 def short(name: str) -> str:
     """A module's name without PEFT's prefix."""
-    return name.removeprefix(_PREFIX)
+    return as_saved(name).removeprefix(_PREFIX)
+
+
+def as_saved(name: str) -> str:
+    """A module's name as it stands in the keys of the model's ``state_dict``."""
+    return name.replace(_CHECKPOINTED, "")
 
 
 def rank_pattern(ranks: dict[str, int]) -> dict[str, int]:

@@ -15,6 +15,7 @@ from .fit import schedulers_of
 from .scheduler import RankScheduler, attach
 from .session import PolicyMaker
 from .trainer_log import speak_first
+from .trainer_sharding import leave_adapter_whole
 
 logger = logging.getLogger(__package__)
 
@@ -68,6 +69,11 @@ class IncreLoraCallback(TrainerCallback):
         self.scheduler: RankScheduler | None = None
         self._log_ranks = log_ranks
         self._averages, self._on_growth, self._policy = tuple(averages), on_growth, policy
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Where the Trainer shards by FSDP2, has it leave the adapter whole."""
+        if kwargs.get("model") is not None:
+            leave_adapter_whole(kwargs["model"], args.device)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attaches the scheduler to the Trainer's optimizer."""

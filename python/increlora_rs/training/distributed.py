@@ -1,13 +1,14 @@
-"""Several processes: the same choice in each, and DDP's buckets made anew after a growth."""
+"""Several processes: what all have to know alike, so that they choose alike."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 
 def several_processes() -> bool:
@@ -38,6 +39,24 @@ def in_any_process(facts: Tensor, device: torch.device) -> npt.NDArray[np.bool_]
     return result
 
 
+def from_holder(value: Any, device: torch.device) -> Any:
+    """``value``, or in a process where it is None that of the first process where it is not."""
+    if not several_processes():
+        return value
+    count = dist.get_world_size()
+    # The first that has it, and the first that has not.
+    has = dist.get_rank() if value is not None else count
+    has_not = dist.get_rank() if value is None else count
+    firsts = torch.tensor([has, has_not], device=device)
+    dist.all_reduce(firsts, dist.ReduceOp.MIN)
+    holder, lacking = (int(first) for first in firsts.tolist())
+    if count in (holder, lacking):
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, holder)
+    return held[0] if value is None else value
+
+
 def shared_seed(seed: int, device: torch.device) -> int:
     """The first process's seed, in every process."""
     if not several_processes():
@@ -45,17 +64,3 @@ def shared_seed(seed: int, device: torch.device) -> int:
     value = torch.tensor(seed % 2**62, dtype=torch.int64, device=device)
     dist.broadcast(value, 0)
     return int(value)
-
-
-def refuse_sharded(parameter: nn.Parameter) -> None:
-    """Raises ValueError for a parameter that is sharded over processes and so cannot grow in place."""
-    if isinstance(parameter, DTensor):
-        raise ValueError(
-            "model: its adapter is sharded (FSDP), and a sharded parameter cannot grow. Use DDP: leave out "
-            "`fsdp` in TrainingArguments, or call fully_shard on the base model's frozen weights only."
-        )
-    if hasattr(parameter, "ds_id"):
-        raise ValueError(
-            "model: its parameters are partitioned by DeepSpeed ZeRO-3, and a partitioned parameter cannot "
-            "grow. Use DDP: leave out `deepspeed` in TrainingArguments."
-        )

@@ -14,8 +14,8 @@ from ..layers import AdaptedLayer
 from ..ops.probe import Probe
 from ..resizing.optimizer_starts import is_a, kinds
 from ..resizing.optimizer_state import note_wrapper
-from .distributed import refuse_sharded
 from .modules import AdaptedModule
+from .sharding import refuse_sharded
 
 # Optimizers that cannot train what grows, by top package and class, with the reason and the way out.
 _IN_BACKWARD = (

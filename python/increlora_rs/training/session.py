@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..contract.policy import Event, Plan, Policy, Step
-from ..resizing.ddp import find_ddp, rebuild_buckets
+from ..resizing.ddp import rebuild_buckets
 from ..resizing.graph import mark_growing
 from ..resizing.optimizer_starts import steps_taken
 from ..resizing.optimizer_state import start_anew, watch
@@ -20,10 +20,11 @@ from ..support.warning import warn
 from . import checkpoint, step_kinds
 from .assigned import Assigned
 from .bystanders import BEGUN_ANEW, Bystanders
-from .distributed import average_
+from .distributed import average_, from_holder
 from .events import Cause, SizeListeners
 from .hooks import Hooks
 from .modules import AdaptedModule
+from .replicas import Replicas
 from .scaler import ScalerWatch
 
 logger = logging.getLogger(__package__)
@@ -69,8 +70,11 @@ class Session:
         # Ranks and rows of a resumed state that the model has not been seen to have.
         self._expected: list[tuple[int, int]] | None = None
         self._scaler = ScalerWatch(scaler, self._drop_gauge)
+        self._replicas = Replicas(model, modules, self.optimizer)
         saved = self._group.get(checkpoint.KEY, checkpoint.HELD)
-        if saved == checkpoint.HELD:
+        # A state that the first process loads for all (broadcast_from_rank0) has unknown entries there alone.
+        saved = from_holder(None if saved == checkpoint.HELD else saved, plan.device)
+        if saved is None:
             self._start()
         else:
             self._restore(saved)
@@ -113,6 +117,7 @@ class Session:
     def close(self) -> None:
         """The training is over: nothing is left but the adapter."""
         self._hooks.remove()
+        self._replicas.close()
         self._scaler.detach()
         if self.probe.reloaded:
             self._take_loaded()
@@ -142,6 +147,7 @@ class Session:
             self._lead += 1
             return
         self.check_loaded()
+        self._replicas.before_step()
         # Some optimizers divide by the number of elements.
         for parameter in self._assigned.empty:
             parameter.grad = None
@@ -226,6 +232,8 @@ class Session:
     def _tell(self, cause: Cause) -> None:
         """Tells those who hold copies of the parameters that rows came or went, if they did."""
         self._assigned.note()
+        if cause == "load":
+            self._replicas.begin()
         before = self.listeners.known
         changed = self.listeners.tell(self.step, cause)
         if changed and cause == "growth":
@@ -233,8 +241,7 @@ class Session:
 
     def rebuild_buckets(self) -> None:
         """DDP's, for parameters that changed their size."""
-        ddp = find_ddp(self.model)
-        if ddp is not None:
+        for ddp in self._replicas.wrappers():
             rebuild_buckets(ddp)
 
     # State.

@@ -26,7 +26,7 @@ from ..layers.offload import onloaded
 from ..layers.parents import bar_fast_paths, check_parent, open_fast_paths
 from ..ops.probe import Probe
 from ..support.experts import Parameter, expert_layers, is_router, left_out, names_one_of, warn_of_left_out
-from ..support.names import short
+from ..support.names import as_saved, short
 from ..support.warning import warn
 from .weighted import WeightedSum, combined_config
 
@@ -282,6 +282,8 @@ class MethodModel(LoraModel):
         ranks: dict[str, int] = {}
         for name, layer in adapted_layers(model, adapter_name).items():
             keys = factor_keys(name, adapter_name, layer)
+            # PEFT looks for those of a module in a checkpoint_wrapper by another name.
+            selected.update({key: state_dict[key] for key in keys.values() if key in state_dict})
             if ranks and layer.structure.shared:
                 # They stand with the first module.
                 for key in keys.values():
@@ -375,6 +377,7 @@ ignores_mismatched_sizes: ContextVar[bool] = ContextVar("ignores_mismatched_size
 def factor_keys(name: str, adapter_name: str, layer: AdaptedLayer) -> dict[str, str]:
     """The keys of what is saved of module ``name`` in a model's ``state_dict``, by the tensors' names."""
     saved = layer.structure.saved_names(layer.configs[adapter_name])
+    name = as_saved(name)
     return {factor: f"{name}.{factor}.{adapter_name}.weight" for factor in saved}
 
 

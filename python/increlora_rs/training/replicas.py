@@ -1,0 +1,147 @@
+"""An adapter that is whole in several processes is to be the same in each, so its gradients are averaged.
+
+DistributedDataParallel does, or the user's script; where the base is sharded and the adapter left out, this
+training does. Where nobody does the first step raises, in all processes alike.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..resizing.ddp import find_ddps
+from .alike import differing
+from .distributed import several_processes
+from .modules import AdaptedModule
+from .own_average import GradientAverage
+from .sharding import reduces_gradients, refuse_partly_sharded, sharded_modules
+
+
+class Replicas:
+    """The copies of one adapter in the processes of a training.
+
+    Args:
+        model: The model, out of its wrappers.
+        modules: Its adapted modules.
+        optimizer: The torch optimizer.
+
+    Raises:
+        ValueError: the model is sharded over some of the processes.
+    """
+
+    def __init__(
+        self, model: nn.Module, modules: Sequence[AdaptedModule], optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._model, self._modules = model, modules
+        self._several = several_processes()
+        self._steps = 0
+        self._sharded = sharded_modules(model) if self._several else []
+        refuse_partly_sharded(self._sharded)
+        # Who shards, or wraps, may come after us: whether it is needed is known in the first backward pass.
+        self._own = GradientAverage(optimizer, self._averages) if self._several else None
+        if self._own is not None and self._sharded:
+            self._own.share_values()
+        # Known from the first step on; to look for them takes long.
+        self._ddps: list[weakref.ref[Any]] | None = None
+
+    def wrappers(self) -> list[Any]:
+        """Each DistributedDataParallel of the model."""
+        known = None if self._ddps is None else [ddp() for ddp in self._ddps]
+        if known is not None and None not in known:
+            return known
+        found = find_ddps(self._model)
+        if self._steps:
+            self._ddps = [weakref.ref(ddp) for ddp in found]
+        return found
+
+    def begin(self) -> None:
+        """Other parameters were loaded: looks at them in the next steps as in the first ones."""
+        self._steps, self._ddps = 0, None
+
+    def before_step(self) -> None:
+        """Gradients are final: averages them, if that is this training's, and looks whether they are alike.
+
+        Raises:
+            ValueError: parameters or gradients differ between the processes.
+        """
+        if not self._several:
+            return
+        self._decide()
+        if self._own is not None:
+            self._own.finish()
+        self._steps += 1
+        if self._looks():
+            self._check()
+
+    def close(self) -> None:
+        """The training is over."""
+        if self._own is not None:
+            self._own.remove()
+
+    def _averages(self) -> bool:
+        self._decide()
+        return self._own is not None and reduces_gradients(self._sharded)
+
+    def _decide(self) -> None:
+        if self._own is None or self._sharded:
+            return
+        self._sharded = sharded_modules(self._model)
+        refuse_partly_sharded(self._sharded)
+        if not self._sharded:
+            self._own.remove()
+            self._own = None
+
+    def _looks(self) -> bool:
+        """In the first two steps; and at every power of two where no DistributedDataParallel promises that
+        what was averaged once is averaged for ever."""
+        if self._steps > 2 and self._steps & (self._steps - 1):
+            return False
+        ddps = self.wrappers()
+        if any(ddp._join_config.enable for ddp in ddps):
+            # A process that has no more data takes part in DDP's communication alone.
+            return False
+        held = {id(parameter) for ddp in ddps for parameter in ddp._module_parameters}
+        ours = {id(parameter) for module in self._modules for parameter in module.factors}
+        return self._steps <= 2 or not ours <= held
+
+    def _check(self) -> None:
+        # A parameter that modules share is looked at once.
+        owners = {id(p): (p, module.name) for module in self._modules for p in module.factors}
+        parameters = [parameter for parameter, _ in owners.values()]
+        names = [name for _, name in owners.values()]
+        gradients = [None if p.grad is None else p.grad.to_dense() for p in parameters]
+        found = differing([*parameters, *gradients])
+        values = [names[k] for k in found if k < len(names)]
+        if values:
+            raise ValueError(
+                f"model: the adapter's parameters of {_some(values)} differ between the "
+                f"{dist.get_world_size()} processes, and an adapter is to be the same in all. Call "
+                "torch.manual_seed with one seed in all of them before get_peft_model, load the same "
+                f"adapter, or wrap the model in DistributedDataParallel. {_ALONE}"
+            )
+        averaged = [names[k - len(names)] for k in found]
+        if averaged:
+            raise ValueError(
+                f"model: the gradients of the adapter's parameters of {_some(averaged)} differ between the "
+                f"{dist.get_world_size()} processes, so nobody has averaged them, and each would train "
+                "an adapter of its own. Wrap the model in DistributedDataParallel, call the wrapper and not "
+                "the model inside of it, and leave no_sync() for the last micro-batch of a step; or average "
+                f"p.grad over the processes before optimizer.step(). {_ALONE}"
+            )
+
+
+_ALONE = (
+    "Processes that train each for itself must not share a process group "
+    "(torch.distributed.init_process_group)."
+)
+
+
+def _some(names: list[str]) -> str:
+    names = list(dict.fromkeys(names))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(map(repr, names[:3]))}{more}"

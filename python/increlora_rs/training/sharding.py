@@ -1,0 +1,100 @@
+"""A base that is sharded over processes (FSDP), and the adapter in it, which is whole to change its size."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ..layers import AdaptedLayer
+
+_WHOLE = (
+    "Leave the adapter whole: fully_shard(module, ignored_params=increlora_rs.adapter_parameters(model)) in "
+    "each call; in Trainer give IncreLoraCallback in `callbacks`, which does so; in accelerate set "
+    "ignored_modules, as docs/distributed.md shows. Or use DDP: leave out `fsdp` in TrainingArguments."
+)
+
+
+def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """What of ``model`` has to stay whole where its base is sharded: ``fully_shard(...,
+    ignored_params=increlora_rs.adapter_parameters(model))``.
+
+    Args:
+        model: A model that ``get_peft_model`` or ``PeftModel.from_pretrained`` returned, before
+            ``fully_shard``.
+
+    Returns:
+        The parameters of all its adapters of increlora_rs, those that a method keeps without training them
+        included, and every other parameter that is trained. A scheduler of :func:`increlora_rs.attach`
+        averages the gradients of those that its optimizer holds.
+
+    Raises:
+        ValueError: the model has no adapter of increlora_rs.
+    """
+    layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
+    if not layers:
+        raise ValueError(
+            f"model: a {type(model).__name__} without an adapter of increlora_rs; make it with "
+            "get_peft_model(model, IncreLoraConfig(...)) before it is sharded."
+        )
+    base = {id(parameter) for layer in layers for parameter in layer.get_base_layer().parameters()}
+    ours = {p for layer in layers for p in layer.parameters() if id(p) not in base}
+    return ours | {parameter for parameter in model.parameters() if parameter.requires_grad}
+
+
+def refuse_sharded(parameter: nn.Parameter) -> None:
+    """Raises ValueError for a parameter that is sharded over processes and so cannot grow in place."""
+    if isinstance(parameter, DTensor):
+        raise ValueError(
+            f"model: its adapter is sharded (FSDP), and a sharded parameter cannot grow. {_WHOLE}"
+        )
+    # FSDP1's mark on parameters that it laid into a flat one.
+    if getattr(parameter, "_fsdp_flattened", False):
+        raise ValueError(
+            "model: its adapter lies in a flat parameter of FullyShardedDataParallel (FSDP1), in which it "
+            "cannot grow. Use fully_shard (FSDP2), with the adapter left whole by "
+            "ignored_params=increlora_rs.adapter_parameters(model); or DDP."
+        )
+    if hasattr(parameter, "ds_id"):
+        raise ValueError(
+            "model: its parameters are partitioned by DeepSpeed ZeRO-3, and a partitioned parameter cannot "
+            "grow. Use DDP: leave out `deepspeed` in TrainingArguments."
+        )
+
+
+def sharded_modules(model: nn.Module) -> list[Any]:
+    """The modules of ``model`` that ``fully_shard`` was called on; none where it is FSDP1's."""
+    # Whoever called it has loaded it.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return (
+        [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+    )
+
+
+def refuse_partly_sharded(modules: list[Any]) -> None:
+    """Raises ValueError where ``fully_shard`` is over some of the processes: others then see the same data,
+    and their gradients are parts of one."""
+    for module in modules:
+        for group in _groups(module):
+            size = group.mesh_info.mesh.size()
+            if size != dist.get_world_size():
+                raise ValueError(
+                    f"model: fully_shard is over a mesh of {size} processes, and the process group has "
+                    f"{dist.get_world_size()}; ranks are chosen by all of them. Shard over all, in one or "
+                    "two dimensions; tensor and pipeline parallelism beside it are not supported."
+                )
+
+
+def reduces_gradients(modules: list[Any]) -> bool:
+    """Is the backward pass at hand one that FSDP averages gradients in, and not one that
+    ``set_requires_gradient_sync(False)`` leaves to a later one?"""
+    return all(group.reduce_grads for module in modules for group in _groups(module))
+
+
+def _groups(module: Any) -> list[Any]:
+    # torch has no public name for them.
+    groups: list[Any] = module._get_fsdp_state()._fsdp_param_groups
+    return groups

@@ -1,0 +1,121 @@
+"""Run by torchrun: Trainer with a base that FSDP2 shards, beside DistributedDataParallel.
+
+Usage: trainer_sharded.py OUT, where OUT/rank<N>.pt receives what each process got.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import peft
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from growing import growing
+from increlora_rs import IncreLoraCallback
+from torch.distributed.tensor import DTensor
+from trainer import Rows
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+STEPS, STOP = 12, 7
+LAYERS = {"transformer_layer_cls_to_wrap": ["BertLayer"]}
+WAYS = {
+    "ddp": {},
+    "fsdp": {"fsdp": True, "fsdp_config": LAYERS},
+}
+
+
+def allow_on_the_cpu():
+    """Has accelerate shard on the CPU, where it takes DistributedDataParallel instead, without a word."""
+    make = AcceleratorState.__init__
+
+    def made(self, *args, fsdp_plugin=None, **kwargs):
+        make(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+        # Each further look at the shared state puts the CPU's back.
+        if self._shared_state.get("fsdp_plugin") is not None:
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = made
+
+
+def base():
+    torch.manual_seed(7)
+    config = BertConfig(
+        vocab_size=99,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        num_labels=3,
+        initializer_range=0.2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return BertForSequenceClassification(config)
+
+
+def adapted():
+    model = base()
+    adapter = growing(
+        task_type="SEQ_CLS",
+        r=3,
+        target_modules=["query", "value"],
+        tinit=3,
+        deltaT=2,
+        top_h=3,
+        growth_end=0.2,
+    )
+    return peft.get_peft_model(model, adapter)
+
+
+def train(way, out, resume=False):
+    callback = IncreLoraCallback()
+    checkpoint = Path(out) / f"checkpoint-{STOP}"
+    trainer = Trainer(
+        # accelerate fills tensors in that have the checkpoint's sizes already.
+        model=peft.PeftModel.from_pretrained(base(), checkpoint, is_trainable=True) if resume else adapted(),
+        args=TrainingArguments(
+            output_dir=str(out),
+            max_steps=STEPS,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            learning_rate=5e-3,
+            max_grad_norm=0.5,
+            save_steps=STOP,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            ddp_backend="gloo",
+            **WAYS[way],
+        ),
+        train_dataset=Rows(),
+        callbacks=[callback],
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
+    trainer.save_model(str(Path(out) / "saved"))
+    sharded = [p for p in trainer.model.parameters() if isinstance(p, DTensor)]
+    return {
+        "parameters": [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad],
+        "history": callback.scheduler.history.tolist(),
+        "ranks": callback.scheduler.ranks,
+        "sharded": len(sharded),
+    }
+
+
+def main():
+    torch.set_num_threads(1)
+    allow_on_the_cpu()
+    out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    # First, for what accelerate reads of the environment afterwards.
+    results = {way: train(way, out / way) for way in WAYS}
+    results["resumed"] = train("fsdp", out / "fsdp", resume=True)
+    torch.save(results, out / f"rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

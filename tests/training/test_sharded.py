@@ -1,0 +1,99 @@
+"""A base that fully_shard (FSDP2) shards over the processes, and an adapter that is left whole and grows."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from increlora_rs import adapter_parameters
+from torch import nn
+
+WORKERS = Path(__file__).parents[1] / "helpers" / "workers"
+sys.path.insert(0, str(WORKERS))
+
+import sharded  # noqa: E402
+
+slow = pytest.mark.slow
+
+
+def torchrun(processes, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={processes}", *map(str, arguments)]
+    paths = os.pathsep.join([str(WORKERS.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[:3000]
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def processes(request, tmp_path_factory):
+    """(number, results of every process) of one launch for all scenarios."""
+    out = tmp_path_factory.mktemp("sharded")
+    torchrun(request.param, WORKERS / "sharded.py", out)
+    return request.param, [torch.load(out / f"rank{k}.pt") for k in range(request.param)]
+
+
+@slow
+@pytest.mark.parametrize("scenario", sharded.SCENARIOS)
+def test_all_processes_are_alike_bit_for_bit(processes, scenario):
+    _, results = processes
+    first, *others = (result[scenario] for result in results)
+    assert first["history"]
+    for other in others:
+        assert other["history"] == first["history"]
+        for one, parameter in zip(other["parameters"], first["parameters"], strict=True):
+            assert torch.equal(one, parameter)
+
+
+@slow
+@pytest.mark.parametrize("scenario", [name for name in sharded.SCENARIOS if name not in sharded.ROUNDED])
+def test_the_result_is_that_of_one_process_with_the_averaged_loss(processes, scenario):
+    number, results = processes
+    whole, alone = results[0][scenario], sharded.train_alone(scenario, number)
+    assert whole["ranks"] == alone["ranks"]
+    assert [row[:3] for row in whole["history"]] == [row[:3] for row in alone["history"]]
+    for one, parameter in zip(whole["parameters"], alone["parameters"], strict=True):
+        assert (one - parameter).norm() <= 1e-5 * parameter.norm()
+
+
+@slow
+@pytest.mark.parametrize("scenario", sharded.RESUMED)
+def test_a_training_that_one_process_saved_after_a_growth_goes_on_bit_for_bit(processes, scenario):
+    _, results = processes
+    whole, resumed = results[0][scenario], results[0][scenario]["resumed"]
+    assert min(row[0] for row in whole["history"]) <= sharded.STOP < whole["history"][-1][0]
+    assert resumed["history"] == whole["history"]
+    for one, parameter in zip(resumed["parameters"], whole["parameters"], strict=True):
+        assert torch.equal(one, parameter)
+
+
+@slow
+def test_trainer_with_a_sharded_base_ends_as_under_ddp_and_resumes_bit_for_bit(tmp_path):
+    torchrun(2, WORKERS / "trainer_sharded.py", tmp_path)
+    first, second = (torch.load(tmp_path / f"rank{k}.pt") for k in range(2))
+    ours, like = first["fsdp"], first["ddp"]
+    assert ours["sharded"] > like["sharded"] == 0
+    assert [row[:3] for row in ours["history"]] == [row[:3] for row in like["history"]]
+    of_all = zip(ours["parameters"], like["parameters"], second["fsdp"]["parameters"], strict=True)
+    for one, parameter, other in of_all:
+        assert (one - parameter).norm() <= 1e-4 * parameter.norm()
+        assert torch.equal(one, other)
+    # A checkpoint of the middle goes on from its adapter.
+    assert first["resumed"]["history"] == second["resumed"]["history"] == ours["history"]
+    pairs = zip(first["resumed"]["parameters"], ours["parameters"], strict=True)
+    assert all(torch.equal(one, parameter) for one, parameter in pairs)
+
+
+def test_what_has_to_stay_whole_is_the_adapter_and_what_else_is_trained():
+    model = sharded.model_for("with a head")
+    names = {id(p): name for name, p in model.named_parameters()}
+    left_out = {names[id(p)] for p in adapter_parameters(model)}
+    assert left_out == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("modules_to_save" in name for name in left_out)
+
+
+def test_a_model_without_an_adapter_is_refused_by_name():
+    with pytest.raises(ValueError, match="a Linear without an adapter"):
+        adapter_parameters(nn.Linear(2, 2))
