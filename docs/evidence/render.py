@@ -3,7 +3,8 @@
 
 A table stands between ``<!-- overview METHODS TASKS -->`` or ``<!-- tasks METHODS TASKS -->`` and
 ``<!-- end -->``, the number of runs between ``<!-- runs -->`` and it. METHODS are as for
-``increlora-rs compare``; TASKS names with commas, none for all. That of a bed stands behind
+``increlora-rs compare``; TASKS names with commas, none for all. A method at budget R beside LoRA at budget L
+stands behind ``<!-- fewer METHOD TASKS R,L -->``. That of a bed stands behind
 ``<!-- bed ARMS FILE R -->``, ARMS as for ``python -m benches.beds``, FILE beside this one, without its
 ending, R a budget; that of several budgets behind ``<!-- curve ARMS FILE -->``, that of several sizes of a
 bed behind ``<!-- sizes ARMS FILE OPTIONS -->``, OPTIONS those that tell the sizes apart; that of another
@@ -22,7 +23,7 @@ from increlora_rs.compare.charts import draw_costs, draw_mean_ranks, draw_overvi
 from increlora_rs.compare.methods import Method, parse_methods
 from increlora_rs.compare.overview import Overview
 from increlora_rs.compare.results import Record, read_results
-from increlora_rs.compare.summary import Comparison, markdown_table, summarise
+from increlora_rs.compare.summary import Comparison, difference_of, markdown_table, summarise
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
@@ -36,7 +37,7 @@ PAGE = HERE.parent / "evidence.md"
 RESULTS = HERE / "minilm.jsonl"
 
 _BLOCK = re.compile(
-    r"<!-- (?P<kind>overview|tasks|runs|bed|curve|sizes|file)"
+    r"<!-- (?P<kind>overview|tasks|fewer|runs|bed|curve|sizes|file)"
     r"(?: (?P<methods>\S+))?(?: (?P<tasks>\S+))?(?: (?P<more>\S+))? -->\n"
     r".*?<!-- end -->\n",
     re.DOTALL,
@@ -95,10 +96,32 @@ def _text(block: re.Match[str]) -> str:
         return _BEDS[block["kind"]](*bed(block["methods"], block["tasks"]), block["more"])
     if block["kind"] == "file":
         return "\n\n".join(_table(*c.cells()) for c in summarise(recorded(block["methods"], block["tasks"])))
+    if block["kind"] == "fewer":
+        return fewer(block["methods"], block["tasks"], *map(float, block["more"].split(",")))
     comparisons = selected(block["methods"], block["tasks"])
     if block["kind"] == "overview":
         return _table(*Overview(comparisons).cells())
     return "\n\n".join(f"### {c.title}\n\n{_table(*c.cells())}" for c in comparisons)
+
+
+def fewer(method: str, tasks: str, r: float, r_of_lora: float) -> str:
+    """The table of a method at one budget beside LoRA at another, a row a task."""
+    rows = []
+    for comparison in selected(f"lora,{method}", tasks):
+        found = {(row.method, row.r): row for row in comparison.rows}
+        lora, ours = found["lora", r_of_lora], found[method, r]
+        differences = [difference_of(lora, ours, part) for part in ("dev", "test")]
+        rows.append(
+            [
+                comparison.task,
+                *[f"{row.mean('parameters', 'adapter'):,.0f}" for row in (lora, ours)],
+                *[f"{row.score.text()}" for row in (lora, ours)],
+                *["" if spread is None else spread.text() for spread in differences],
+            ]
+        )
+    names = f"LoRA, r = {r_of_lora:g}", f"r = {r:g}"
+    header = ["task", *(f"numbers, {name}" for name in names), *names, "difference", "on the test set"]
+    return markdown_table(header, rows)
 
 
 def recorded(methods: str, file: str) -> list[Record]:
