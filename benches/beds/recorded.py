@@ -7,8 +7,17 @@ from collections.abc import Sequence
 from increlora_rs.compare.methods import Method
 from increlora_rs.compare.results import Record
 
+from .arms import SOURCE
 from .kinds import KINDS
 from .plan import TUNING, Comparison, Plan
+
+
+def sizes(records: Sequence[Record], arms: Sequence[Method]) -> list[Recorded]:
+    """The plan of each size of a bed that a file has, in the order of the file."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(repr(sorted(record["config"]["bed"].items())), []).append(record)
+    return [Recorded(of_size, arms) for of_size in found.values()]
 
 
 class Recorded(Plan):
@@ -23,7 +32,9 @@ class Recorded(Plan):
     """
 
     def __init__(self, records: Sequence[Record], arms: Sequence[Method]) -> None:
-        done = [record for record in records if record["status"] == "done"]
+        done = [
+            record for record in records if record["status"] == "done" and record["config"]["arm"] != SOURCE
+        ]
         configs = [record["config"] for record in done]
         for arm in arms:
             if not any(config["method"] == str(arm) for config in configs):

@@ -46,8 +46,7 @@ def _table(plan: Plan, r: float) -> Table:
         f"over {REFERENCE}'s of the same seed; wins: seeds on which the arm is better; p: exact sign-flip "
         "test."
     ]
-    ceiling = next((records for name, records in found.items() if name.split(":")[0] == CEILING), {})
-    notes += _ceiling_note(comparison.figure, ceiling, plain)
+    notes += ceiling_note(plan, r)
     edges = [
         name for arm in comparison.arms if (name := str(arm)) in found and _at_edge(comparison, plan, arm, r)
     ]
@@ -58,6 +57,13 @@ def _table(plan: Plan, r: float) -> Table:
         if records:
             table.add(*_row(comparison.figure, name, records, plain))
     return table
+
+
+def ceiling_note(plan: Plan, r: float) -> list[str]:
+    """Whether the ceiling is ahead of uniform LoRA by enough for the bed to say where ranks belong; empty
+    where there are no two seeds of both."""
+    arms = {arm.name: plan.paired(arm, r) for arm in plan.comparison.arms if is_possible(arm, r)}
+    return _ceiling_note(plan.comparison.figure, arms.get(CEILING, {}), arms.get(REFERENCE, {}))
 
 
 def _at_edge(comparison: Comparison, plan: Plan, arm: Method, r: float) -> bool:

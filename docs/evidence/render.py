@@ -3,9 +3,12 @@
 
 A table stands between ``<!-- overview METHODS TASKS -->`` or ``<!-- tasks METHODS TASKS -->`` and
 ``<!-- end -->``, the number of runs between ``<!-- runs -->`` and it. METHODS are as for
-``increlora-rs compare``; TASKS names with commas, none for all. That of a bed stands behind
-``<!-- bed ARMS FILE -->``, ARMS as for ``python -m benches.beds``, FILE beside this one, without its ending;
-that of another comparison behind ``<!-- file METHODS FILE -->``.
+``increlora-rs compare``; TASKS names with commas, none for all. A method at budget R beside LoRA at budget L
+stands behind ``<!-- fewer METHOD TASKS R,L -->``. That of a bed stands behind
+``<!-- bed ARMS FILE R -->``, ARMS as for ``python -m benches.beds``, FILE beside this one, without its
+ending, R a budget; that of several budgets behind ``<!-- curve ARMS FILE -->``, that of several sizes of a
+bed behind ``<!-- sizes ARMS FILE OPTIONS -->``, OPTIONS those that tell the sizes apart; that of another
+comparison behind ``<!-- file METHODS FILE -->``.
 """
 
 from __future__ import annotations
@@ -17,23 +20,25 @@ import sys
 from pathlib import Path
 
 from increlora_rs.compare.charts import draw_costs, draw_mean_ranks, draw_overview
-from increlora_rs.compare.methods import parse_methods
+from increlora_rs.compare.methods import Method, parse_methods
 from increlora_rs.compare.overview import Overview
 from increlora_rs.compare.results import Record, read_results
-from increlora_rs.compare.summary import Comparison, markdown_table, summarise
+from increlora_rs.compare.summary import Comparison, difference_of, markdown_table, summarise
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from benches.beds.arms import names  # noqa: E402
-from benches.beds.recorded import Recorded  # noqa: E402
-from benches.beds.report import tables  # noqa: E402
+from benches.beds.overview import by_budget, by_size  # noqa: E402
+from benches.beds.recorded import Recorded, sizes  # noqa: E402
+from benches.beds.report import ceiling_note, tables  # noqa: E402
 
 PAGE = HERE.parent / "evidence.md"
 RESULTS = HERE / "minilm.jsonl"
 
 _BLOCK = re.compile(
-    r"<!-- (?P<kind>overview|tasks|runs|bed|file)(?: (?P<methods>\S+))?(?: (?P<tasks>\S+))? -->\n"
+    r"<!-- (?P<kind>overview|tasks|fewer|runs|bed|curve|sizes|file)"
+    r"(?: (?P<methods>\S+))?(?: (?P<tasks>\S+))?(?: (?P<more>\S+))? -->\n"
     r".*?<!-- end -->\n",
     re.DOTALL,
 )
@@ -87,14 +92,36 @@ def _text(block: re.Match[str]) -> str:
     if block["kind"] == "runs":
         hours = sum(run["seconds"] for run in _runs()) / 3600
         return f"{len(_runs())} runs, {hours:.1f} hours of one core, pauses of the machine included."
-    if block["kind"] == "bed":
-        return bed(block["methods"], block["tasks"])
+    if block["kind"] in _BEDS:
+        return _BEDS[block["kind"]](*bed(block["methods"], block["tasks"]), block["more"])
     if block["kind"] == "file":
         return "\n\n".join(_table(*c.cells()) for c in summarise(recorded(block["methods"], block["tasks"])))
+    if block["kind"] == "fewer":
+        return fewer(block["methods"], block["tasks"], *map(float, block["more"].split(",")))
     comparisons = selected(block["methods"], block["tasks"])
     if block["kind"] == "overview":
         return _table(*Overview(comparisons).cells())
     return "\n\n".join(f"### {c.title}\n\n{_table(*c.cells())}" for c in comparisons)
+
+
+def fewer(method: str, tasks: str, r: float, r_of_lora: float) -> str:
+    """The table of a method at one budget beside LoRA at another, a row a task."""
+    rows = []
+    for comparison in selected(f"lora,{method}", tasks):
+        found = {(row.method, row.r): row for row in comparison.rows}
+        lora, ours = found["lora", r_of_lora], found[method, r]
+        differences = [difference_of(lora, ours, part) for part in ("dev", "test")]
+        rows.append(
+            [
+                comparison.task,
+                *[f"{row.mean('parameters', 'adapter'):,.0f}" for row in (lora, ours)],
+                *[f"{row.score.text()}" for row in (lora, ours)],
+                *["" if spread is None else spread.text() for spread in differences],
+            ]
+        )
+    names = f"LoRA, r = {r_of_lora:g}", f"r = {r:g}"
+    header = ["task", *(f"numbers, {name}" for name in names), *names, "difference", "on the test set"]
+    return markdown_table(header, rows)
 
 
 def recorded(methods: str, file: str) -> list[Record]:
@@ -113,15 +140,29 @@ def recorded(methods: str, file: str) -> list[Record]:
     return found
 
 
-def bed(methods: str, file: str) -> str:
-    """The tables of a bed, a budget each where there are several."""
-    plan = Recorded(read_results(HERE / f"{file}.jsonl"), parse_methods(methods, names()))
-    found = tables(plan)
-    return "\n\n".join(
-        (f"**r = {plan.comparison.rs[k]:g}**\n\n" if len(found) > 1 else "")
-        + _table(table.header, table.rows)
-        for k, table in enumerate(found)
-    )
+def bed(arms: str, file: str) -> tuple[list[Record], list[Method]]:
+    """The runs of a bed, and the named arms."""
+    return read_results(HERE / f"{file}.jsonl"), parse_methods(arms, names())
+
+
+def _at_budget(records: list[Record], arms: list[Method], r: str) -> str:
+    """The table at a budget, and what the ceiling there says of the bed."""
+    plan = Recorded([record for record in records if record["config"]["r"] == float(r)], arms)
+    (table,) = tables(plan)
+    return "\n\n".join([_table(table.header, table.rows), *ceiling_note(plan, float(r))])
+
+
+def _by_budget(records: list[Record], arms: list[Method], _: str | None) -> str:
+    table = by_budget(Recorded(records, arms))
+    return _table(table.header, table.rows)
+
+
+def _by_size(records: list[Record], arms: list[Method], options: str) -> str:
+    table = by_size(sizes(records, arms), options.split(","))
+    return markdown_table(table.header, [[row[0], f"`{row[1]}`", *row[2:]] for row in table.rows])
+
+
+_BEDS = {"bed": _at_budget, "curve": _by_budget, "sizes": _by_size}
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

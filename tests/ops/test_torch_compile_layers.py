@@ -70,7 +70,7 @@ FORMS = [
     {"scaling": "rank", "use_rslora": True},
     {"make": IncreLoraConfig.paper},
     {"importance": "gradient", "lora_dropout": 0.25},
-    {"importance": "gradient", "init_new": "gradient"},
+    {"importance": "gradient"},
 ]
 
 

@@ -2,16 +2,17 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from increlora_rs.compare.methods import Method, parse_methods
-from increlora_rs.compare.results import Results
+from increlora_rs.compare.results import Results, read_results, run_id
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from benches.beds import arms, curve, kinds, memory, planted, ranks, report, runs, spectra, training
+from benches.beds import arms, curve, kinds, memory, overview, planted, ranks, report, runs, spectra, training
 from benches.beds.arms import Setting, prepare
 from benches.beds.bed import Bed, Figure
 from benches.beds.decoder import Size, new_decoder
@@ -360,6 +361,57 @@ def test_ranks_that_are_told_may_lack_modules(tiny):
 def test_wrong_options_are_told_before_anything_runs(tiny, text, changed, message):
     with pytest.raises((ValueError, TypeError), match=message):
         tiny(text, **changed)
+
+
+EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence"
+RECORDED = ("planted", "planted-sizes", "text", "memory")
+
+
+@pytest.mark.parametrize("file", RECORDED)
+def test_recorded_runs_are_those_of_the_options_that_there_are(file):
+    records = {record["id"]: record for record in read_results(EVIDENCE / f"{file}.jsonl")}
+    assert len(records) >= 10
+    for record in records.values():
+        config = record["config"]
+        bed = {name: tuple(size) if isinstance(size, list) else size for name, size in config["bed"].items()}
+        (arm,) = parse_methods(config["method"], [*arms.names(), arms.SOURCE], "--arms")
+        comparison = Comparison(
+            kind=config["task"],
+            options=kinds.KINDS[config["task"]].options(**bed),
+            arms=[] if arm.name in arms.SHUFFLED else [arm],
+            rs=[config["r"]],
+            lrs=[config["lr"]],
+            seeds=1,
+            tune_seeds=1,
+            alpha=config["alpha"],
+            warmup=config["warmup"],
+            source_r=16,
+        )
+        teller = records.get(config["told_by"])
+        assert (teller is None) == (config["told_by"] is None)
+        plan = Plan(comparison, lambda _: None)
+        plan.teller = lambda *_, teller=teller: teller
+        made = plan.config(arm, config["r"], config["lr"], config["seed"])
+        assert run_id(made | {"python": config["python"]}) == record["id"]
+
+
+def test_overviews_have_each_budget_and_size(tiny, tmp_path):
+    comparison = tiny("lora,increlora:growth_end=0.5,ceiling", rs=[1.0, 2.0, 0.5], lrs=[1e-2])
+    _, plan = carried_out(comparison, tmp_path / "tiny.jsonl")
+    table = overview.by_budget(plan)
+    assert table.header == ["arm", "r = 0.5", "r = 1", "r = 2"]
+    by_arm = {row[0]: row[1:] for row in table.rows}
+    # No LoRA, and so no ratio, below one component a module.
+    assert by_arm["lora"][0] == "" and "(" not in by_arm["increlora:growth_end=0.5"][0]
+    score, ratio = by_arm["increlora:growth_end=0.5"][2].rstrip(")").split(" (")
+    ours, plain = (
+        [run["score"] for run in plan.paired(arm, 2.0).values()] for arm in reversed(comparison.arms[:2])
+    )
+    assert float(score) == pytest.approx(np.mean(ours), rel=1e-2)
+    assert float(ratio) == pytest.approx(math.exp(np.mean(np.log(ours) - np.log(plain))), rel=1e-2)
+    plan.comparison.rs[:] = [2.0]
+    (row,) = overview.by_size([plan], ["ranks", "steps"]).rows
+    assert row[0] == "ranks 12 + 12 + 12, steps 12" and row[4] == ratio
 
 
 def record_of(score, final=100):

@@ -324,7 +324,6 @@ def test_a_resumed_training_along_the_gradient_to_a_number_of_parameters_is_the_
 ):
     ways = {
         "importance": "gradient",
-        "init_new": "gradient",
         "budget_unit": "parameters",
         "top_h": None,
         "growth_end": 1.0,

@@ -6,6 +6,7 @@ The files in ``fixtures`` were written by that release; ``kinds.pt`` holds the b
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,22 @@ def bert():
 def test_an_adapter_gives_its_output(base, kept):
     model = PeftModel.from_pretrained(base, FIXTURES / "adapter")
     torch.testing.assert_close(model(IDS), kept["output"])
+
+
+@pytest.mark.parametrize("folder", ["adapter", "checkpoint", "checkpoint_paper"])
+def test_a_configuration_with_an_option_that_is_gone_loads_without_a_word(folder):
+    assert "init_new" in json.loads((FIXTURES / folder / "adapter_config.json").read_text())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        IncreLoraConfig.from_pretrained(str(FIXTURES / folder))
+
+
+def test_a_saved_start_that_is_gone_is_told(tmp_path):
+    IncreLoraConfig(importance="gradient").save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_new": "random"}))
+    with pytest.warns(UserWarning, match="init_new='random' of the saved configuration"):
+        assert IncreLoraConfig.from_pretrained(str(tmp_path)).follows_gradient
 
 
 def test_an_adapter_loads_over_one_that_is_there(base, kept):

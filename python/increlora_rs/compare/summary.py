@@ -59,7 +59,7 @@ class Row:
     """
 
     method: str
-    r: int
+    r: int | float
     lr: float
     tried: list[float]
     runs: dict[int, Record]

@@ -39,7 +39,7 @@ def model_for(scenario):
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(9, 14), nn.Tanh(), nn.Linear(14, 11), nn.Tanh(), nn.Linear(11, 6))
     make = IncreLoraConfig.paper if scenario == "paper" else growing
-    options = {"importance": "gradient", "init_new": "gradient"} if scenario == "gradient" else {}
+    options = {"importance": "gradient"} if scenario == "gradient" else {}
     if scenario.startswith("from nothing"):
         options = {"init_r": 0, "importance_window": 2}
     config = make(r=3, lora_alpha=6, target_modules=TARGETS, top_h=1, deltaT=5, **options)

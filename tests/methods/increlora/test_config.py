@@ -30,7 +30,6 @@ OWN_DEFAULTS = {
     "importance_window": "auto",
     "importance_norm": "sqrt",
     "importance": "fluctuation",
-    "init_new": None,
     "budget_unit": None,
 }
 
@@ -50,7 +49,6 @@ PAPER = {
     "importance_window": None,
     "importance_norm": "sqrt",
     "importance": "sensitivity",
-    "init_new": "random",
     "budget_unit": "rank",
 }
 
@@ -112,7 +110,6 @@ WRONG_VALUES = [
     ("scaling", "module"),
     ("importance_norm", "max"),
     ("importance", "weights"),
-    ("init_new", "svd"),
     ("budget_unit", "bytes"),
     ("bias", "some"),
     ("advance_learning", "yes"),
@@ -331,10 +328,6 @@ def test_scale_divides_alpha_by_budget_or_rank(arguments, rank, scale):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {"importance": "sensitivity", "init_new": "gradient"},
-            "init_new='gradient' needs importance='gradient', not 'sensitivity'",
-        ),
         ({"importance_norm": "mean"}, "leave it out, or set importance='sensitivity'"),
         (
             {"beta1": 0.9, "importance_window": 20},
@@ -345,10 +338,6 @@ def test_scale_divides_alpha_by_budget_or_rank(arguments, rank, scale):
         (
             {"importance": "gradient", "importance_norm": "mean"},
             "importance_norm='mean' does not apply to importance='gradient'",
-        ),
-        (
-            {"importance": "gradient", "init_new": "gradient", "init_lora_weights": "svd"},
-            "init_new='gradient' and advance_learning=True",
         ),
     ],
 )
@@ -361,7 +350,6 @@ def test_options_that_contradict_each_other_are_both_named(arguments, message):
     ("arguments", "follows"),
     [
         ({}, True),
-        ({"init_new": "random"}, False),
         ({"importance": "sensitivity"}, False),
         ({"init_lora_weights": "svd"}, False),
         ({"init_lora_weights": "svd", "advance_learning": False}, True),
@@ -371,11 +359,10 @@ def test_new_components_follow_the_gradient_where_that_can_be(arguments, follows
     assert growing(**arguments).follows_gradient == follows
 
 
-def test_the_paper_form_takes_the_gradient_importance_and_its_reserve_refuses_the_init():
-    assert IncreLoraConfig.paper(importance="gradient").uses_reserve
-    with pytest.raises(ValueError, match="advance_learning=True"):
-        IncreLoraConfig.paper(importance="gradient", init_new="gradient")
-    IncreLoraConfig.paper(importance="gradient", init_new="gradient", advance_learning=False)
+def test_the_paper_form_takes_the_gradient_importance_and_keeps_its_reserve():
+    paper = IncreLoraConfig.paper(importance="gradient")
+    assert paper.uses_reserve and not paper.follows_gradient
+    assert IncreLoraConfig.paper(importance="gradient", advance_learning=False).follows_gradient
 
 
 @pytest.mark.parametrize("load", [IncreLoraConfig.from_pretrained, PeftConfig.from_pretrained])
@@ -405,7 +392,7 @@ def test_the_paper_form_takes_the_gradient_importance_and_its_reserve_refuses_th
             importance="sensitivity",
             importance_norm="mean",
         ),
-        IncreLoraConfig(importance="gradient", init_new="gradient", budget_unit="parameters"),
+        IncreLoraConfig(importance="gradient", budget_unit="parameters"),
     ],
     ids=["default", "paper", "all set", "gradient"],
 )

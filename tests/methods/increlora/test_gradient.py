@@ -1,4 +1,4 @@
-"""importance="gradient" and init_new="gradient": scores, directions and what they survive, against the
+"""importance="gradient": scores, directions and what they survive, against the
 gradients of the weights themselves."""
 
 import io
@@ -188,10 +188,9 @@ def test_the_scores_choose_who_grows():
     assert set(scheduler.history["module"]) == set(best)
 
 
-@pytest.mark.parametrize("init_new", ["random", "gradient"])
 @pytest.mark.parametrize("make", [adapted, of_kinds])
-def test_the_budget_is_met(make, init_new):
-    model = make(init_new=init_new, importance_window="auto", top_h=None, dtype=torch.float32)
+def test_the_budget_is_met(make):
+    model = make(importance_window="auto", top_h=None, dtype=torch.float32)
     optimizer = adamw(model)
     scheduler = attach(model, optimizer, total_steps=100)
     train(model, optimizer, 1, 100)
@@ -357,7 +356,7 @@ INITS = {"LoRA's": {}, "svd": {"init_lora_weights": "svd", "advance_learning": F
 
 def new_components(init, add_r=2):
     """A module that grew by two components along the gradient, and its mean gradient."""
-    model = adapted(init_new="gradient", add_r=add_r, r=5, **INITS[init])
+    model = adapted(add_r=add_r, r=5, **INITS[init])
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     scheduler = attach(model, optimizer, total_steps=100)
     gradients = train_to_the_growth(model, optimizer)
@@ -390,7 +389,7 @@ def test_new_columns_of_b_are_the_left_ones_and_point_downhill():
 
 def test_the_first_gradient_of_a_new_e_is_sigma_times_scale_and_norms():
     # At the step of the window itself, one step long: the gradient of E by autograd, before any update.
-    model = adapted(init_new="gradient", importance_window=1, r=5, **INITS["svd"])
+    model = adapted(importance_window=1, r=5, **INITS["svd"])
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     scheduler = attach(model, optimizer, total_steps=100)
     train(model, optimizer, 1, GROWTH)
@@ -403,7 +402,7 @@ def test_the_first_gradient_of_a_new_e_is_sigma_times_scale_and_norms():
 
 
 def test_the_first_gradient_of_a_new_b_is_sigma_times_scale_and_norm_along_u():
-    model = adapted(init_new="gradient", importance_window=1, r=5)
+    model = adapted(importance_window=1, r=5)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     scheduler = attach(model, optimizer, total_steps=100)
     train(model, optimizer, 1, GROWTH)
@@ -419,7 +418,7 @@ def test_the_first_gradient_of_a_new_b_is_sigma_times_scale_and_norm_along_u():
 
 @pytest.mark.parametrize("init", INITS)
 def test_growth_along_the_gradient_leaves_the_output_as_it_was(init):
-    model = adapted(init_new="gradient", **INITS[init])
+    model = adapted(**INITS[init])
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     scheduler = attach(model, optimizer, total_steps=100)
     x, _ = batch(1, model)
@@ -431,7 +430,7 @@ def test_growth_along_the_gradient_leaves_the_output_as_it_was(init):
 
 def test_components_without_a_direction_stay_random():
     # A loss of 0: no gradient has one.
-    model = adapted(init_new="gradient")
+    model = adapted()
     optimizer = adamw(model)
     scheduler = attach(model, optimizer, total_steps=100)
     with pytest.warns(UserWarning, match="importance of every module is 0"):
@@ -449,7 +448,7 @@ def test_components_without_a_direction_stay_random():
 @pytest.mark.parametrize("stop", [3, 4, 5, 13, 14])
 @pytest.mark.parametrize("make", [adapted, of_kinds])
 def test_a_resumed_training_is_the_uninterrupted_one(make, stop):
-    options = {"init_new": "gradient", "dtype": torch.float32, "lora_dropout": 0.1}
+    options = {"dtype": torch.float32, "lora_dropout": 0.1}
 
     def start(seed):
         torch.manual_seed(seed)
@@ -546,13 +545,13 @@ def test_a_state_of_the_other_importance_is_told_and_goes_on(first, second):
 
 
 def test_the_export_is_a_plain_lora_as_ever(tmp_path):
-    model = adapted(init_new="gradient", dtype=torch.float32, importance_window="auto", top_h=None)
+    model = adapted(dtype=torch.float32, importance_window="auto", top_h=None)
     optimizer = adamw(model)
     scheduler = attach(model, optimizer, total_steps=60)
     train(model, optimizer, 1, 60)
     scheduler.detach()
     model.save_pretrained(tmp_path / "adapter")
-    assert IncreLoraConfig.from_pretrained(str(tmp_path / "adapter")).init_new == "gradient"
+    assert IncreLoraConfig.from_pretrained(str(tmp_path / "adapter")).importance == "gradient"
     export_lora(tmp_path / "adapter", tmp_path / "lora")
     torch.manual_seed(3)
     plain = peft.PeftModel.from_pretrained(Chain(), tmp_path / "lora")

@@ -365,7 +365,6 @@ def test_steps_that_are_not_known_are_asked_for():
         ({"importance_norm": "mean"}, "importance_norm='mean'"),
         ({"importance_window": None}, "importance_window=None"),
         ({"advance_learning": True, "init_lora_weights": "svd"}, "advance_learning=True"),
-        ({"init_new": "gradient"}, "init_new='gradient'"),
     ],
 )
 def test_what_moving_does_not_use_is_refused(settings, name):

@@ -280,7 +280,7 @@ def test_a_first_step_at_learning_rate_zero_counts():
 
 
 def test_components_in_reserve_learn_where_no_component_counts_yet():
-    model = adapted(init_lora_weights="svd", scaling="rank", importance="gradient", init_new="random")
+    model = adapted(init_lora_weights="svd", scaling="rank", importance="gradient")
     optimizer = adamw(model)
     scheduler = attach(model, optimizer, total_steps=100)
     train(model, optimizer, 1, 100)

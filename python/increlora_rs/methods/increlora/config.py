@@ -14,6 +14,7 @@ from ...support import arguments
 from ...support.budget import Budget
 from ...support.names import rank_pattern
 from ...support.sites import Site
+from ...support.warning import warn
 
 
 @dataclass
@@ -71,11 +72,9 @@ class IncreLoraConfig(MethodConfig):
             from a small sketch of G that the backward passes since the last growth add up, those of the
             window at most. ``beta1`` and ``beta2`` then say nothing but how long the window "auto" is, and
             ``importance_norm`` must be left at "sqrt": the value of one component does not depend on the
-            module's size.
+            module's size. A new component starts from the leading singular vectors of what is left, as long
+            as random numbers would be (B = 0 stays 0), unless one was kept in reserve.
             "sensitivity": ``sum |dW * G|`` of what the module has (eq. 6 of the paper), 0 for one of rank 0.
-        init_new: What a new component starts from: "random" numbers, or the leading singular vectors of the
-            "gradient" that ``importance="gradient"`` chose by, as long as the random ones would be (B = 0
-            stays 0). Not with components in reserve. None: "gradient" where that can be, else "random".
         importance_norm: Divide a module's importance by "sqrt": sqrt(out in), as the authors' code
             does, or "mean": out in, as the paper prints.
         budget_unit: What the budget counts. "rank": components, ``r`` times the number of modules in all.
@@ -143,9 +142,6 @@ class IncreLoraConfig(MethodConfig):
         default="fluctuation",
         metadata={"help": "What ranks go by: how what a component does fluctuates, sum |dW * G|, or G."},
     )
-    init_new: Literal["random", "gradient"] | None = field(
-        default=None, metadata={"help": "What new components start from."}
-    )
     budget_unit: Literal["rank", "parameters"] | None = field(
         default=None, metadata={"help": "What the budget counts: components, or their parameters."}
     )
@@ -173,10 +169,22 @@ class IncreLoraConfig(MethodConfig):
             "importance": "sensitivity",
             "importance_window": None,
             "importance_norm": "sqrt",
-            "init_new": "random",
             "budget_unit": "rank",
         }
         return cls(**(values | kwargs))
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> Any:
+        """As PEFT's. A saved ``init_new``, once an option, is dropped where it follows from the others, else
+        told."""
+        begun = kwargs.pop("init_new", None)
+        config = super().from_peft_type(**kwargs)
+        if begun == "random" and isinstance(config, cls) and config.follows_gradient:
+            warn(
+                "init_new='random' of the saved configuration is no option any more: by "
+                "importance='gradient' new components start along the gradient. What was trained stays."
+            )
+        return config
 
     @property
     def first_rank(self) -> int:
@@ -224,10 +232,8 @@ class IncreLoraConfig(MethodConfig):
 
     @property
     def follows_gradient(self) -> bool:
-        """Do new components start from the gradient's directions (``init_new``, None resolved)?"""
-        if self.init_new is None:
-            return self.importance == "gradient" and not self.uses_reserve
-        return self.init_new == "gradient"
+        """Do new components start from the gradient's directions? One in reserve was drawn long before."""
+        return self.importance == "gradient" and not self.uses_reserve
 
     @property
     def orthogonality_weight(self) -> float:
@@ -352,7 +358,6 @@ class IncreLoraConfig(MethodConfig):
         arguments.choice("scaling", self.scaling, ("budget", "rank"))
         arguments.choice("importance_norm", self.importance_norm, ("sqrt", "mean"))
         arguments.choice("budget_unit", self.budget_unit, ("rank", "parameters", None))
-        arguments.choice("init_new", self.init_new, ("random", "gradient", None))
         arguments.choice("advance_learning", self.advance_learning, (True, False, None))
         for name in ("restart_warmup", "preserve_output"):
             arguments.choice(name, getattr(self, name), (True, False))
@@ -382,16 +387,6 @@ class IncreLoraConfig(MethodConfig):
             raise ValueError(
                 "preserve_output=False needs scaling='rank': with scaling='budget' no growth changes what "
                 "the module does; set both, or leave preserve_output out."
-            )
-        if self.init_new == "gradient" and self.importance != "gradient":
-            raise ValueError(
-                f"init_new='gradient' needs importance='gradient', not {self.importance!r}, which "
-                "does not look for directions; set both, or leave init_new out."
-            )
-        if self.init_new == "gradient" and self.uses_reserve:
-            raise ValueError(
-                "init_new='gradient' and advance_learning=True: a component in reserve was drawn long before "
-                "the growth that makes it count; set advance_learning=False, or leave init_new out."
             )
 
     def _check_moves(self) -> None:
