@@ -29,6 +29,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from benches.beds.arms import names  # noqa: E402
+from benches.beds.curve import draw  # noqa: E402
 from benches.beds.overview import by_budget, by_size  # noqa: E402
 from benches.beds.recorded import Recorded, sizes  # noqa: E402
 from benches.beds.report import ceiling_note, tables  # noqa: E402
@@ -173,6 +174,7 @@ def _draw() -> None:
     draw_overview(Overview(selected(_COMPARED, None))).savefig(HERE / "parameters.png", bbox_inches="tight")
     (grown,) = selected(_GROWN, _GROWN_ON)
     draw_mean_ranks(grown, grown.rows).savefig(HERE / "ranks.png", bbox_inches="tight")
+    draw(Recorded(*bed("lora,increlora", "planted")), HERE / "planted.png")
     (eight,) = summarise(recorded("all", "eight"))
     draw_costs(eight).savefig(HERE / "eight.png", bbox_inches="tight")
 
