@@ -40,7 +40,6 @@ SCENARIOS = {
 # Of these one process has no like: what it multiplies is rounded.
 ROUNDED = ("bfloat16",)
 _FORMS = {
-    "gradient": {"importance": "gradient", "init_new": "gradient"},
     "from nothing": {"init_r": 0, "importance_window": 2},
     "sensitivity": {"importance": "sensitivity"},
 }
