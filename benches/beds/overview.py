@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 from increlora_rs.compare.methods import Method
 from increlora_rs.compare.results import Record
 
 from ..tables import Table, number
 from .arms import CEILING, REFERENCE, is_possible
 from .plan import Plan
-from .report import log_gains
+from .report import log_gains, mean_of, ratio, share, wins
 from .signflip import p_value
 
 
@@ -35,16 +33,9 @@ def by_budget(plan: Plan) -> Table:
 def _cell(plan: Plan, records: Mapping[int, Record], plain: Mapping[int, Record]) -> str:
     if not records:
         return ""
-    mean = f"{np.mean([record['score'] for record in records.values()]):.3g}"
-    ratio = _ratio(plan, records, plain)
-    return mean if ratio is None else f"{mean} ({number(ratio)})"
-
-
-def _ratio(plan: Plan, records: Mapping[int, Record], plain: Mapping[int, Record]) -> float | None:
-    """The geometric mean of a figure over another's of the same seed; None where they share no seed."""
-    logs = log_gains(plan.comparison.figure, records, plain)
-    sign = 1.0 if plan.comparison.figure.higher_is_better else -1.0
-    return math.exp(sign * float(np.mean(logs))) if logs else None
+    figure, mean = plan.comparison.figure, f"{mean_of(records, 'score'):.3g}"
+    logs = log_gains(figure, records, plain)
+    return f"{mean} ({number(ratio(figure, logs))})" if logs else mean
 
 
 def by_size(plans: Sequence[Plan], told: Sequence[str]) -> Table:
@@ -75,15 +66,14 @@ def _said(value: object) -> str:
 def _row(
     plan: Plan, records: Mapping[int, Record], plain: Mapping[int, Record], ceiling: Mapping[int, Record]
 ) -> list[object]:
-    logs = log_gains(plan.comparison.figure, records, plain)
-    ratio, of_ceiling = _ratio(plan, records, plain), _ratio(plan, records, ceiling)
-    shares = [record["share"] for record in records.values() if record["share"] is not None]
+    figure = plan.comparison.figure
+    logs, to_ceiling = log_gains(figure, records, plain), log_gains(figure, records, ceiling)
     return [
-        f"{np.mean([record['score'] for record in plain.values()]):.3g}",
-        f"{np.mean([record['score'] for record in records.values()]):.3g}",
-        "" if ratio is None else ratio,
-        f"{sum(log > 0.0 for log in logs)}/{len(logs)}",
+        f"{mean_of(plain, 'score'):.3g}",
+        f"{mean_of(records, 'score'):.3g}",
+        ratio(figure, logs),
+        wins(logs),
         p_value(logs),
-        "" if of_ceiling is None else of_ceiling,
-        float(np.mean(shares)) if shares else "",
+        ratio(figure, to_ceiling),
+        share(records),
     ]

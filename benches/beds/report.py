@@ -46,7 +46,8 @@ def _table(plan: Plan, r: float) -> Table:
         f"over {REFERENCE}'s of the same seed; wins: seeds on which the arm is better; p: exact sign-flip "
         "test."
     ]
-    notes += ceiling_note(plan, r)
+    ceiling = next((records for name, records in found.items() if name.split(":")[0] == CEILING), {})
+    notes += ceiling_note(comparison.figure, ceiling, plain)
     edges = [
         name for arm in comparison.arms if (name := str(arm)) in found and _at_edge(comparison, plan, arm, r)
     ]
@@ -57,13 +58,6 @@ def _table(plan: Plan, r: float) -> Table:
         if records:
             table.add(*_row(comparison.figure, name, records, plain))
     return table
-
-
-def ceiling_note(plan: Plan, r: float) -> list[str]:
-    """Whether the ceiling is ahead of uniform LoRA by enough for the bed to say where ranks belong; empty
-    where there are no two seeds of both."""
-    arms = {arm.name: plan.paired(arm, r) for arm in plan.comparison.arms if is_possible(arm, r)}
-    return _ceiling_note(plan.comparison.figure, arms.get(CEILING, {}), arms.get(REFERENCE, {}))
 
 
 def _at_edge(comparison: Comparison, plan: Plan, arm: Method, r: float) -> bool:
@@ -79,21 +73,41 @@ def _row(
     counts = [record["parameters"] for record in records.values()]
     final, peak = (float(np.mean([count[key] for count in counts])) for key in ("final", "peak"))
     uniform = [record["parameters"]["final"] for record in plain.values()]
-    shares = [record["share"] for record in records.values() if record["share"] is not None]
     compared = bool(logs) and name != REFERENCE
-    sign = 1.0 if figure.higher_is_better else -1.0
     return [
         name,
         f"{first['config']['lr']:g}",
-        f"{np.mean([record['score'] for record in records.values()]):.4g}",
-        f"{math.exp(sign * float(np.mean(logs))):.4g}" if compared else "",
-        f"{sum(log > 0.0 for log in logs)}/{len(logs)}" if compared else "",
+        f"{mean_of(records, 'score'):.4g}",
+        f"{ratio(figure, logs):.4g}" if compared else "",
+        wins(logs) if compared else "",
         number(p_value(logs)) if compared else "",
         f"{final:.0f} ({peak:.0f})",
         number(final / float(np.mean(uniform))) if uniform else "",
-        number(float(np.mean(shares))) if shares else "",
-        f"{np.mean([record['seconds'] for record in records.values()]):.0f}",
+        share(records),
+        f"{mean_of(records, 'seconds'):.0f}",
     ]
+
+
+def mean_of(records: Mapping[int, Record], what: str) -> float:
+    """The mean of a number of the runs."""
+    return float(np.mean([record[what] for record in records.values()]))
+
+
+def share(records: Mapping[int, Record]) -> str:
+    """The mean share of the components in planted modules; empty where none is planted."""
+    shares = [record["share"] for record in records.values() if record["share"] is not None]
+    return number(float(np.mean(shares))) if shares else ""
+
+
+def ratio(figure: Figure, logs: Sequence[float]) -> float:
+    """The geometric mean of an arm's figure over another's, of what :func:`log_gains` gave."""
+    sign = 1.0 if figure.higher_is_better else -1.0
+    return math.exp(sign * float(np.mean(logs)))
+
+
+def wins(logs: Sequence[float]) -> str:
+    """On how many of the seeds the arm is better."""
+    return f"{sum(log > 0.0 for log in logs)}/{len(logs)}"
 
 
 def log_gains(figure: Figure, records: Mapping[int, Record], plain: Mapping[int, Record]) -> list[float]:
@@ -105,7 +119,9 @@ def log_gains(figure: Figure, records: Mapping[int, Record], plain: Mapping[int,
     ]
 
 
-def _ceiling_note(figure: Figure, ceiling: Mapping[int, Record], plain: Mapping[int, Record]) -> list[str]:
+def ceiling_note(figure: Figure, ceiling: Mapping[int, Record], plain: Mapping[int, Record]) -> list[str]:
+    """Whether the ceiling is ahead of uniform LoRA by enough for the bed to say where ranks belong; empty
+    where there are no two seeds of both."""
     logs = log_gains(figure, ceiling, plain)
     if len(logs) < 2:
         return []

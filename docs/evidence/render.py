@@ -28,7 +28,7 @@ from increlora_rs.compare.summary import Comparison, difference_of, markdown_tab
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from benches.beds.arms import names  # noqa: E402
+from benches.beds.arms import CEILING, REFERENCE, names  # noqa: E402
 from benches.beds.curve import draw  # noqa: E402
 from benches.beds.overview import by_budget, by_size  # noqa: E402
 from benches.beds.recorded import Recorded, sizes  # noqa: E402
@@ -116,7 +116,7 @@ def fewer(method: str, tasks: str, r: float, r_of_lora: float) -> str:
             [
                 comparison.task,
                 *[f"{row.mean('parameters', 'adapter'):,.0f}" for row in (lora, ours)],
-                *[f"{row.score.text()}" for row in (lora, ours)],
+                *[row.score.text() for row in (lora, ours)],
                 *["" if spread is None else spread.text() for spread in differences],
             ]
         )
@@ -150,7 +150,9 @@ def _at_budget(records: list[Record], arms: list[Method], r: str) -> str:
     """The table at a budget, and what the ceiling there says of the bed."""
     plan = Recorded([record for record in records if record["config"]["r"] == float(r)], arms)
     (table,) = tables(plan)
-    return "\n\n".join([_table(table.header, table.rows), *ceiling_note(plan, float(r))])
+    of = {arm.name: plan.paired(arm, float(r)) for arm in arms}
+    note = ceiling_note(plan.comparison.figure, of.get(CEILING, {}), of.get(REFERENCE, {}))
+    return "\n\n".join([_table(table.header, table.rows), *note])
 
 
 def _by_budget(records: list[Record], arms: list[Method], _: str | None) -> str:

@@ -439,8 +439,8 @@ def test_a_ceiling_that_is_not_ahead_is_told():
     plain = {seed: record_of(1.0) for seed in range(4)}
     near = {seed: record_of(1.0 + 0.01 * (-1) ** seed) for seed in range(4)}
     far = {seed: record_of(0.5 + 0.01 * seed) for seed in range(4)}
-    assert "says nothing" in report._ceiling_note(LOWER, near, plain)[0]
-    assert "says nothing" not in report._ceiling_note(LOWER, far, plain)[0]
+    assert "says nothing" in report.ceiling_note(LOWER, near, plain)[0]
+    assert "says nothing" not in report.ceiling_note(LOWER, far, plain)[0]
 
 
 def test_the_results_are_lines_of_json_with_all_options(tiny, tmp_path):
