@@ -21,6 +21,7 @@ from ..support.experts import expert_names_of
 from ..support.files import refuse_own_directory, staged
 from ..support.lowrank import svd_of_product
 from ..support.names import rank_pattern
+from .dtypes import in_dtype
 from .lora_format import lora_tensors
 from .reading import SavedAdapter, read
 
@@ -200,13 +201,7 @@ def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _cast(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is not None and tensor.is_floating_point():
-        largest = float(tensor.abs().max()) if tensor.numel() else 0.0
-        if largest > torch.finfo(dtype).max:
-            raise ValueError(
-                f"dtype={dtype}: {key} holds {largest:g}, and the largest number of this dtype is "
-                f"{torch.finfo(dtype).max:g}; take torch.bfloat16 or torch.float32."
-            )
-        tensor = tensor.to(dtype)
+        tensor = in_dtype(tensor, dtype, key, "torch.bfloat16 or torch.float32")
     return tensor.contiguous()
 
 

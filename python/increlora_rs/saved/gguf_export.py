@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ..support.files import staged_file
+from .dtypes import in_dtype
 from .gguf_bases import GgufBase, gguf_base
 from .reading import SavedAdapter, read
 
@@ -168,10 +169,4 @@ def _pairs(adapter: SavedAdapter, base: GgufBase) -> dict[str, tuple[Tensor, Ten
 
 def _numbers(tensor: Tensor, dtype: torch.dtype, what: str) -> Any:
     """The numpy array of a tensor's values in ``dtype``."""
-    largest = float(tensor.abs().max())
-    if largest > torch.finfo(dtype).max:
-        raise ValueError(
-            f"dtype={dtype}: {what} holds {largest:g}, and the largest number of this dtype is "
-            f"{torch.finfo(dtype).max:g}; take torch.float32."
-        )
-    return tensor.to("cpu", dtype).contiguous().numpy()
+    return in_dtype(tensor, dtype, what, "torch.float32").cpu().contiguous().numpy()
