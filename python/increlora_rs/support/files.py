@@ -64,9 +64,7 @@ def staged(target: Path) -> Iterator[Path]:
         for file in sorted(path for path in stage.rglob("*") if path.is_file()):
             goal = target / file.relative_to(stage)
             goal.parent.mkdir(parents=True, exist_ok=True)
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(file, goal)
+            _put(file, goal)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -78,11 +76,16 @@ def staged_file(target: Path) -> Iterator[Path]:
     stage = target.with_name(f"{_STAGE}{target.name}")
     try:
         yield stage
-        with open(stage, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(stage, target)
+        _put(stage, target)
     finally:
         stage.unlink(missing_ok=True)
+
+
+def _put(file: Path, goal: Path) -> None:
+    """Replaces ``goal`` by ``file``, whose bytes are on the disk before."""
+    with open(file, "rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(file, goal)
 
 
 def refuse_own_directory(source: object, target: Path) -> None:
