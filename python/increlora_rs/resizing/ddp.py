@@ -27,17 +27,17 @@ def find_ddps(model: nn.Module) -> list[DistributedDataParallel]:
         return []
     parameters = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     known = [ddp for each in _found.get(model, ()) if (ddp := each()) is not None]
-    if known and parameters <= set().union(*map(_held, known)):
+    if known and parameters <= set().union(*map(held_by, known)):
         return known
     # By type: asking some of torch's own objects for their class warns.
     candidates = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
-    found = [ddp for ddp in candidates if parameters & _held(ddp)]
+    found = [ddp for ddp in candidates if parameters & held_by(ddp)]
     _found[model] = [weakref.ref(ddp) for ddp in found]
     return found
 
 
-def _held(ddp: DistributedDataParallel) -> set[int]:
-    # Without what it was told to leave alone.
+def held_by(ddp: DistributedDataParallel) -> set[int]:
+    """Identities of the parameters that it averages, without those that it was told to leave alone."""
     internal: Any = ddp
     return {id(parameter) for parameter in internal._module_parameters}
 

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.tensor import DTensor
 
 from ..layers import AdaptedLayer
+from ..layers.found import all_adapted_layers
 from .fit import unwrapped_optimizer
 
 _STATE, _GROUPS, _MEMBERS = "state", "param_groups", "params"
@@ -193,8 +194,7 @@ def _destinations(model: nn.Module, saved: _Saved) -> tuple[dict[str, Tensor], d
     parameters = {_plain(name): parameter for name, parameter in model.named_parameters()}
     growing = _growing(model)
     saved.prefix = _prefix(growing, saved)
-    layers = (module for module in model.modules() if isinstance(module, AdaptedLayer))
-    saved.factors = frozenset(name for layer in layers for name in layer.structure.names)
+    saved.factors = frozenset(name for layer in all_adapted_layers(model) for name in layer.structure.names)
     _check_names(parameters, saved)
     factors: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import AdaptedLayer
+from ..layers.found import all_adapted_layers
 from ..ops.probe import Probe
 from ..resizing.optimizer_starts import is_a, kinds
 from ..resizing.optimizer_state import note_wrapper
@@ -190,9 +191,7 @@ ATTACHED: WeakKeyDictionary[Any, Probe] = WeakKeyDictionary()
 
 def schedulers_of(model: nn.Module) -> list[Any]:
     """The schedulers that are attached to adapters of ``model``."""
-    probes = dict.fromkeys(
-        p for module in model.modules() if isinstance(module, AdaptedLayer) for p in module.probes.values()
-    )
+    probes = dict.fromkeys(probe for layer in all_adapted_layers(model) for probe in layer.probes.values())
     schedulers = {probe: scheduler for scheduler, probe in ATTACHED.items()}
     return [schedulers[probe] for probe in probes if probe in schedulers]
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..resizing.ddp import find_ddps
+from ..resizing.ddp import find_ddps, held_by
 from .alike import differing
 from .distributed import several_processes
 from .modules import AdaptedModule
@@ -105,7 +105,7 @@ class Replicas:
         if any(ddp._join_config.enable for ddp in ddps):
             # A process that has no more data takes part in DDP's communication alone.
             return False
-        held = {id(parameter) for ddp in ddps for parameter in ddp._module_parameters}
+        held = set().union(*map(held_by, ddps))
         ours = {id(parameter) for module in self._modules for parameter in module.factors}
         return self._steps <= 2 or not ours <= held
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..layers import AdaptedLayer
+from ..layers.found import all_adapted_layers
 
 _WHOLE = (
     "Leave the adapter whole: fully_shard(module, ignored_params=increlora_rs.adapter_parameters(model)) in "
@@ -34,7 +34,7 @@ def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
     Raises:
         ValueError: the model has no adapter of increlora_rs.
     """
-    layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
+    layers = all_adapted_layers(model)
     if not layers:
         raise ValueError(
             f"model: a {type(model).__name__} without an adapter of increlora_rs; make it with "

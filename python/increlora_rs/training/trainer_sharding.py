@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from ..layers import AdaptedLayer
+from ..layers.found import all_adapted_layers
 from .sharding import adapter_parameters
 
 
@@ -24,7 +24,7 @@ def leave_adapter_whole(model: nn.Module, device: torch.device) -> None:
     """
     # What the Trainer's Accelerator, or `accelerate launch`, has set.
     plugin: Any = AcceleratorState._shared_state.get("fsdp_plugin")
-    layers = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
+    layers = all_adapted_layers(model)
     if not layers or getattr(plugin, "fsdp_version", None) != 2:
         return
     if plugin.cpu_ram_efficient_loading:
