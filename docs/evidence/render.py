@@ -45,7 +45,7 @@ _BLOCK = re.compile(
 )
 # The chart of parameters has these methods (a seed of rslora that did not learn would stretch its scale),
 # that of ranks those that grow, on one task.
-_COMPARED = "lora,adalora,paper,increlora:importance=gradient"
+_COMPARED = "lora,adalora,paper,increlora,increlora:importance=gradient"
 _GROWN = "increlora:importance=gradient,increlora:growth_end=0.6,importance=sensitivity"
 _GROWN_ON = "STS-B"
 
