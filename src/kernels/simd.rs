@@ -51,10 +51,8 @@ pub unsafe trait Simd: Copy {
     /// Adds the sum of the lanes of each to a value of its own at `to`.
     #[inline(always)]
     unsafe fn add_sums<const N: usize>(values: &[Self; N], to: *mut f32) {
-        for (n, value) in values.iter().enumerate() {
-            // SAFETY: as the caller promises.
-            unsafe { *to.add(n) += value.sum() };
-        }
+        // SAFETY: as the caller promises.
+        unsafe { add_each_sum(values, to) };
     }
 
     /// Transposes 16 x 16 elements of 16 bits: rows `stride` apart at `from`, columns `to_stride` at `to`.
@@ -84,6 +82,18 @@ pub unsafe trait Simd: Copy {
             }
         }
         kept
+    }
+}
+
+/// [`Simd::add_sums`], a vector after the other.
+///
+/// # Safety
+/// As for the method.
+#[inline(always)]
+unsafe fn add_each_sum<V: Simd, const N: usize>(values: &[V; N], to: *mut f32) {
+    for (n, value) in values.iter().enumerate() {
+        // SAFETY: as the caller promises.
+        unsafe { *to.add(n) += value.sum() };
     }
 }
 

@@ -4,7 +4,7 @@
 #![allow(clippy::missing_safety_doc)]
 
 use super::super::philox::{MULTIPLIERS, WEYL};
-use super::Simd;
+use super::{add_each_sum, Simd};
 use std::arch::x86_64::*;
 
 /// High and low words of `factor * values`, 16 lanes.
@@ -241,9 +241,7 @@ unsafe impl Simd for Avx512 {
                 _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), sums));
                 return;
             }
-            for (n, value) in values.iter().enumerate() {
-                *to.add(n) += value.sum();
-            }
+            add_each_sum(values, to);
         }
     }
     #[inline(always)]

@@ -21,7 +21,7 @@ pub struct Panels<'a> {
 impl<'a> Panels<'a> {
     /// Values of one of `factor`'s matrices.
     pub fn length(factor: Factor<'_>) -> usize {
-        factor.columns.next_multiple_of(BLOCK) * factor.rows
+        length(factor.rows, factor.columns)
     }
 
     /// The values of `factor` in this order.
@@ -59,7 +59,7 @@ impl<'a> Panels<'a> {
     /// Where the values of a slice begin.
     #[inline(always)]
     pub fn start(&self, slice: usize) -> usize {
-        slice * self.columns.next_multiple_of(BLOCK) * self.rows
+        slice * length(self.rows, self.columns)
     }
 
     /// One of the matrices.
@@ -84,6 +84,11 @@ impl<'a> Panels<'a> {
         // SAFETY: as the caller promises.
         unsafe { self.values.as_ptr().add(Self::place(column, row, self.rows)) }
     }
+}
+
+#[inline(always)]
+fn length(rows: usize, columns: usize) -> usize {
+    columns.next_multiple_of(BLOCK) * rows
 }
 
 /// Every run of neighbours: its place in the values of `factor`, its place in panels, its length.
