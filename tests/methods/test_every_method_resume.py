@@ -2,16 +2,14 @@
 Trainer's checkpoint, in one process and in two."""
 
 import io
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import peft
 import pytest
 import torch
 from increlora_rs import IncreLoraCallback, attach
 from increlora_rs.methods import METHODS
+from launches import WORKERS, torchrun
 from method_cases import (
     CASES,
     EVERY,
@@ -29,7 +27,6 @@ from rows import Rows
 from transformers import Trainer, TrainingArguments
 
 STOP, STEPS = 5, 12
-WORKERS = Path(__file__).parents[1] / "helpers" / "workers"
 sys.path.insert(0, str(WORKERS))
 
 import every_method  # noqa: E402
@@ -169,16 +166,7 @@ def test_trainer_resumes_bit_for_bit_from_a_checkpoint_that_is_an_adapter(method
 def processes(tmp_path_factory):
     """What each of two processes got, of one launch for all methods and ways."""
     out = tmp_path_factory.mktemp("every_method")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(WORKERS / "every_method.py"), str(out), *(method.name for method in METHODS)]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(WORKERS.parent), os.environ.get("PYTHONPATH", "")]),
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(out / f"rank{k}.pt") for k in range(2)]
+    return torchrun(2, "every_method.py", out, *(method.name for method in METHODS))
 
 
 @pytest.mark.slow

@@ -3,10 +3,7 @@
 import copy
 import json
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import peft
 import pytest
@@ -17,6 +14,7 @@ from increlora_rs.methods import lorta
 from increlora_rs.ops.update import Call
 from increlora_rs.support.names import short
 from largest import Largest
+from launches import WORKERS, torchrun
 from method_cases import assert_equal_bits
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -39,10 +37,9 @@ from transformers import (
     T5Model,
 )
 
-WORKERS = Path(__file__).parents[1] / "helpers" / "workers"
 sys.path.insert(0, str(WORKERS))
 
-import shared_parameters  # noqa: E402
+import shared_parameters
 
 QKVO = ["query", "key", "value", "attention.output.dense"]
 WIDTH, HEADS, LAYERS, RANK = 24, 4, 3, 2
@@ -417,12 +414,7 @@ def test_a_shared_tensor_gets_its_gradient_once_whatever_the_checkpoints(nested)
 def processes(tmp_path_factory):
     """What each of two processes got, of one launch for all scenarios."""
     out = tmp_path_factory.mktemp("shared_parameters")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command += [str(WORKERS / "shared_parameters.py"), str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(out / f"rank{k}.pt") for k in range(2)]
+    return torchrun(2, "shared_parameters.py", out)
 
 
 @pytest.mark.slow

@@ -2,16 +2,13 @@
 
 import copy
 import io
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import peft
 import pytest
 import torch
 from growing import growing
 from increlora_rs import IncreLoraCallback, IncreLoraConfig, attach
+from launches import torchrun
 from paths import assert_near, assert_same_growth, assert_same_training
 from probes import armed_probe
 from torch import nn
@@ -460,24 +457,9 @@ def test_the_operations_keep_to_the_rules_of_torch_library(dropout, reserve, ske
     torch.library.opcheck(torch.ops.increlora.low_rank_linear.default, whole)
 
 
-def run_processes(worker, processes, *arguments):
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(worker)]
-    paths = os.pathsep.join([str(worker.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(
-        [sys.executable, *command, *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @pytest.mark.slow
 def test_compiled_models_train_under_distributed_data_parallel(tmp_path):
-    run_processes(Path(__file__).parents[1] / "helpers" / "workers" / "compiled.py", 2, tmp_path)
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2))
+    first, second = torchrun(2, "compiled.py", tmp_path, timeout=400, weights_only=False)
     for way in ("compiled, then wrapped", "wrapped, then compiled"):
         assert len(first[way]["history"]) >= 4
         assert first[way]["history"] == second[way]["history"]

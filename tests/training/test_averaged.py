@@ -1,18 +1,14 @@
 """An adapter that is whole in several processes is averaged by somebody, or the first step raises by name."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
+from launches import WORKERS, torchrun
 
-WORKERS = Path(__file__).parents[1] / "helpers" / "workers"
 sys.path.insert(0, str(WORKERS))
 
-import averaged  # noqa: E402
-import ddp  # noqa: E402
+import averaged
+import ddp
 
 pytestmark = pytest.mark.slow
 
@@ -21,13 +17,7 @@ pytestmark = pytest.mark.slow
 def scripts(tmp_path_factory):
     """What two processes got of each script."""
     out = tmp_path_factory.mktemp("averaged")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(WORKERS / "averaged.py"), str(out)]
-    paths = os.pathsep.join([str(WORKERS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[:3000]
-    return [torch.load(out / f"rank{k}.pt") for k in range(2)]
+    return torchrun(2, "averaged.py", out)
 
 
 @pytest.fixture(scope="module")

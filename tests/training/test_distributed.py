@@ -1,38 +1,25 @@
 """Several processes choose alike, stay identical bit for bit, and equal one process with the mean loss."""
 
 import gc
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from increlora_rs.resizing import ddp as buckets
+from launches import WORKERS, torchrun
 
-WORKERS = Path(__file__).parents[1] / "helpers" / "workers"
 sys.path.insert(0, str(WORKERS))
 
-import ddp  # noqa: E402
+import ddp
 
 pytestmark = pytest.mark.slow
-
-
-def torchrun(processes, script, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={processes}", str(WORKERS / script), *map(str, arguments)]
-    paths = os.pathsep.join([str(WORKERS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[:3000]
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
 def processes(request, tmp_path_factory):
     """(number, results of every process) of one launch for all scenarios."""
     out = tmp_path_factory.mktemp("ddp")
-    torchrun(request.param, "ddp.py", out)
-    return request.param, [torch.load(out / f"rank{k}.pt") for k in range(request.param)]
+    return request.param, torchrun(request.param, "ddp.py", out)
 
 
 @pytest.mark.parametrize("scenario", ddp.SCENARIOS)
@@ -79,8 +66,7 @@ def test_all_processes_are_told_of_a_growth_alike_and_have_the_same_average(proc
 def trainers(tmp_path_factory):
     """Results of two processes under Trainer."""
     out = tmp_path_factory.mktemp("trainer")
-    torchrun(2, "trainer.py", out)
-    return [torch.load(out / f"rank{k}.pt") for k in range(2)]
+    return torchrun(2, "trainer.py", out)
 
 
 @pytest.mark.parametrize("form", ["growing", "paper"])
@@ -130,8 +116,7 @@ def test_a_wrapper_that_is_gone_is_not_found(group_of_one):
 
 
 def test_a_module_that_one_process_calls_is_reached_in_all(tmp_path):
-    torchrun(2, "unreached.py", tmp_path)
-    first, second = (torch.load(tmp_path / f"rank{k}.pt") for k in range(2))
+    first, second = torchrun(2, "unreached.py", tmp_path)
     assert first == second
     for ranks, told in first.values():
         assert "['none']" in told[0]
@@ -141,7 +126,6 @@ def test_a_module_that_one_process_calls_is_reached_in_all(tmp_path):
 
 
 def test_an_earlier_adapter_loaded_in_the_middle_leaves_all_processes_equal(tmp_path):
-    torchrun(2, "reload.py", tmp_path)
-    (first, ranks), (second, others) = (torch.load(tmp_path / f"rank{k}.pt") for k in range(2))
+    (first, ranks), (second, others) = torchrun(2, "reload.py", tmp_path)
     assert ranks == others
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

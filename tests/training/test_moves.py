@@ -3,10 +3,7 @@
 import copy
 import io
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import peft
@@ -17,14 +14,14 @@ from increlora_rs import attach, growth_history, keep_average, rank_table
 from increlora_rs.contract.policy import Event, Policy
 from increlora_rs.methods.increlora.restart import RestartWarmup
 from increlora_rs.reports.plots import draw_growth, draw_scores
+from launches import WORKERS, torchrun
 from moving import MOVES, RANKS, STEPS, Moving, MovingWithReserve, adamw, adapted, backward, train, trainable
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim import swa_utils
 
-HELPERS = Path(__file__).parents[1] / "helpers"
-sys.path.insert(0, str(HELPERS / "workers"))
+sys.path.insert(0, str(WORKERS))
 
-import moves  # noqa: E402
+import moves
 
 FORMS = {"budget": {}, "rank": {"scaling": "rank"}}
 POLICIES = [Moving, MovingWithReserve]
@@ -405,13 +402,7 @@ def test_a_compiled_training_is_compiled_once_and_agrees_with_eager_mode(make_pl
 def processes(tmp_path_factory):
     """Results of two processes."""
     out = tmp_path_factory.mktemp("moves")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    paths = os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    command += [str(HELPERS / "workers" / "moves.py"), str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[:3000]
-    return [torch.load(out / f"rank{k}.pt") for k in range(2)]
+    return torchrun(2, "moves.py", out)
 
 
 @pytest.mark.slow

@@ -1,38 +1,25 @@
 """A base that fully_shard (FSDP2) shards over the processes, and an adapter that is left whole and grows."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from increlora_rs import adapter_parameters
+from launches import WORKERS, torchrun
 from torch import nn
 
-WORKERS = Path(__file__).parents[1] / "helpers" / "workers"
 sys.path.insert(0, str(WORKERS))
 
-import sharded  # noqa: E402
+import sharded
 
 slow = pytest.mark.slow
-
-
-def torchrun(processes, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={processes}", *map(str, arguments)]
-    paths = os.pathsep.join([str(WORKERS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[:3000]
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def processes(request, tmp_path_factory):
     """(number, results of every process) of one launch for all scenarios."""
     out = tmp_path_factory.mktemp("sharded")
-    torchrun(request.param, WORKERS / "sharded.py", out)
-    return request.param, [torch.load(out / f"rank{k}.pt") for k in range(request.param)]
+    return request.param, torchrun(request.param, "sharded.py", out)
 
 
 @slow
@@ -71,8 +58,7 @@ def test_a_training_that_one_process_saved_after_a_growth_goes_on_bit_for_bit(pr
 
 @slow
 def test_trainer_with_a_sharded_base_ends_as_under_ddp_and_resumes_bit_for_bit(tmp_path):
-    torchrun(2, WORKERS / "trainer_sharded.py", tmp_path)
-    first, second = (torch.load(tmp_path / f"rank{k}.pt") for k in range(2))
+    first, second = torchrun(2, "trainer_sharded.py", tmp_path)
     ours, like = first["fsdp"], first["ddp"]
     assert ours["sharded"] > like["sharded"] == 0
     assert [row[:3] for row in ours["history"]] == [row[:3] for row in like["history"]]

@@ -4,14 +4,13 @@ user's script, or DistributedDataParallel in one of its forms; each process save
 Usage: averaged.py OUT, where OUT/rank<N>.pt receives {script: result, or the text of the exception}.
 """
 
-import os
 import sys
-from pathlib import Path
 
 import ddp as whole
 import torch
 import torch.distributed as dist
 from increlora_rs import attach
+from launches import gloo, keep
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -119,13 +118,8 @@ def train(script, rank):
 
 
 def main():
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = int(os.environ["RANK"])
-    results = {script: train(script, rank) for script in sys.argv[2:] or (*RIGHT, *WRONG)}
-    torch.save(results, Path(sys.argv[1]) / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with gloo() as rank:
+        keep({script: train(script, rank) for script in sys.argv[2:] or (*RIGHT, *WRONG)}, rank)
 
 
 if __name__ == "__main__":

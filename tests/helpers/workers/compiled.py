@@ -3,14 +3,10 @@
 Usage: compiled.py OUT, where OUT/rank<N>.pt receives {way: result}.
 """
 
-import os
-import sys
-from pathlib import Path
-
 import torch
-import torch.distributed as dist
 from ddp import STEPS, loss_of, model_for, optimizer_of, result
 from increlora_rs import attach
+from launches import gloo, keep
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,13 +32,9 @@ def train(way, rank):
 
 
 def main():
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = int(os.environ["RANK"])
-    ways = ("eager", "compiled, then wrapped", "wrapped, then compiled")
-    torch.save({way: train(way, rank) for way in ways}, Path(sys.argv[1]) / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with gloo() as rank:
+        ways = ("eager", "compiled, then wrapped", "wrapped, then compiled")
+        keep({way: train(way, rank) for way in ways}, rank)
 
 
 if __name__ == "__main__":

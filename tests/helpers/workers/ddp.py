@@ -3,15 +3,11 @@
 Usage: ddp.py OUT, where OUT/rank<N>.pt receives {scenario: result}.
 """
 
-import os
-import sys
-from pathlib import Path
-
 import peft
 import torch
-import torch.distributed as dist
 from growing import growing
 from increlora_rs import IncreLoraConfig, attach, keep_average
+from launches import gloo, keep
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -119,13 +115,8 @@ def train_alone(scenario, processes):
 
 
 def main():
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = int(os.environ["RANK"])
-    results = {scenario: train_here(scenario, rank) for scenario in SCENARIOS}
-    torch.save(results, Path(sys.argv[1]) / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with gloo() as rank:
+        keep({scenario: train_here(scenario, rank) for scenario in SCENARIOS}, rank)
 
 
 if __name__ == "__main__":

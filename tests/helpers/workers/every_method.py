@@ -10,32 +10,21 @@ from pathlib import Path
 import peft
 import torch
 import torch.distributed as dist
+from bert_trainer import WITHOUT_DROPOUT, arguments, classifier
 from increlora_rs import IncreLoraCallback, attach
 from increlora_rs.methods import METHODS
+from launches import keep
 from method_cases import batch, optimizer_of, ranks_of, ready, trainable
 from rows import Rows
 from torch.nn.parallel import DistributedDataParallel
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import Trainer
 
 STOP, STEPS = 5, 12
 
 
 def base():
-    torch.manual_seed(7)
-    config = BertConfig(
-        vocab_size=99,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=32,
-        num_labels=3,
-        initializer_range=0.2,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
     # In float64, so that only the method, not rounding, can make two processes differ from one.
-    return BertForSequenceClassification(config).double()
+    return classifier(max_position_embeddings=32, **WITHOUT_DROPOUT).double()
 
 
 def result(method, model):
@@ -77,18 +66,7 @@ def in_a_loop(method, out, rank):
 def in_trainer(method, out, resume):
     trainer = Trainer(
         model=ready(method, base().float(), task_type="SEQ_CLS", lora_dropout=0.1),
-        args=TrainingArguments(
-            output_dir=str(out),
-            max_steps=STEPS,
-            per_device_train_batch_size=4,
-            learning_rate=5e-3,
-            warmup_steps=2,
-            save_steps=STOP,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            ddp_backend="gloo",
-        ),
+        args=arguments(out, STEPS, STOP, warmup_steps=2),
         train_dataset=Rows(64),
         callbacks=[IncreLoraCallback()],
     )
@@ -121,7 +99,7 @@ def main():
             for part in ("whole", "resumed"):
                 trained = in_trainer(method, out / method.name / "trainer", resume=part == "resumed")
                 results[method.name]["trainer", part] = trained
-    torch.save(results, out / f"rank{rank}.pt")
+    keep(results, rank)
     dist.barrier()
     # The end of a DDP may wait for ever for gloo's thread, which wants the GIL (torch 2.13).
     os._exit(0)

@@ -3,13 +3,9 @@
 Usage: moves.py OUT, where OUT/rank<N>.pt receives {way: result}.
 """
 
-import os
-import sys
-from pathlib import Path
-
 import torch
-import torch.distributed as dist
 from increlora_rs import attach, keep_average
+from launches import gloo, keep
 from moving import STEPS, Moving, adamw, adapted, trainable
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -70,12 +66,8 @@ def train_alone(processes):
 
 
 def main():
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = int(os.environ["RANK"])
-    torch.save({way: train_here(way, rank) for way in WAYS}, Path(sys.argv[1]) / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with gloo() as rank:
+        keep({way: train_here(way, rank) for way in WAYS}, rank)
 
 
 if __name__ == "__main__":

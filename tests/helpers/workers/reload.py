@@ -5,22 +5,18 @@ Usage: reload.py OUT, where OUT/rank<N>.pt receives (parameters, ranks).
 """
 
 import copy
-import os
-import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from growing import growing
 from increlora_rs import attach
+from launches import gloo, keep
 from peft import get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-def main():
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def train():
     torch.manual_seed(0)
     config = growing(r=3, target_modules=["0", "2"])
     model = get_peft_model(nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12)), config)
@@ -35,10 +31,12 @@ def main():
         net(torch.randn(4, 12)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    result = [p.detach() for p in model.parameters() if p.requires_grad], scheduler.ranks
-    torch.save(result, Path(sys.argv[1]) / f"rank{os.environ['RANK']}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return [p.detach() for p in model.parameters() if p.requires_grad], scheduler.ranks
+
+
+def main():
+    with gloo() as rank:
+        keep(train(), rank)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ whole; each process saves what it got.
 Usage: sharded.py OUT [SCENARIO ...], where OUT/rank<N>.pt receives {scenario: result}.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 from growing import growing
 from increlora_rs import IncreLoraConfig, adapter_parameters, attach
+from launches import gloo, keep
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -208,18 +208,14 @@ def train_alone(scenario, processes):
 
 
 def main():
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = int(os.environ["RANK"])
-    results = {}
-    for scenario in sys.argv[2:] or SCENARIOS:
-        results[scenario] = train_here(scenario, rank)
-        if scenario in RESUMED:
-            folder = Path(sys.argv[1]) / scenario.replace(" ", "_")
-            results[scenario]["resumed"] = train_in_two_parts(scenario, rank, folder)
-        torch.save(results, Path(sys.argv[1]) / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with gloo() as rank:
+        results = {}
+        for scenario in sys.argv[2:] or SCENARIOS:
+            results[scenario] = train_here(scenario, rank)
+            if scenario in RESUMED:
+                folder = Path(sys.argv[1]) / scenario.replace(" ", "_")
+                results[scenario]["resumed"] = train_in_two_parts(scenario, rank, folder)
+        keep(results, rank)
 
 
 if __name__ == "__main__":

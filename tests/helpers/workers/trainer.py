@@ -10,35 +10,20 @@ from pathlib import Path
 import peft
 import torch
 import torch.distributed as dist
+from bert_trainer import arguments, classifier
 from growing import growing
 from increlora_rs import IncreLoraCallback, IncreLoraConfig, attach
+from launches import keep
+from rows import Rows
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import Trainer
 
 STEPS = 20
 STOP = 9
 
 
-class Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 64
-
-    def __getitem__(self, i):
-        ids = torch.randint(5, 99, (8,), generator=torch.Generator().manual_seed(i))
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[0] % 3}
-
-
 def adapted(make):
-    torch.manual_seed(7)
-    config = BertConfig(
-        vocab_size=99,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        num_labels=3,
-    )
     adapter = make(
         task_type="SEQ_CLS",
         r=3,
@@ -48,25 +33,14 @@ def adapted(make):
         deltaT=4,
         top_h=3,
     )
-    return peft.get_peft_model(BertForSequenceClassification(config), adapter)
+    return peft.get_peft_model(classifier(), adapter)
 
 
 def train(make, out, resume):
     callback = IncreLoraCallback()
     trainer = Trainer(
         model=adapted(make),
-        args=TrainingArguments(
-            output_dir=str(out),
-            max_steps=STEPS,
-            per_device_train_batch_size=4,
-            learning_rate=5e-3,
-            warmup_steps=2,
-            save_steps=STOP,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            ddp_backend="gloo",
-        ),
+        args=arguments(out, STEPS, STOP, warmup_steps=2),
         train_dataset=Rows(),
         callbacks=[callback],
     )
@@ -97,7 +71,7 @@ def main():
         results[name, "whole"] = train(make, out / name, resume=False)
         results[name, "resumed"] = train(make, out / name, resume=True)
     results["sharded"] = sharded()
-    torch.save(results, out / f"rank{rank}.pt")
+    keep(results, rank)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from bert_trainer import WITHOUT_DROPOUT, arguments, classifier
 from growing import growing
 from increlora_rs import IncreLoraCallback
+from launches import keep
+from rows import Rows
 from torch.distributed.tensor import DTensor
-from trainer import Rows
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import Trainer
 
 STEPS, STOP = 12, 7
 LAYERS = {"transformer_layer_cls_to_wrap": ["BertLayer"]}
@@ -42,23 +44,10 @@ def allow_on_the_cpu():
 
 
 def base():
-    torch.manual_seed(7)
-    config = BertConfig(
-        vocab_size=99,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        num_labels=3,
-        initializer_range=0.2,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return BertForSequenceClassification(config)
+    return classifier(**WITHOUT_DROPOUT)
 
 
 def adapted():
-    model = base()
     adapter = growing(
         task_type="SEQ_CLS",
         r=3,
@@ -68,7 +57,7 @@ def adapted():
         top_h=3,
         growth_end=0.2,
     )
-    return peft.get_peft_model(model, adapter)
+    return peft.get_peft_model(base(), adapter)
 
 
 def train(way, out, resume=False):
@@ -77,20 +66,7 @@ def train(way, out, resume=False):
     trainer = Trainer(
         # accelerate fills tensors in that have the checkpoint's sizes already.
         model=peft.PeftModel.from_pretrained(base(), checkpoint, is_trainable=True) if resume else adapted(),
-        args=TrainingArguments(
-            output_dir=str(out),
-            max_steps=STEPS,
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=2,
-            learning_rate=5e-3,
-            max_grad_norm=0.5,
-            save_steps=STOP,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            ddp_backend="gloo",
-            **WAYS[way],
-        ),
+        args=arguments(out, STEPS, STOP, gradient_accumulation_steps=2, max_grad_norm=0.5, **WAYS[way]),
         train_dataset=Rows(),
         callbacks=[callback],
     )
@@ -112,7 +88,7 @@ def main():
     # First, for what accelerate reads of the environment afterwards.
     results = {way: train(way, out / way) for way in WAYS}
     results["resumed"] = train("fsdp", out / "fsdp", resume=True)
-    torch.save(results, out / f"rank{rank}.pt")
+    keep(results, rank)
     dist.barrier()
     dist.destroy_process_group()
 

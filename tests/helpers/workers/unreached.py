@@ -3,15 +3,13 @@
 Usage: unreached.py OUT, where OUT/rank<N>.pt receives {importance: (ranks, warnings)}.
 """
 
-import os
-import sys
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from growing import growing
 from increlora_rs import attach
+from launches import gloo, keep
 from peft import get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -46,12 +44,8 @@ def train(importance):
 
 
 def main():
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    results = {importance: train(importance) for importance in ("gradient", "sensitivity")}
-    torch.save(results, Path(sys.argv[1]) / f"rank{os.environ['RANK']}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    with gloo() as rank:
+        keep({importance: train(importance) for importance in ("gradient", "sensitivity")}, rank)
 
 
 if __name__ == "__main__":
