@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-WORKER = Path(__file__).parent / "workers" / "llama_cpp.py"
+WORKER = Path(__file__).parent / "workers" / "llama_server.py"
 needed = pytest.mark.skipif(
     find_spec("xllamacpp") is None,
     reason="llama.cpp runs by the package xllamacpp, which is not installed; the extra 'test' has it, on "
