@@ -12,6 +12,7 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 from increlora_rs.contract.config import MethodConfig
 from increlora_rs.contract.method import Method
 from increlora_rs.methods import METHODS
@@ -117,6 +118,9 @@ class _Conformance:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         self.running, self.made = item, False
+        # What a test draws shall not depend on those before it: some compare what is rounded in two ways,
+        # within a bound that PEFT's LoRA, too, misses with one or two draws of a hundred.
+        torch.manual_seed(0)
         try:
             return (yield)
         finally:
