@@ -259,8 +259,14 @@ class MethodConfig(LoraConfig):
     def note_ranks(self, ranks: Mapping[str, int]) -> None:
         """Takes down the ranks of the modules, by full name, where they can be others than those that the
         configuration makes."""
-        if self.method.structure.growing and any(self.rank_at(name) != rank for name, rank in ranks.items()):
-            self.rank_pattern = rank_pattern(dict(ranks))
+        if not self.method.structure.growing:
+            return
+        pattern = rank_pattern(dict(ranks))
+        # What was taken down before has each module's own key, and looking them up is a search through all.
+        if list(self.rank_pattern) == list(pattern) or any(
+            self.rank_at(name) != rank for name, rank in ranks.items()
+        ):
+            self.rank_pattern = pattern
 
     def site_of(self, module: str, parameters: Mapping[str, Tensor]) -> Site:
         """A module as the saved adapter alone tells it."""

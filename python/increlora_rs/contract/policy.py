@@ -35,11 +35,13 @@ class AdaptedModule(Protocol):
         name: Full module name.
         layer: The adapted layer; its ``site``, ``configs``, ``scaling``.
         adapter: Name of the adapter.
+        births: Of each parameter the steps at which its rows were born.
     """
 
     name: str
     layer: Any
     adapter: str
+    births: list[list[int]]
 
     @property
     def structure(self) -> Any:

@@ -212,7 +212,8 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
 
     def rank(self, adapter_name: str) -> int:
         """The rank, as the parameters' sizes tell it."""
-        return int(self.structure.rank_of(self.tensors(adapter_name)))
+        factors = dict(zip(self.structure.names, self.factors(adapter_name), strict=True))
+        return int(self.structure.rank_of(factors))
 
     def acting_rank(self, adapter_name: str) -> int:
         """The rank of what acts: without components that a method has masked."""
@@ -221,9 +222,13 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
 
     def factors(self, adapter_name: str) -> tuple[nn.Parameter, ...]:
         """The parameters, in the order of ``structure.names``."""
-        # mypy knows no module of a ModuleDict by its class.
+        return tuple(map(_weight, self.held_factors(adapter_name)))
+
+    def held_factors(self, adapter_name: str) -> list[Factor]:
+        """What holds the parameters, in the order of ``structure.names``."""
+        # A training asks all layers at every event: the lookups of nn.Module would take most of its time.
         held: Any = self._modules
-        return tuple(held[factor][adapter_name].weight for factor in self.structure.names)
+        return [held[factor]._modules[adapter_name] for factor in self.structure.names]
 
     def tensors(self, adapter_name: str) -> dict[str, Tensor]:
         """The parameters by their names, and what belongs to them without being trained."""
@@ -438,3 +443,9 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
 
     def __repr__(self) -> str:
         return f"{self._method}.{super().__repr__()}"
+
+
+def _weight(held: Factor) -> nn.Parameter:
+    # By torch.nn.utils.parametrize, or where a model is sharded, it is no parameter of its own.
+    weight = held._parameters.get("weight")
+    return held.weight if weight is None else weight

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -127,10 +128,16 @@ _KNOWN: dict[str, dict[str, Entry]] = {
 }
 
 
-def kinds(optimizer: Any) -> Iterator[str]:
+def kinds(optimizer: Any) -> tuple[str, ...]:
     """The optimizer's class and those that it inherits from, the nearest first, as "torch.AdamW"."""
-    for cls in type(optimizer).__mro__:
-        yield f"{cls.__module__.partition('.')[0]}.{cls.__qualname__}"
+    found: Any = type(optimizer)
+    return _kinds_of(found)
+
+
+# Asked for every parameter at every event.
+@functools.lru_cache(maxsize=64)
+def _kinds_of(found: type) -> tuple[str, ...]:
+    return tuple(f"{cls.__module__.partition('.')[0]}.{cls.__qualname__}" for cls in found.__mro__)
 
 
 def is_a(optimizer: torch.optim.Optimizer, kind: str) -> bool:
@@ -138,10 +145,15 @@ def is_a(optimizer: torch.optim.Optimizer, kind: str) -> bool:
     return kind in kinds(optimizer)
 
 
-def known(optimizer: torch.optim.Optimizer) -> dict[str, Entry]:
+def known(optimizer: torch.optim.Optimizer) -> Mapping[str, Entry]:
     """What is known of the optimizer's state, by key."""
+    return _known_of(kinds(optimizer))
+
+
+@functools.lru_cache(maxsize=64)
+def _known_of(kinds: tuple[str, ...]) -> Mapping[str, Entry]:
     entries: dict[str, Entry] = {}
-    for kind in kinds(optimizer):
+    for kind in kinds:
         entries = _KNOWN.get(kind, {}) | entries
     return entries
 

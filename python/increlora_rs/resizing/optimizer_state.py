@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -31,6 +29,7 @@ class _Look:
         moves: How often rows had left these parameters then.
         parameters: Those of its parameters that had ever changed their size.
         sizes: Their numbers of elements.
+        places: By its id the group that a parameter was found in, and its position there.
     """
 
     state: Any
@@ -39,6 +38,7 @@ class _Look:
     moves: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     parameters: list[Tensor] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    places: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def sizes_now(self) -> list[int]:
         """As ``sizes``: ``p.data = other`` changes them, and tells nobody."""
@@ -260,13 +260,28 @@ def _look(optimizer: torch.optim.Optimizer) -> _Look:
 
 
 def _group(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
-    # An event asks for hundreds of parameters among thousands: the comparing loop must not be Python's.
-    is_it = partial(is_, parameter)
-    for group in optimizer.param_groups:
-        if any(map(is_it, group["params"])):
-            found: dict[str, Any] = group
-            return found
-    return {}
+    # An event asks for hundreds of parameters among thousands, so where they are is noted for all at once.
+    look = _look(optimizer)
+    found = _held_at(optimizer, look.places.get(id(parameter)), parameter)
+    if found is None:
+        look.places = {
+            id(held): (index, position)
+            for index, group in enumerate(optimizer.param_groups)
+            for position, held in enumerate(group["params"])
+        }
+        found = _held_at(optimizer, look.places.get(id(parameter)), parameter)
+    return {} if found is None else found
+
+
+def _held_at(
+    optimizer: torch.optim.Optimizer, place: tuple[int, int] | None, parameter: Tensor
+) -> dict[str, Any] | None:
+    """The group, if the parameter is still there: groups may have changed."""
+    if place is None or place[0] >= len(optimizer.param_groups):
+        return None
+    group: dict[str, Any] = optimizer.param_groups[place[0]]
+    held = group["params"]
+    return group if place[1] < len(held) and held[place[1]] is parameter else None
 
 
 def _in_groups(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[dict[Any, Any]]:

@@ -28,16 +28,17 @@ class Assigned:
 
     def note(self) -> None:
         """Takes what is there now."""
-        adapters = [(module.layer, module.adapter) for module in self._modules]
-        factors = [
-            getattr(layer, factor)[name] for layer, name in adapters for factor in layer.structure.names
-        ]
-        self._places = [factor._parameters for factor in factors]
+        held = [module.layer.held_factors(module.adapter) for module in self._modules]
+        self._places = [factor._parameters for factors in held for factor in factors]
         self._parameters: list[nn.Parameter | None] = [place.get("weight") for place in self._places]
+        self._were_replaced = False
+        self.note_sizes()
+
+    def note_sizes(self) -> None:
+        """Takes the sizes that parameters came to have, which are the same objects."""
         self._sizes = self._sizes_now()
         pairs = zip(self._parameters, self._sizes, strict=True)
         self._empty = [parameter for parameter, size in pairs if parameter is not None and size == 0]
-        self._were_replaced = False
 
     @property
     def empty(self) -> list[nn.Parameter]:

@@ -75,6 +75,11 @@ class Bystanders:
         """After a growth and all who were told of it, tells ``told`` of each average that it finds.
         ``before``: rows of the modules' parameters before it; ``changed``: the modules of which any came or
         went."""
+        # The look at all objects takes longer than a growth: only where there is something new to find.
+        first, self._looked = not self._looked, True
+        tensors = first and any(name in sys.modules for name in _OF_TENSORS)
+        if not (self._new_copies() or tensors):
+            return
         now, of_changed = [module.sizes for module in self._modules], set(map(id, changed))
         # An average of these has the right sizes, whether it followed or not.
         moved = {
@@ -82,11 +87,6 @@ class Bystanders:
             for module, old, new in zip(self._modules, before, now, strict=True)
             if old == new and id(module) in of_changed
         }
-        # The look at all objects takes longer than a growth: only where there is something new to find.
-        first, self._looked = not self._looked, True
-        tensors = first and any(name in sys.modules for name in _OF_TENSORS)
-        if not (self._new_copies() or tensors):
-            return
         for average in _living():
             if id(average) not in self._told and self._lags(average, before, moved):
                 self._told.add(id(average))

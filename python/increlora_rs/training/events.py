@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from .modules import AdaptedModule, Rows
 
 Cause = Literal["growth", "load", "detach"]
+# A module of which rows came or went: its index, itself, its parameters' rows before and now, what became of them.
+_Changed = tuple[int, AdaptedModule, tuple[int, ...], tuple[int, ...], Rows]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +82,7 @@ class SizeListeners:
         self._model, self._modules = model, modules
         self._callbacks: OrderedDict[int, Callable[[GrowthEvent], Any]] = OrderedDict()
         self.known = self._sizes()
-        self._rows()
+        list(self._changed("load"))
 
     def add(self, callback: Callable[[GrowthEvent], Any]) -> RemovableHandle:
         """Has ``callback`` called from now on.
@@ -102,31 +104,33 @@ class SizeListeners:
         Returns:
             The modules of which any did.
         """
-        before, rows = self.known, self._rows()
-        self.known = self._sizes()
-        of_all = zip(self._modules, before, self.known, rows, strict=True)
-        changed = [each for each in of_all if _changed(*each[1:])]
+        changed = list(self._changed(cause))
+        # A list of its own, for that of before may be in use.
+        self.known = list(self.known)
+        for k, _, _, now, _ in changed:
+            self.known[k] = now
         if changed and self._callbacks:
             event = GrowthEvent(step, cause, tuple(self._resizes(changed, cause)))
             # A callback may remove itself.
             for callback in tuple(self._callbacks.values()):
                 callback(event)
-        return [module for module, *_ in changed]
+        return [module for _, module, *_ in changed]
 
     def _sizes(self) -> list[tuple[int, ...]]:
         """Rows of the parameters of every module."""
         return [module.sizes for module in self._modules]
 
-    def _rows(self) -> list[Rows]:
-        """What became of the rows of every module."""
-        return [module.told(sizes) for module, sizes in zip(self._modules, self.known, strict=True)]
+    def _changed(self, cause: Cause) -> Iterator[_Changed]:
+        """What became of the rows of each module of which any came or went, since the last time."""
+        for k, (module, before) in enumerate(zip(self._modules, self.known, strict=True)):
+            rows = module.told(before, followed=cause == "growth")
+            if rows is not None:
+                yield k, module, before, module.sizes, rows
 
-    def _resizes(
-        self, changed: list[tuple[AdaptedModule, tuple[int, ...], tuple[int, ...], Rows]], cause: Cause
-    ) -> list[Resize]:
+    def _resizes(self, changed: list[_Changed], cause: Cause) -> list[Resize]:
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
         found = []
-        for module, before, now, rows in changed:
+        for _, module, before, now, rows in changed:
             rescaled = module.structure.rescaled if cause == "growth" else ()
             each = zip(module.structure.names, module.parameters, before, now, rows.kept, strict=True)
             for name, (parameter, dim, _), old, new, kept in each:
@@ -135,7 +139,3 @@ class SizeListeners:
                     resize = Resize(names[id(parameter)], parameter, dim, old, new, tuple(kept), factor)
                     found.append(resize)
         return found
-
-
-def _changed(before: tuple[int, ...], now: tuple[int, ...], rows: Rows) -> bool:
-    return before != now or tuple(map(len, rows.kept)) != before

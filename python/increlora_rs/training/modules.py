@@ -67,23 +67,17 @@ class AdaptedModule:
     _untold: Rows | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        #: What makes the update of the parameters.
+        self.structure: Any = self.layer.structure
+        #: The dimension of each parameter along which its rows lie.
+        self.dims = tuple(self.structure.growing.get(name, 0) for name in self.structure.names)
         if not self.births:
             self.births = [[] for _ in self.structure.names]
-
-    @property
-    def structure(self) -> Any:
-        """What makes the update of the parameters."""
-        return self.layer.structure
 
     @property
     def factors(self) -> tuple[nn.Parameter, ...]:
         """The parameters, in the order of ``structure.names``."""
         return self.layer.factors(self.adapter)
-
-    @property
-    def dims(self) -> list[int]:
-        """The dimension of each along which its rows lie."""
-        return [self.structure.growing.get(name, 0) for name in self.structure.names]
 
     @property
     def parameters(self) -> list[tuple[nn.Parameter, int, list[int]]]:
@@ -93,7 +87,7 @@ class AdaptedModule:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Rows of each parameter."""
-        return tuple(int(p.shape[dim]) for p, dim in zip(self.factors, self.dims, strict=True))
+        return tuple(map(Tensor.size, self.factors, self.dims))
 
     @property
     def rank(self) -> int:
@@ -167,8 +161,10 @@ class AdaptedModule:
             counted: Steps that the optimizer has counted, for a parameter that had no row before; None: it
                 counts those from now on.
         """
-        sizes = [len(births) for births in self.births]
+        sizes = tuple(map(len, self.births))
         known = self._rows is not None
+        if not known and sizes == self.sizes:
+            return
         rows = self._rows or Rows.of(sizes)
         # Loading gives other sizes without a word.
         rows.fit(sizes, self.sizes)
@@ -190,12 +186,16 @@ class AdaptedModule:
         self._untold.then(rows.kept, rows.factor)
         self._rows = None
 
-    def told(self, sizes: Sequence[int]) -> Rows:
-        """What became of the rows since the last call, when the parameters had ``sizes`` rows."""
-        rows, self._untold = self._untold or Rows.of(sizes), None
+    def told(self, sizes: tuple[int, ...], *, followed: bool) -> Rows | None:
+        """What became of the rows since the last call, when the parameters had ``sizes`` rows; None: all are
+        there, and no others. ``followed``: has :meth:`follow` come after all that changed them?"""
+        untold, self._untold = self._untold, None
+        if untold is None and (followed or sizes == self.sizes):
+            return None
+        rows, now = untold or Rows.of(sizes), self.sizes
         # A state that was resumed since has sizes of its own.
-        rows.fit(sizes, self.sizes)
-        return rows
+        rows.fit(sizes, now)
+        return rows if sizes != now or tuple(map(len, rows.kept)) != sizes else None
 
 
 def adapted_modules(model: nn.Module, adapter: str) -> list[AdaptedModule]:

@@ -231,7 +231,10 @@ class Session:
 
     def _tell(self, cause: Cause) -> None:
         """Tells those who hold copies of the parameters that rows came or went, if they did."""
-        self._assigned.note()
+        if cause == "growth":
+            self._assigned.note_sizes()
+        else:
+            self._assigned.note()
         if cause == "load":
             self._replicas.begin()
         before = self.listeners.known

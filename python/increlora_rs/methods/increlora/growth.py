@@ -128,7 +128,8 @@ class Growth(Allocation):
         if not self._told_unreached:
             self._told_unreached = True
             unreached.tell(number, self.modules, reached)
-        ranks, caps = ranks_of(self.modules), caps_of(self.config, self.modules)
+        ranks = ranks_of(self.modules)
+        caps = caps_of(self.config, self.modules, ranks)
         chosen = unreached.choose(self.schedule, scores, ranks, caps, self._in_budget.total, reached)
         for k, components in chosen:
             self.modules[k].grow(
@@ -166,16 +167,18 @@ class Growth(Allocation):
 
     def _room(self, ranks: list[int]) -> list[bool]:
         """Which modules would be below the largest rank that they may have?"""
-        caps = caps_of(self.config, self.modules).tolist()
-        return [rank < cap for rank, cap in zip(ranks, caps, strict=True)]
+        of_all = np.array(ranks, dtype=np.uint64)
+        below: list[bool] = (of_all < caps_of(self.config, self.modules, of_all)).tolist()
+        return below
 
     def _fill_reserves(self, number: int, indices: Iterable[int]) -> None:
         if not self.config.uses_reserve or not self._may_grow:
             return
-        caps = caps_of(self.config, self.modules)
-        for k in indices:
-            module = self.modules[k]
-            room = int(caps[k]) - module.rank
+        of_all = list(indices)
+        modules = [self.modules[k] for k in of_all]
+        ranks = ranks_of(modules)
+        rooms = caps_of(self.config, modules, ranks) - ranks
+        for k, module, room in zip(of_all, modules, rooms.tolist(), strict=True):
             module.set_reserve(min(self.schedule.add_r, room), self.generator(number, k, "reserve"))
 
     def _drop_reserves(self) -> None:

@@ -32,7 +32,7 @@ from ...contract.policy import AdaptedModule, Event, Plan, Step
 from ...support.warning import warn
 from .allocation import Allocation
 from .config import IncreLoraConfig
-from .schedule import caps_of, ranks_of
+from .schedule import caps_of
 from .verdict import Verdict
 
 logger = logging.getLogger(__name__)
@@ -186,8 +186,8 @@ class Moves(Allocation):
         removed, gained = _core.choose_moves(
             worth,
             (births == 0) | self._is_grown(births, number),
-            ranks_of(self.modules),
-            caps_of(self.config, self.modules),
+            of_all := np.array(ranks, dtype=np.uint64),
+            caps_of(self.config, self.modules, of_all),
             np.array(self._in_budget.costs, dtype=np.uint64),
             budget=self._allowed(number),
             most=self._most(),
@@ -204,8 +204,10 @@ class Moves(Allocation):
         stay = [np.flatnonzero(~leaving[i:j]).tolist() for i, j in itertools.pairwise(starts)]
         changed = [k for k, kept in enumerate(stay) if len(kept) < ranks[k] or gained[k]]
         for k in changed:
-            self.modules[k].shrink(stay[k])
-            self.modules[k].grow(gained[k], self.generator(number, k, "grow"))
+            if len(stay[k]) < ranks[k]:
+                self.modules[k].shrink(stay[k])
+            if gained[k]:
+                self.modules[k].grow(gained[k], self.generator(number, k, "grow"))
         self._carry(stay, gained)
         return Event(
             changed=changed,
@@ -245,9 +247,7 @@ class Moves(Allocation):
         return max(int((_SHARE if pays else _TRIAL) * self.budget), 1)
 
     def _births(self) -> npt.NDArray[np.int64]:
-        return np.array(
-            [birth for module in self.modules for birth in module.parameters[-1][2]], dtype=np.int64
-        )
+        return np.array([birth for module in self.modules for birth in module.births[-1]], dtype=np.int64)
 
     def _is_grown(self, birth: Any, number: int) -> Any:
         """Had what was born then time to learn?"""
@@ -271,7 +271,7 @@ class Moves(Allocation):
         self._mean, self._squares, self._steps = (
             torch.cat([zero, vector])[index] for vector in (self._mean, self._squares, self._steps)
         )
-        self._ranks = self.ranks()
+        self._ranks = [len(kept) + new for kept, new in zip(stay, gained, strict=True)]
 
     # State.
 

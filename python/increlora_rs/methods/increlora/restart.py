@@ -44,6 +44,7 @@ class RestartWarmup:
                 (values, births, dim) for values in (parameter, *weights_of(self._optimizer, parameter))
             ]
             for module in modules
+            if any(map(any, module.births))
             for parameter, dim, births in module.parameters
             if any(births)
         }

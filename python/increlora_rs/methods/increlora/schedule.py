@@ -22,11 +22,13 @@ def ranks_of(modules: Sequence[AdaptedModule]) -> npt.NDArray[np.uint64]:
     return np.array([module.rank for module in modules], dtype=np.uint64)
 
 
-def caps_of(config: IncreLoraConfig, modules: Sequence[AdaptedModule]) -> npt.NDArray[np.uint64]:
-    """The largest rank that each module may have."""
+def caps_of(
+    config: IncreLoraConfig, modules: Sequence[AdaptedModule], ranks: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.uint64]:
+    """The largest rank that each module, now of these ``ranks``, may have."""
     most = config.max_r or _ENDLESS
-    caps = [max(min(most, module.layer.largest_rank), module.rank) for module in modules]
-    return np.array(caps, dtype=np.uint64)
+    caps = [min(most, module.layer.largest_rank) for module in modules]
+    return np.maximum(np.array(caps, dtype=np.uint64), ranks)
 
 
 def budget_of(config: IncreLoraConfig, modules: Sequence[AdaptedModule]) -> Budget:
@@ -49,9 +51,8 @@ def new_schedule(
         )
     wish = (config.tinit, config.deltaT, config.top_h, config.add_r)
     schedule = schedule_of(config, modules, total_steps, budget, wish)
-    start, most = (
-        budget.spent(int(rank) for rank in ranks) for ranks in (ranks_of(modules), caps_of(config, modules))
-    )
+    ranks = ranks_of(modules)
+    start, most = (budget.spent(each.tolist()) for each in (ranks, caps_of(config, modules, ranks)))
     told = None
     if start > budget.total:
         told = (
@@ -94,10 +95,11 @@ def schedule_of(
 ) -> _core.Schedule:
     """The schedule with the values of ``wish`` (tinit, deltaT, top_h, add_r); None is left open."""
     tinit, interval, top_h, add_r = wish
+    ranks = ranks_of(modules)
     return _core.Schedule(
         total_steps or _ENDLESS,
-        ranks_of(modules),
-        caps_of(config, modules),
+        ranks,
+        caps_of(config, modules, ranks),
         budget.total,
         tinit=tinit,
         deltaT=interval,
