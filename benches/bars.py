@@ -10,7 +10,8 @@ from .blocks import PAIRS
 from .depth import DENSE, LORTA, PRILORA
 from .layer import NOT_SLOWER
 from .memory import adapters_bytes
-from .methods import ADALORA, LITERAL, LORA, OUR_ADALORA, OURS
+from .methods import ADALORA, FROZEN, LITERAL, LORA, OUR_ADALORA, OURS
+from .nothing import EMPTY, UPPER
 from .scheduler import GROWTH
 from .step import ARMED, UNARMED
 from .timing import Samples, median, overhead, ratio
@@ -31,6 +32,9 @@ _MODULES, _STEP_MS, _GROWTH_MS = 500, 2.0, 50.0
 _DENSE, _SAME_RANKS = 0.6, 1.1
 # What MELoRA and MoRA add to the frozen layers over what they do as published, and all over PEFT LoRA's.
 _AS_PUBLISHED, _OVER_LORA = {"MELoRA": 0.5, "MoRA": 0.7}, 1.1
+
+# A layer without components over the frozen one, a step with all of them in the upper third over PEFT LoRA's.
+_EMPTY, _UPPER = 1.02, 0.5
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,22 @@ def bars(figures: Mapping[str, Any]) -> list[Bar]:
         found += _depth(figures["depth"])
     if "blocks" in figures:
         found += _blocks(figures["blocks"])
+    if "nothing" in figures:
+        found += _nothing(figures["nothing"])
     return found
+
+
+def _nothing(figures: Mapping[str, Any]) -> Iterator[Bar]:
+    for record in figures["layers"]:
+        shape = (
+            f"{record['shape'][0]} to {record['shape'][1]}, {record['tokens']} tokens, {record['precision']}"
+        )
+        value = ratio(record["ms"], EMPTY, FROZEN)
+        yield Bar(f"a layer without components over the frozen one, {shape}", value, _EMPTY)
+    for record in figures["steps"]:
+        where = f"{record['precision']}, dropout {record['dropout']:g}"
+        value = ratio(record["ms"], UPPER, LORA)
+        yield Bar(f"step with all components in the upper third over PEFT LoRA's, {where}", value, _UPPER)
 
 
 def _depth(figures: Mapping[str, Any]) -> Iterator[Bar]:

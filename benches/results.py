@@ -13,6 +13,7 @@ from .depth import DENSE, LORTA, PRILORA
 from .floor import ELEMENT, Rates
 from .memory import adapters_bytes
 from .methods import ADALORA, FROZEN, LITERAL, LORA, METHODS, OUR_ADALORA, OURS
+from .nothing import EMPTY, UPPER
 from .scheduler import STATES
 from .sizes import NAMED
 from .step import ARMED, SPENT, UNARMED
@@ -40,6 +41,8 @@ def tables(figures: Figures) -> list[Table]:
         found += _depth(figures["depth"])
     if "blocks" in figures:
         found.append(_blocks(figures["blocks"]))
+    if "nothing" in figures:
+        found += _nothing(figures["nothing"])
     return [table for table in found if table.rows]
 
 
@@ -217,14 +220,37 @@ def _scheduler(figures: Figures) -> Table:
     table = Table(
         "Scheduler",
         ["modules", "form", "plain step ms", *(f"+ {state}" for state in STATES)],
-        "Milliseconds that the hooks take in optimizer.step() of AdamW (foreach off, as torch has it on the "
-        "CPU), a growth of a tenth of the modules included in the last column. In the default form ranks "
-        "move: its steps are all alike, and the last column has events that move some.",
+        "Milliseconds of processor time that the hooks take in optimizer.step() of AdamW (foreach off, as "
+        "torch has it on the CPU), a growth of a tenth of the modules included in the last column. In the "
+        "default form ranks move: its steps are all alike, and the last column has events that move some.",
     )
     for record in figures["scheduler"]:
         added = [median(took) if (took := record["hooks"][state]) else "" for state in STATES]
         table.add(record["modules"], record["form"], median(record["plain"]), *added)
     return table
+
+
+def _nothing(figures: Figures) -> list[Table]:
+    of_layers = Table(
+        "Adapted layer without components, forward and backward",
+        ["in, out", "tokens", "precision", "frozen ms", "without components", "ratio"],
+        "Processor time; the input wants its gradient.",
+    )
+    for record in figures["layers"]:
+        samples, shape = record["ms"], ", ".join(map(str, record["shape"]))
+        both = (median(samples[FROZEN]), median(samples[EMPTY]), ratio(samples, EMPTY, FROZEN))
+        of_layers.add(shape, record["tokens"], record["precision"], *both)
+    of_steps = Table(
+        "Whole training step with all components in the upper third of the blocks",
+        ["precision", "dropout", LORA, UPPER, "ratio"],
+        "Milliseconds of processor time of forward, backward and AdamW, the default form attached; PEFT's "
+        "LoRA has as many components, spread over all layers. Nothing below the first of them is trained.",
+    )
+    for record in figures["steps"]:
+        samples = record["ms"]
+        both = (median(samples[LORA]), median(samples[UPPER]), ratio(samples, UPPER, LORA))
+        of_steps.add(record["precision"], record["dropout"], *both)
+    return [of_layers, of_steps]
 
 
 def _depth(figures: Figures) -> list[Table]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 
 from .sizes import Size
 from .step import adamw
-from .timing import no_collection, once, wait
+from .timing import no_collection, once, processor, wait
 
 # In the default form ranks move, in the others they grow; "sensitivity" has LoRA's start and the paper's
 # importance.
@@ -44,7 +43,7 @@ class Sum(nn.Module):
 
 def measure(size: Size) -> list[dict[str, Any]]:
     """A record for each number of modules and form: samples in milliseconds of the hooks in each state, and
-    of the rest of ``optimizer.step()``."""
+    of the rest of ``optimizer.step()``, both in processor time."""
     cases = [(count, form) for count in size.modules for form in FORMS]
     return [_case(size, *case) for case in track(cases, description="scheduler")]
 
@@ -71,7 +70,7 @@ def _config(form: str, count: int, intervals: int) -> IncreLoraConfig:
 
 
 class Clock:
-    """Times what stands between two hooks before an optimizer's update, and two after it.
+    """Times what stands between two hooks before an optimizer's update, and two after it, in processor time.
 
     Args:
         optimizer: The optimizer, before and after the hooks to be timed are registered with it.
@@ -93,11 +92,11 @@ class Clock:
 
     def _begin(self, *_: Any) -> None:
         wait()
-        self.ms -= time.perf_counter() * 1e3
+        self.ms -= processor() * 1e3
 
     def _end(self, *_: Any) -> None:
         wait()
-        self.ms += time.perf_counter() * 1e3
+        self.ms += processor() * 1e3
 
     def read(self) -> float:
         """Milliseconds since the last reading."""
@@ -120,7 +119,7 @@ def _case(size: Size, count: int, form: str) -> dict[str, Any]:
         for step in range(1, size.intervals * _INTERVAL + 1):
             optimizer.zero_grad()
             model(x).square().sum().backward()
-            took = once(optimizer.step)
+            took = once(optimizer.step, processor)
             state, added = _state(step, form), clock.read()
             hooks[state].append(round(added, 4))
             plain.append(round(took - added, 4))

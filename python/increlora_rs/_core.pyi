@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = [
     "BUILT_FOR",
     "RESERVE_E",
+    "Fluctuation",
     "Newborns",
     "Schedule",
     "StepPlan",
@@ -534,6 +535,27 @@ class StepPlan:
         """
     def orthogonality(self) -> Tensor:
         """:func:`orthogonality` of all modules."""
+
+@final
+class Fluctuation:
+    """E of all modules, observed in every step in one call. It holds the tensors, which may change their size
+    in place (``Tensor.set_``).
+
+    Args:
+        values: Leaves, E (rank, 1), one a module.
+    """
+
+    def __new__(cls, values: Sequence[Tensor]) -> Fluctuation: ...
+    def observe_(
+        self,
+        mean: Tensor,
+        squares: Tensor,
+        steps: Tensor,
+        rate: float,
+        *,
+        grad_scale: Tensor | None = None,
+    ) -> None:
+        """:func:`observe_fluctuation_` with the leaves' own gradients."""
 
 @final
 class TripletSchedule:

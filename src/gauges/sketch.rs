@@ -9,6 +9,8 @@ use tch::{Device, Kind, Tensor};
 
 use crate::checks;
 use crate::errors::{Error, Result};
+use crate::kernels::plain::{self, Plain};
+use crate::kernels::take;
 
 /// Bytes that the copies of a block of tokens may take, where their dtype is not the sketch's: on the CPU
 /// about what its caches hold, elsewhere enough for few blocks, since each takes launches.
@@ -116,6 +118,9 @@ pub fn take_step_(
         checks::one_number(name, tensor)?;
         Ok(tensor.f_reshape([0_i64; 0])?.f_to_kind(Kind::Double)?.f_to_device(device)?)
     };
+    if overflow.is_none() && scale.is_none() && take_plain(step, sum, steps)? {
+        return Ok(());
+    }
     // NaN and infinities show in the largest absolute value.
     let mut good = match length {
         0 => Tensor::f_ones([0_i64; 0], (Kind::Bool, device))?,
@@ -132,6 +137,30 @@ pub fn take_step_(
     let _ = steps.f_add_(&good.f_to_kind(Kind::Double)?.f_reshape(steps.size().as_slice())?)?;
     let _ = step.f_zero_()?;
     Ok(())
+}
+
+/// [`take_step_`] in two passes over memory, where nothing scales it; false, with nothing done, where its vectors
+/// are no plain ones.
+fn take_plain(step: &mut Tensor, sum: &Tensor, steps: &mut Tensor) -> Result<bool> {
+    let rows = [&*step, sum].map(|vector| vector.f_view([1, -1]));
+    let [Ok(step_row), Ok(sum_row)] = &rows else { return Ok(false) };
+    let (Some(from), Some(to)) = (Plain::of(step_row), Plain::of(sum_row)) else {
+        return Ok(false);
+    };
+    if from.columns == 0 || !plain::disjoint(std::iter::empty(), [from, to].into_iter()) {
+        return Ok(false);
+    }
+    let narrow = from.kind == Kind::Float;
+    let finite = if narrow { take::is_finite::<f32>(&from) } else { take::is_finite::<f64>(&from) };
+    match (finite, narrow) {
+        (true, true) => take::take::<f32>(&from, &to),
+        (true, false) => take::take::<f64>(&from, &to),
+        (false, _) => drop(step.f_zero_()?),
+    }
+    if finite {
+        let _ = steps.f_add_scalar_(1.0)?;
+    }
+    Ok(true)
 }
 
 /// The leading singular triples of a sketched matrix.

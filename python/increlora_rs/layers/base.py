@@ -17,6 +17,7 @@ from ..contract.config import MethodConfig
 from ..ops.modes import watched
 from ..ops.probe import Probe
 from ..ops.scales import Ranks, Scales
+from ..ops.untouched import asks
 from ..ops.update import Call, Update
 from ..resizing.parameter import resize
 from ..support.sites import Site
@@ -331,6 +332,8 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base layer plus the active adapters' updates."""
+        if not args and not kwargs and self._is_bare():
+            return self._of_base(x)
         self._check_forward_args(x, *args, **kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters and self.merged:
@@ -347,15 +350,41 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         fusable = names and fresh and not args and not kwargs and drops_plainly(self.lora_dropout[names[0]])
         result = self._fused(x, names[0]) if fusable else None
         if result is None:
-            result = base(x, *args, **kwargs)
-            if self.training and x.requires_grad and not result.requires_grad and torch.is_grad_enabled():
-                raise ValueError(self._no_gradient())
+            result = self._of_base(x, *args, **kwargs)
         else:
             names = names[1:]
         for name in names:
             before, result = result, self._added(result, x, name, inplace=fresh)
             # An update without components gives back what it is given.
             fresh = unwatched and (fresh or result is not before)
+        return result
+
+    def _is_bare(self) -> bool:
+        """Has no active adapter anything here, and is nobody asking for what it would get? Then the layer is
+        its base layer, and takes no time of its own to speak of. False, too, where a graph is made, which has
+        to do for any number of components."""
+        structure = self.structure
+        if structure.least_rank or self._disable_adapters or self.merged_adapters:
+            return False
+        if torch.compiler.is_compiling():
+            return False
+        # What nn.Module.__getattr__ would look for, where it lies.
+        modules: Any = self._modules
+        held, dropouts = modules[structure.names[0]]._modules, modules["lora_dropout"]._modules
+        for name in self.active_adapters:
+            if name not in held:
+                continue
+            weight = held[name]._parameters.get("weight")
+            if weight is None or weight.numel() or asks(self.probes[name]):
+                return False
+            if not drops_plainly(dropouts[name]):
+                return False
+        return True
+
+    def _of_base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.training and x.requires_grad and not result.requires_grad and torch.is_grad_enabled():
+            raise ValueError(self._no_gradient())
         return result
 
     def _no_gradient(self) -> str:

@@ -47,14 +47,23 @@ def untouched(
     """
     if probe is None or torch.compiler.is_compiling():
         return y
-    measured = probe.armed and probe.gauge is not None and not probe.gauge.fused
-    if not (measured or _in_process_group()):
+    if not asks(probe):
         return y
+    measured = _measures(probe)
     learns = torch.is_grad_enabled() and factors[0].requires_grad
     if not learns or transformed() or not in_memory(y):
         return y
     result: Tensor = _Untouched.apply(y, x if measured else None, probe, slot, show, inplace, *factors)
     return result
+
+
+def asks(probe: Probe) -> bool:
+    """Does anybody need gradients of parameters that have no element?"""
+    return _measures(probe) or _in_process_group()
+
+
+def _measures(probe: Probe) -> bool:
+    return probe.armed and probe.gauge is not None and not probe.gauge.fused
 
 
 def _in_process_group() -> bool:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from .modules import AdaptedModule, Rows
 
 Cause = Literal["growth", "load", "detach"]
-# A module of which rows came or went: its index, itself, its parameters' rows before and now, what became of them.
+# A module of which rows came or went: its index, itself, its sizes before and now, and what became of them.
 _Changed = tuple[int, AdaptedModule, tuple[int, ...], tuple[int, ...], Rows]
 
 

@@ -1,12 +1,14 @@
 //! What components are worth, and which of them move, as Python functions.
 
+use std::sync::{Mutex, PoisonError};
+
 use numpy::PyReadonlyArray1;
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
 
 use super::vector;
 use crate::bindings::{detached, raw};
-use crate::policies::fluctuation::{self, Sums};
+use crate::policies::fluctuation::{self, Components as Effects, Sums};
 use crate::policies::moves::{self, Bounds, Components, Modules};
 
 /// Takes the first-order effects of one step in, in place.
@@ -32,6 +34,39 @@ fn observe_fluctuation_(
         let sums = Sums { mean: &mut mean, squares: &mut squares, steps: &mut steps };
         fluctuation::observe_(&values, &gradients, sums, rate, scale.as_ref())
     })
+}
+
+/// E of all modules, and what it does in every step.
+#[pyclass(name = "Fluctuation", module = "increlora_rs._core", frozen)]
+struct PyFluctuation(Mutex<Effects>);
+
+#[pymethods]
+impl PyFluctuation {
+    #[new]
+    fn new(py: Python<'_>, values: Vec<PyTensor>) -> PyResult<Self> {
+        let values = raw(values);
+        Ok(Self(Mutex::new(detached(py, || Effects::new(values))?)))
+    }
+
+    #[pyo3(signature = (mean, squares, steps, rate, *, grad_scale=None))]
+    fn observe_(
+        &self,
+        py: Python<'_>,
+        mean: PyTensor,
+        squares: PyTensor,
+        steps: PyTensor,
+        rate: f64,
+        grad_scale: Option<PyTensor>,
+    ) -> PyResult<()> {
+        let (mut mean, mut squares, mut steps) = (mean.0, squares.0, steps.0);
+        let scale = grad_scale.map(|scale| scale.0);
+        detached(py, move || {
+            let sums = Sums { mean: &mut mean, squares: &mut squares, steps: &mut steps };
+            // Taken without the GIL only: who waits for it while holding the GIL would wait for ever.
+            let effects = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            effects.observe_(sums, rate, scale.as_ref())
+        })
+    }
 }
 
 /// The components that leave, and what each module gains.
@@ -62,6 +97,7 @@ fn choose_moves(
 
 /// Adds everything to the module.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<PyFluctuation>()?;
     module.add_function(wrap_pyfunction!(observe_fluctuation_, module)?)?;
     module.add_function(wrap_pyfunction!(choose_moves, module)?)
 }

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from ... import _core
 from ...contract.policy import AdaptedModule, Event, Plan, Step
@@ -117,7 +116,7 @@ class Moves(Allocation):
     def __init__(self, modules: Sequence[AdaptedModule], config: IncreLoraConfig, plan: Plan) -> None:
         super().__init__(modules, config, plan)
         self.schedule = MoveSchedule.of(config, plan.total_steps)
-        self._e: list[Tensor] = [module.factors[-1] for module in modules]
+        self._effects = _core.Fluctuation([module.factors[-1] for module in modules])
         self._first_spent = 0
         self._scores = np.zeros(len(modules))
         self.verdict = Verdict()
@@ -135,13 +134,10 @@ class Moves(Allocation):
     def after_step(self, step: Step) -> Event | None:
         """Corrects newborn rows, takes the step's effects in; moves, where the schedule says so."""
         number, schedule = step.number, self.schedule
-        gradients = [e.grad for e in self._e]
         self.warmup.correct(step)
         if number > schedule.end:
             return None
-        _core.observe_fluctuation_(
-            self._e, gradients, self._mean, self._squares, self._steps, _RATE, grad_scale=step.grad_scale
-        )
+        self._effects.observe_(self._mean, self._squares, self._steps, _RATE, grad_scale=step.grad_scale)
         if number % schedule.deltaT:
             return None
         event = self._move(number) if schedule.is_event(number) else None
