@@ -7,11 +7,13 @@ use super::split::split;
 const BLOCK: usize = 1 << 16;
 
 /// Are all numbers finite?
+// A number less itself is 0 unless it is not finite.
+#[allow(clippy::eq_op)]
 pub fn is_finite<T: Real>(vector: &Plain<'_>) -> bool {
     let blocks = vector.elements::<T>().chunks(BLOCK);
     let mut blocks: Vec<_> = blocks.map(|block| (block, true)).collect();
     let look = |(block, finite): &mut (&[T], bool)| {
-        // What is not finite is NaN less itself; without a branch, so that it is done in vectors.
+        // Without a branch, so that it is done in vectors.
         let bad = |bad, &value: &T| bad | u32::from(value - value != T::default());
         *finite = block.iter().fold(0, bad) == 0;
     };
