@@ -50,6 +50,11 @@ class AdaptedModule(Protocol):
         """The parameters, in the order of ``structure.names``."""
 
     @property
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        """Those that the optimizer holds: ``factors``, or in the capacity form larger ones, whose rows that
+        count these are."""
+
+    @property
     def parameters(self) -> list[tuple[nn.Parameter, int, list[int]]]:
         """Each parameter, the dimension of its rows, and the steps at which these were born."""
 

@@ -29,16 +29,22 @@ class Replicas:
         model: The model, out of its wrappers.
         modules: Its adapted modules.
         optimizer: The torch optimizer.
+        in_pieces: Is the adapter itself sharded, by an engine that averages its gradients?
 
     Raises:
         ValueError: the model is sharded over some of the processes.
     """
 
     def __init__(
-        self, model: nn.Module, modules: Sequence[AdaptedModule], optimizer: torch.optim.Optimizer
+        self,
+        model: nn.Module,
+        modules: Sequence[AdaptedModule],
+        optimizer: torch.optim.Optimizer,
+        in_pieces: bool = False,
     ) -> None:
         self._model, self._modules = model, modules
-        self._several = several_processes()
+        # Pieces are of one adapter, and there are no copies that could differ.
+        self._several = several_processes() and not in_pieces
         self._steps = 0
         self._sharded = sharded_modules(model) if self._several else []
         refuse_partly_sharded(self._sharded)
@@ -63,20 +69,23 @@ class Replicas:
         """Other parameters were loaded: looks at them in the next steps as in the first ones."""
         self._steps, self._ddps = 0, None
 
-    def before_step(self) -> None:
-        """Gradients are final: averages them, if that is this training's, and looks whether they are alike.
+    def average(self) -> None:
+        """Gradients are final: averages them, if that is this training's."""
+        if self._several:
+            self._decide()
+            if self._own is not None:
+                self._own.finish()
+
+    def check(self) -> None:
+        """Looks whether parameters and averaged gradients are alike.
 
         Raises:
             ValueError: parameters or gradients differ between the processes.
         """
-        if not self._several:
-            return
-        self._decide()
-        if self._own is not None:
-            self._own.finish()
-        self._steps += 1
-        if self._looks():
-            self._check()
+        if self._several:
+            self._steps += 1
+            if self._looks():
+                self._check()
 
     def close(self) -> None:
         """The training is over."""
@@ -106,12 +115,12 @@ class Replicas:
             # A process that has no more data takes part in DDP's communication alone.
             return False
         held = set().union(*map(held_by, ddps))
-        ours = {id(parameter) for module in self._modules for parameter in module.factors}
+        ours = {id(parameter) for module in self._modules for parameter in module.trained}
         return self._steps <= 2 or not ours <= held
 
     def _check(self) -> None:
         # A parameter that modules share is looked at once.
-        owners = {id(p): (p, module.name) for module in self._modules for p in module.factors}
+        owners = {id(p): (p, module.name) for module in self._modules for p in module.trained}
         parameters = [parameter for parameter, _ in owners.values()]
         names = [name for _, name in owners.values()]
         gradients = [None if p.grad is None else p.grad.to_dense() for p in parameters]

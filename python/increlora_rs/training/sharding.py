@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -45,17 +46,22 @@ def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
     return ours | {parameter for parameter in model.parameters() if parameter.requires_grad}
 
 
-def refuse_sharded(parameter: nn.Parameter) -> None:
-    """Raises ValueError for a parameter that is sharded over processes and so cannot grow in place."""
+def refuse_sharded(parameter: nn.Parameter, *, has_room: bool) -> None:
+    """Raises ValueError for a parameter that is sharded over processes and so cannot grow in place.
+
+    Args:
+        has_room: Is it of the capacity form, which FSDP1 may flatten?
+    """
     if isinstance(parameter, DTensor):
         raise ValueError(
             f"model: its adapter is sharded (FSDP), and a sharded parameter cannot grow. {_WHOLE}"
         )
     # FSDP1's mark on parameters that it laid into a flat one.
-    if getattr(parameter, "_fsdp_flattened", False):
+    if getattr(parameter, "_fsdp_flattened", False) and not has_room:
         raise ValueError(
             "model: its adapter lies in a flat parameter of FullyShardedDataParallel (FSDP1), in which it "
-            "cannot grow. Use fully_shard (FSDP2), with the adapter left whole by "
+            'cannot grow. Set growth="capacity" in its configuration, and use_orig_params=True; or use '
+            "fully_shard (FSDP2), with the adapter left whole by "
             "ignored_params=increlora_rs.adapter_parameters(model); or DDP."
         )
     if hasattr(parameter, "ds_id"):
@@ -72,6 +78,40 @@ def sharded_modules(model: nn.Module) -> list[Any]:
     return (
         [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
     )
+
+
+def flat_parameters(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Any]:
+    """The flat parameters of FSDP1 in which ``parameters`` are cut into pieces; none where they are whole.
+
+    Raises:
+        ValueError: some are and others not; or the pieces are not spread over all processes once.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return []
+    wanted, flats = {id(parameter) for parameter in parameters}, []
+    for module in model.modules():
+        # torch has no public name for what a module of FSDP1 holds.
+        handle: Any = module._handle if isinstance(module, fsdp.FullyShardedDataParallel) else None
+        if handle is None or not handle.uses_sharded_strategy:
+            continue
+        held = {id(one) for one in handle.flat_param._params or ()} & wanted
+        if not held:
+            continue
+        if dist.get_world_size(handle.process_group) != dist.get_world_size():
+            raise ValueError(
+                "model: FullyShardedDataParallel (FSDP1) shards its adapter over some of the processes "
+                "(HYBRID_SHARD), and ranks are chosen by all of them. Use ShardingStrategy.FULL_SHARD or "
+                "SHARD_GRAD_OP."
+            )
+        wanted -= held
+        flats.append(handle.flat_param)
+    if flats and wanted:
+        raise ValueError(
+            "model: FullyShardedDataParallel (FSDP1) shards some parameters of the adapter and leaves "
+            f"{len(wanted)} of {len(parameters)} whole; give it all of them."
+        )
+    return flats
 
 
 def refuse_partly_sharded(modules: list[Any]) -> None:
