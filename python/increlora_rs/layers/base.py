@@ -219,6 +219,9 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
 
     def acting_rank(self, adapter_name: str) -> int:
         """The rank of what acts: without components that a method has masked."""
+        if self.has_room(adapter_name) and not self.structure.masks:
+            # Its size tells, also where this process has but a part of the numbers.
+            return self.rank(adapter_name)
         acting = self.structure.acting(self.present(adapter_name))
         return int(self.structure.rank_of(acting))
 

@@ -45,6 +45,11 @@ def _give_room(model: nn.Module, plugin: Any) -> None:
         make_room(model, name)
     if configs:
         plugin.use_orig_params = True
+    for layer in layers:
+        for factor in (factor for name in layer.adapters for factor in layer.held_factors(name)):
+            # PEFT's policy, which Trainer sets, makes a unit of its own of each module with a trained weight
+            # and no module in it, and gathers that where it is called, which a factor is not.
+            factor.add_module("no_unit", nn.Module())
 
 
 def _leave_adapter_whole(model: nn.Module, plugin: Any, device: torch.device) -> None:
