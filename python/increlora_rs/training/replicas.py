@@ -19,7 +19,13 @@ from .alike import differing
 from .distributed import several_processes
 from .modules import AdaptedModule
 from .own_average import GradientAverage
-from .sharding import reduces_gradients, refuse_partly_sharded, sharded_modules
+from .sharding import (
+    reduces_gradients,
+    refuse_other_modules,
+    refuse_partly_sharded,
+    refuse_split,
+    sharded_modules,
+)
 
 
 class Replicas:
@@ -32,7 +38,8 @@ class Replicas:
         in_pieces: Is the adapter itself sharded, by an engine that averages its gradients?
 
     Raises:
-        ValueError: the model is sharded over some of the processes.
+        ValueError: the model is sharded over some of the processes, or split by tensor parallelism; or the
+            processes adapt other modules.
     """
 
     def __init__(
@@ -46,8 +53,11 @@ class Replicas:
         # Pieces are of one adapter, and there are no copies that could differ.
         self._several = several_processes() and not in_pieces
         self._steps = 0
+        if several_processes():
+            refuse_other_modules(modules, modules[0].trained[0].device)
         self._sharded = sharded_modules(model) if self._several else []
         refuse_partly_sharded(self._sharded)
+        refuse_split(modules, self._sharded)
         # Who shards, or wraps, may come after us: whether it is needed is known in the first backward pass.
         self._own = GradientAverage(optimizer, self._averages) if self._several else None
         if self._own is not None and self._sharded:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..layers.found import all_adapted_layers
+from .modules import AdaptedModule
 
 _WHOLE = (
     "Leave the adapter whole: fully_shard(module, ignored_params=increlora_rs.adapter_parameters(model)) in "
@@ -126,6 +129,48 @@ def refuse_partly_sharded(modules: list[Any]) -> None:
                     f"{dist.get_world_size()}; ranks are chosen by all of them. Shard over all, in one or "
                     "two dimensions; tensor and pipeline parallelism beside it are not supported."
                 )
+
+
+def refuse_split(modules: Sequence[AdaptedModule], sharded: list[Any]) -> None:
+    """Raises ValueError where a base weight is split over processes by somebody else than FSDP, as tensor
+    parallelism does: a process then computes a part of the module's output.
+
+    Args:
+        modules: The adapted modules.
+        sharded: What ``fully_shard`` was called on.
+    """
+    groups = [group for module in sharded for group in _groups(module)]
+    of_fsdp = {id(parameter.sharded_param) for group in groups for parameter in group.fsdp_params}
+    for module in modules:
+        for parameter in module.layer.get_base_layer().parameters():
+            if isinstance(parameter, DTensor) and id(parameter) not in of_fsdp:
+                raise ValueError(
+                    f"model: the base weight of {module.name!r} is split over a mesh of "
+                    f"{parameter.device_mesh.size()} processes ({', '.join(map(str, parameter.placements))}) "
+                    "by tensor parallelism, and so would its adapter have to be, which cannot grow. Leave "
+                    "this module out of target_modules, or use DDP, or fully_shard as docs/distributed.md "
+                    "has it."
+                )
+
+
+def refuse_other_modules(modules: Sequence[AdaptedModule], device: torch.device) -> None:
+    """Raises ValueError, in all processes alike, where these adapt other modules, as stages of a pipeline do:
+    ranks are chosen by all processes for all modules."""
+    told = repr([(module.name, module.layer.out_features, module.layer.in_features) for module in modules])
+    mark = torch.tensor(zlib.crc32(told.encode()), dtype=torch.int64, device=device)
+    marks = torch.stack([mark, -mark])
+    dist.all_reduce(marks, dist.ReduceOp.MAX)
+    if int(marks.sum()) == 0:
+        return
+    held: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(held, (len(modules), modules[0].name))
+    first = next(rank for rank, other in enumerate(held) if other != held[0] or rank == len(held) - 1)
+    raise ValueError(
+        f"model: the processes adapt other modules: process 0 has {held[0][0]}, {held[0][1]!r} the first, "
+        f"and process {first} has {held[first][0]}, {held[first][1]!r} the first. Ranks are chosen for all "
+        "modules by all processes: stages of a pipeline (pipeline parallelism) are not supported; use "
+        "fully_shard as docs/distributed.md has it, or give all processes one model and one target_modules."
+    )
 
 
 def reduces_gradients(modules: list[Any]) -> bool:
