@@ -13,6 +13,7 @@ from torch import nn
 from ..layers.found import all_adapted_layers
 from ..layers.room import make_room
 from .sharding import adapter_parameters
+from .trainer_resume import watch_resume
 
 
 def prepare(model: nn.Module, device: torch.device) -> None:
@@ -29,6 +30,7 @@ def prepare(model: nn.Module, device: torch.device) -> None:
         _give_room(model, plugin)
     elif version == 2:
         _leave_adapter_whole(model, plugin, device)
+        watch_resume()
 
 
 def _give_room(model: nn.Module, plugin: Any) -> None:
