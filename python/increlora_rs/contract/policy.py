@@ -195,6 +195,11 @@ class Policy:
         """Are the backward passes before step ``number`` to add to the gauge? Asked once a step."""
         return self.gauge is not None
 
+    def decides(self, number: int) -> bool:
+        """May ranks change after step ``number``? Before it the training makes sure that all processes have
+        the same adapter and the same gradients to decide by."""
+        return False
+
     def before_step(self, step: Step) -> None:
         """Between the backward pass and the optimizer's update, for what changes gradients: a regulariser, an
         L1 term; and to keep what :meth:`after_step` will need of the parameters as they were.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from ..resizing.ddp import find_ddps, held_by
 from .alike import differing
@@ -86,15 +86,18 @@ class Replicas:
             if self._own is not None:
                 self._own.finish()
 
-    def check(self) -> None:
+    def check(self, *, deciding: bool) -> None:
         """Looks whether parameters and averaged gradients are alike.
+
+        Args:
+            deciding: Are ranks going to be decided by them, so that processes would part where they differ?
 
         Raises:
             ValueError: parameters or gradients differ between the processes.
         """
         if self._several:
             self._steps += 1
-            if self._looks():
+            if self._looks(deciding):
                 self._check()
 
     def close(self) -> None:
@@ -115,10 +118,10 @@ class Replicas:
             self._own.remove()
             self._own = None
 
-    def _looks(self) -> bool:
-        """In the first two steps; and at every power of two where no DistributedDataParallel promises that
-        what was averaged once is averaged for ever."""
-        if self._steps > 2 and self._steps & (self._steps - 1):
+    def _looks(self, deciding: bool) -> bool:
+        """In the first two steps, and before ranks are decided; and at every power of two where no
+        DistributedDataParallel promises that what was averaged once is averaged for ever."""
+        if self._steps > 2 and not deciding and self._steps & (self._steps - 1):
             return False
         ddps = self.wrappers()
         if any(ddp._join_config.enable for ddp in ddps):
@@ -126,7 +129,7 @@ class Replicas:
             return False
         held = set().union(*map(held_by, ddps))
         ours = {id(parameter) for module in self._modules for parameter in module.trained}
-        return self._steps <= 2 or not ours <= held
+        return self._steps <= 2 or deciding or not ours <= held
 
     def _check(self) -> None:
         # A parameter that modules share is looked at once.
@@ -135,6 +138,8 @@ class Replicas:
         names = [name for _, name in owners.values()]
         gradients = [None if p.grad is None else p.grad.to_dense() for p in parameters]
         found = differing([*parameters, *gradients])
+        if found:
+            self._refuse_broken(names, parameters, gradients)
         values = [names[k] for k in found if k < len(names)]
         if values:
             raise ValueError(
@@ -153,11 +158,33 @@ class Replicas:
                 f"p.grad over the processes before optimizer.step(). {_ALONE}"
             )
 
+    def _refuse_broken(
+        self, names: list[str], parameters: list[nn.Parameter], gradients: list[Tensor | None]
+    ) -> None:
+        """Raises ValueError where numbers are not finite in some of the processes alone."""
+        tensors = [*parameters, *gradients]
+        held: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(held, {k for k, tensor in enumerate(tensors) if not _is_finite(tensor)})
+        alone = set().union(*held) - set.intersection(*held)
+        if alone:
+            ranks = [str(rank) for rank, each in enumerate(held) if each & alone]
+            where = _some([names[k % len(names)] for k in sorted(alone)])
+            raise ValueError(
+                f"model: the adapter's parameters or gradients of {where} hold values that are NaN or "
+                f"infinite in process {', '.join(ranks)} of {len(held)} alone, which would decide ranks by them as no "
+                "other does. Look for what changes p.grad in one process after the gradients were averaged, "
+                "or for a faulty device; and go on from the last checkpoint."
+            )
+
 
 _ALONE = (
     "Processes that train each for itself must not share a process group "
     "(torch.distributed.init_process_group)."
 )
+
+
+def _is_finite(tensor: Tensor | None) -> bool:
+    return tensor is None or bool(tensor.isfinite().all())
 
 
 def _some(names: list[str]) -> str:

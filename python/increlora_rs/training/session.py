@@ -153,7 +153,7 @@ class Session:
 
     def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
         self.check_loaded()
-        self._replicas.check()
+        self._replicas.check(deciding=self.policy.decides(self.step + 1))
         # Some optimizers divide by the number of elements.
         for parameter in self._assigned.empty:
             parameter.grad = None

@@ -1,7 +1,7 @@
-"""Run by torchrun: a base that FSDP2 shards is saved by torch.distributed.checkpoint after a growth, and loaded
-into a fresh one in another number of processes.
+"""Run by torchrun: a base that FSDP2 shards is saved by torch.distributed.checkpoint after a growth, and
+loaded into a fresh one in another number of processes.
 
-Usage: sharded_checkpoint.py OUT save|load, where OUT/checkpoint is the checkpoint, and OUT/rank<N>.pt receives
+Usage: sharded_checkpoint.py OUT save|load, where OUT/checkpoint is the checkpoint, and OUT/rank<N>.pt gets
 what each process has after it.
 """
 
