@@ -171,9 +171,9 @@ class Replicas:
             where = _some([names[k % len(names)] for k in sorted(alone)])
             raise ValueError(
                 f"model: the adapter's parameters or gradients of {where} hold values that are NaN or "
-                f"infinite in process {', '.join(ranks)} of {len(held)} alone, which would decide ranks by them as no "
-                "other does. Look for what changes p.grad in one process after the gradients were averaged, "
-                "or for a faulty device; and go on from the last checkpoint."
+                f"infinite in process {', '.join(ranks)} of {len(held)} alone, which would decide ranks by "
+                "them as no other does. Look for what changes p.grad in one process after the gradients were "
+                "averaged, or for a faulty device; and go on from the last checkpoint."
             )
 
 
