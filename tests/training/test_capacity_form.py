@@ -6,6 +6,7 @@ import pytest
 import torch
 from increlora_rs import keep_average
 from launches import WORKERS, torchrun
+from torch._dynamo.testing import CompileCounter
 
 sys.path.insert(0, str(WORKERS))
 
@@ -119,3 +120,21 @@ def test_room_for_far_more_than_the_budget_is_told():
         UserWarning, match=r"room for 1,678 numbers, 5 times what r=2 trains.* Set max_r, such as 8"
     ):
         capacity.peft.get_peft_model(capacity.Net(), config)
+
+
+@pytest.mark.parametrize("scenario", ["growing", "moving"])
+def test_a_compiled_model_has_one_graph_of_fixed_shapes(scenario):
+    torch._dynamo.reset()
+    model, counter = capacity.model_for(scenario), CompileCounter()
+    optimizer = torch.optim.AdamW(capacity.trained(model), lr=1e-2)
+    scheduler = capacity.attach(model, optimizer, total_steps=capacity.STEPS)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    capacity.train(compiled, optimizer, scheduler, 0, capacity.STEPS)
+    scheduler.detach()
+    assert counter.frame_count == 1
+    eager = capacity.model_for(scenario)
+    optimizer = torch.optim.AdamW(capacity.trained(eager), lr=1e-2)
+    like = capacity.attach(eager, optimizer, total_steps=capacity.STEPS)
+    capacity.train(eager, optimizer, like, 0, capacity.STEPS)
+    like.detach()
+    assert_same(capacity.result(eager, like), capacity.result(model, scheduler))
