@@ -22,6 +22,7 @@ BLOCK = re.compile(r"^```(?P<language>\w+)(?P<options>[^\n]*)\n(?P<code>.*?)^```
 FILES = {
     'title="train.py"': "test_the_script_for_several_processes_runs_in_two",
     'title="train_sharded.py"': "test_the_script_for_several_processes_runs_in_two",
+    'title="train_fsdp1.py"': "test_the_script_for_several_processes_runs_in_two",
     'title="resume.py"': "test_the_script_that_resumes_a_distributed_checkpoint_runs",
 }
 
@@ -285,7 +286,7 @@ def test_the_script_that_resumes_a_distributed_checkpoint_runs(bert_dir, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["train.py", "train_sharded.py"])
+@pytest.mark.parametrize("script", ["train.py", "train_sharded.py", "train_fsdp1.py"])
 def test_the_script_for_several_processes_runs_in_two(script, bert_dir, tmp_path):
     text = (ROOT / "docs" / "distributed.md").read_text()
     (tmp_path / script).write_text(script_of(text, script))

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from growing import growing
 from increlora_rs import attach
+from increlora_rs.training import form as form_module
 from increlora_rs.training import modules as adapted
 from peft import get_peft_model
 from torch import nn
@@ -65,7 +66,7 @@ def uncompiled(monkeypatch):
 def growths(monkeypatch):
     """Of each growth of a parameter: its new shape, along which dimension, its state before and after."""
     seen = []
-    follow = adapted.resize_state
+    follow = form_module.resize_state
 
     def resize_state(optimizer, parameter, dim, *rest):
         def state():
@@ -78,7 +79,7 @@ def growths(monkeypatch):
         follow(optimizer, parameter, dim, *rest)
         seen.append((list(parameter.shape), dim, before, state()))
 
-    monkeypatch.setattr(adapted, "resize_state", resize_state)
+    monkeypatch.setattr(form_module, "resize_state", resize_state)
     return seen
 
 
@@ -306,8 +307,9 @@ def test_a_growth_leaves_the_weights_for_evaluation_as_they_were(name, scaling):
     optimizer.train()
     (module,) = adapted.adapted_modules(model, "default")
     module.start()
+    module.state = form_module.InPlace([module], optimizer)
     module.grow(3, torch.Generator().manual_seed(0))
-    module.follow(optimizer, 9)
+    module.follow(9)
     optimizer.eval()
     torch.testing.assert_close(model(x).detach(), before, rtol=1e-5, atol=1e-6)
 

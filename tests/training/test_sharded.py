@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from increlora_rs import adapter_parameters
+from increlora_rs import adapter_parameters, attach, load_checkpoint
 from launches import WORKERS, torchrun
 from torch import nn
 
@@ -66,10 +66,39 @@ def test_trainer_with_a_sharded_base_ends_as_under_ddp_and_resumes_bit_for_bit(t
     for one, parameter, other in of_all:
         assert (one - parameter).norm() <= 1e-4 * parameter.norm()
         assert torch.equal(one, other)
-    # A checkpoint of the middle goes on from its adapter.
-    assert first["resumed"]["history"] == second["resumed"]["history"] == ours["history"]
-    pairs = zip(first["resumed"]["parameters"], ours["parameters"], strict=True)
-    assert all(torch.equal(one, parameter) for one, parameter in pairs)
+    # A checkpoint of the middle goes on, whatever ranks the model begins with.
+    for way, resumed in first["resumed"].items():
+        assert resumed["history"] == second["resumed"][way]["history"] == ours["history"], way
+        pairs = zip(resumed["parameters"], ours["parameters"], strict=True)
+        assert all(torch.equal(one, parameter) for one, parameter in pairs), way
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """What two processes saved after a growth, and where."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return folder, torchrun(2, "sharded_checkpoint.py", folder, "save")[0]
+
+
+@slow
+def test_a_distributed_checkpoint_of_a_sharded_base_loads_into_three_processes(checkpoint):
+    folder, saved = checkpoint
+    for loaded in torchrun(3, "sharded_checkpoint.py", folder, "load"):
+        assert loaded["ranks"] == saved["ranks"]
+        assert loaded["history"] == saved["history"]
+        assert all(map(torch.equal, loaded["parameters"], saved["parameters"]))
+        assert all(map(torch.equal, loaded["moments"], saved["moments"]))
+
+
+@slow
+def test_a_distributed_checkpoint_of_a_sharded_base_loads_into_one_whole_model(checkpoint):
+    folder, saved = checkpoint
+    model = sharded.model_for("plain")
+    optimizer = sharded.optimizer_of(model)
+    scheduler = attach(model, optimizer, total_steps=sharded.STEPS)
+    load_checkpoint(model, folder / "checkpoint", optimizer)
+    assert scheduler.ranks == saved["ranks"]
+    assert all(map(torch.equal, sharded.trained(model), saved["parameters"]))
 
 
 def test_what_has_to_stay_whole_is_the_adapter_and_what_else_is_trained():

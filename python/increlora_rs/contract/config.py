@@ -285,6 +285,21 @@ class MethodConfig(LoraConfig):
         """The total of the ranks, in words."""
         return f"total {sum(ranks)}"
 
+    def room(self, sizes: Sequence[tuple[int, int]], ranks: Sequence[int]) -> list[int] | None:
+        """The most rows that modules of the sizes (out, in), now of these ``ranks``, may come to have in a
+        training; None: they keep their sizes."""
+        return None
+
+    @property
+    def makes_room(self) -> bool:
+        """Are parameters to have :meth:`room` from the start (the capacity form)?"""
+        return False
+
+    @property
+    def uses_reserve(self) -> bool:
+        """Are there components that learn before they count?"""
+        return False
+
     def of_sum(self, ranks: Mapping[str, int]) -> dict[str, Any]:
         """What a weighted sum of adapters changes of the configuration, so that scales are 1; the ranks are
         those of the sum, by module.

@@ -52,6 +52,11 @@ class AdaptedModule(Protocol):
         """The parameters, in the order of ``structure.names``."""
 
     @property
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        """Those that the optimizer holds: ``factors``, or in the capacity form larger ones, whose rows that
+        count these are."""
+
+    @property
     def parameters(self) -> list[tuple[nn.Parameter, int, list[int]]]:
         """Each parameter, the dimension of its rows, and the steps at which these were born."""
 
@@ -191,6 +196,11 @@ class Policy:
     def wants(self, number: int) -> bool:
         """Are the backward passes before step ``number`` to add to the gauge? Asked once a step."""
         return self.gauge is not None
+
+    def decides(self, number: int) -> bool:
+        """May ranks change after step ``number``? Before it the training makes sure that all processes have
+        the same adapter and the same gradients to decide by."""
+        return False
 
     def before_step(self, step: Step) -> None:
         """Between the backward pass and the optimizer's update, for what changes gradients: a regulariser, an

@@ -212,18 +212,46 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         return first
 
     def rank(self, adapter_name: str) -> int:
-        """The rank, as the parameters' sizes tell it."""
-        factors = dict(zip(self.structure.names, self.factors(adapter_name), strict=True))
-        return int(self.structure.rank_of(factors))
+        """The rank, as the parameters' sizes tell it; in the capacity form their rows that count."""
+        if self.has_room(adapter_name) and not self.probes[adapter_name].at_work:
+            outlines = [one.outline() for one in self.held_factors(adapter_name)]
+            return int(self.structure.rank_of(dict(zip(self.structure.names, outlines, strict=True))))
+        return int(
+            self.structure.rank_of(dict(zip(self.structure.names, self.factors(adapter_name), strict=True)))
+        )
 
     def acting_rank(self, adapter_name: str) -> int:
         """The rank of what acts: without components that a method has masked."""
+        if self.has_room(adapter_name) and not self.structure.masks:
+            # Its size tells, also where this process has but a part of the numbers.
+            return self.rank(adapter_name)
         acting = self.structure.acting(self.present(adapter_name))
         return int(self.structure.rank_of(acting))
 
     def factors(self, adapter_name: str) -> tuple[nn.Parameter, ...]:
-        """The parameters, in the order of ``structure.names``."""
+        """The parameters as their training sees them, in the order of ``structure.names``: those of
+        :meth:`trained`, or in the capacity form what holds their rows that count."""
+        held = self.held_factors(adapter_name)
+        return tuple(_weight(one) if (work := one.work) is None else work for one in held)
+
+    def trained(self, adapter_name: str) -> tuple[nn.Parameter, ...]:
+        """The parameters that an optimizer holds, in the order of ``structure.names``."""
         return tuple(map(_weight, self.held_factors(adapter_name)))
+
+    def has_room(self, adapter_name: str) -> bool:
+        """Is it in the capacity form?"""
+        return any(one.room is not None for one in self.held_factors(adapter_name))
+
+    def make_room(self, adapter_name: str, rows: int, *, whole_in_graphs: bool = True) -> None:
+        """Gives the parameters that grow so many rows from now on: the capacity form.
+
+        Args:
+            rows: Along the dimension in which each grows; new ones are 0.
+            whole_in_graphs: Are compiled graphs made of all rows, those that are 0 too?
+        """
+        for name, one in zip(self.structure.names, self.held_factors(adapter_name), strict=True):
+            if name in self.structure.growing:
+                one.make_room(self.structure.growing[name], rows, whole_in_graphs=whole_in_graphs)
 
     def held_factors(self, adapter_name: str) -> list[Factor]:
         """What holds the parameters, in the order of ``structure.names``."""
@@ -232,10 +260,13 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         return [held[factor]._modules[adapter_name] for factor in self.structure.names]
 
     def tensors(self, adapter_name: str) -> dict[str, Tensor]:
-        """The parameters by their names, and what belongs to them without being trained."""
+        """The parameters by their names, and what belongs to them without being trained; of the capacity form
+        the rows that count."""
         held: Any = self._modules
+        if self.probes[adapter_name].at_work:
+            return dict(zip(self.structure.names, self.factors(adapter_name), strict=True))
         return {
-            name: held[name][adapter_name].weight
+            name: held[name][adapter_name].counted()
             for name in self._tensor_names
             # Of what is kept or frozen, another adapter may have none.
             if adapter_name in held[name]
@@ -251,18 +282,28 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         """:meth:`tensors`, with their numbers where accelerate keeps these elsewhere."""
         tensors = self.tensors(adapter_name)
         if next(iter(tensors.values())).is_meta:
+            if any(one.room not in (None, one.weight.shape) for one in self.held_factors(adapter_name)):
+                raise ValueError(
+                    f"adapter {adapter_name!r} is sharded over processes, and this one has a part of it: ask "
+                    "for its numbers within FullyShardedDataParallel.summon_full_params(model), or save it "
+                    "with the state dict that accelerator.get_state_dict(model) gives."
+                )
             with onloaded(*(getattr(self, name) for name in tensors)):
                 tensors = self.tensors(adapter_name)
         return tensors
 
     def take_sizes(self, adapter_name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Gives parameters that grow the sizes ``shapes``, values undefined: for loading."""
-        parameters = dict(zip(self.structure.names, self.factors(adapter_name), strict=True))
+        factors = dict(zip(self.structure.names, self.held_factors(adapter_name), strict=True))
         for name, dim in self.structure.growing.items():
-            shape = list(parameters[name].shape)
+            one = factors[name]
+            shape = list(one.counted().shape)
             if shape[dim] != shapes[name][dim]:
                 shape[dim] = shapes[name][dim]
-                resize(parameters[name], parameters[name].new_zeros(shape))
+                if one.room is None:
+                    resize(one.weight, one.weight.new_zeros(shape))
+                else:
+                    one.take_rows(shape[dim])
                 self.probes[adapter_name].reloaded = True
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

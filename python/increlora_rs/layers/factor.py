@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..resizing.parameter import resize
+from ..resizing.room import padded
 from ..support.warning import warn
 
 
@@ -24,6 +28,10 @@ class Constant(nn.Module):
         super().__init__()
         # No buffer: DistributedDataParallel would send it around in every forward pass.
         self.weight = weight
+
+    def counted(self) -> Tensor:
+        """The values."""
+        return self.weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> Constant:
         super()._apply(fn, recurse)
@@ -43,6 +51,10 @@ class Kept(nn.Module):
         # A parameter, for what loads adapters knows those best; no buffer, as above.
         self.weight = nn.Parameter(weight, requires_grad=False)
 
+    def counted(self) -> Tensor:
+        """The values."""
+        return self.weight
+
 
 class Factor(nn.Module):
     """A matrix that is trained, as ``weight``; it has no forward pass of its own.
@@ -61,10 +73,94 @@ class Factor(nn.Module):
     # its gradient may come in parts.
     stand_in: Tensor | None = None
     in_parts: bool = False
+    # In the capacity form: the weight's shape, of which so many rows along ``dim`` count. None: all of them.
+    room: tuple[int, ...] | None = None
+    dim: int = 0
+    rows: int = 0
+    # And are graphs made of all rows, those that are 0 too?
+    whole_in_graphs: bool = True
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
+
+    @property
+    def work(self) -> nn.Parameter | None:
+        """In the capacity form, while it is trained: the rows that count as a parameter of that size, for
+        what decides. It is none of the model's, and the training keeps it in step."""
+        kept: nn.Parameter | None = self.__dict__.get("_work")
+        return kept
+
+    def make_room(self, dim: int, size: int, *, whole_in_graphs: bool) -> None:
+        """Gives the weight ``size`` rows along ``dim``, the new ones 0: the capacity form.
+
+        Raises:
+            ValueError: it has more.
+        """
+        rows = int(self.counted().shape[dim])
+        if rows > size:
+            raise ValueError(f"it has {rows} rows, and room for {size} was asked for")
+        resize(self.weight, padded(self.counted().detach(), dim, size))
+        self.room, self.dim, self.rows = tuple(self.weight.shape), dim, rows
+        self.whole_in_graphs = whole_in_graphs
+
+    def begin_work(self) -> None:
+        """Makes :attr:`work`, values undefined."""
+        weight = self.weight
+        self.__dict__["_work"] = nn.Parameter(weight.detach().new_zeros(self.counted().shape))
+
+    def end_work(self) -> None:
+        """Lets it go."""
+        self.__dict__.pop("_work", None)
+
+    def counted(self) -> Tensor:
+        """The rows that count: the weight, or a view of it; where this process has but a part of it, its
+        shape alone, on meta."""
+        if self.room is None or (self.whole_in_graphs and torch.compiler.is_compiling()):
+            return self.weight
+        if self.weight.shape != self.room:
+            return self.outline()
+        return self.weight.narrow(self.dim, 0, self.rows)
+
+    def outline(self) -> Tensor:
+        """The shape of the rows that count, without numbers: also in a graph, and of a part."""
+        shape = self.weight.shape if self.room is None else self._shape(self.rows)
+        return torch.empty(shape, device="meta")
+
+    def take_rows(self, rows: int) -> None:
+        """Has so many rows count, values undefined: for loading.
+
+        Raises:
+            ValueError: there is no room for them.
+        """
+        assert self.room is not None
+        if rows > self.room[self.dim]:
+            raise ValueError(
+                f"an adapter of rank {rows} does not fit into one in the capacity form that has room for "
+                f"{self.room[self.dim]}; raise max_r, or r, to what it was trained with."
+            )
+        self.rows = rows
+
+    def _shape(self, rows: int) -> Sequence[int]:
+        assert self.room is not None
+        return [*self.room[: self.dim], rows, *self.room[self.dim + 1 :]]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = destination.get(f"{prefix}weight")
+        # What is saved is the same in both forms.
+        if self.room is not None and weight is not None and weight.shape == self.room:
+            destination[f"{prefix}weight"] = weight.narrow(self.dim, 0, self.rows)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        weight = state_dict.get(f"{prefix}weight")
+        if self.room is not None and weight is not None and list(weight.shape) == self._shape(self.rows):
+            state_dict[f"{prefix}weight"] = padded(weight, self.dim, self.room[self.dim])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model has no training.
+        return {name: value for name, value in self.__dict__.items() if name != "_work"}
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -36,6 +36,7 @@ class Probe:
         attached: Is there a scheduler?
         unattended: Backward passes since the scheduler's optimizer took a step, or ever without one.
         layers: Number of layers that share the probe.
+        at_work: Of the capacity form: is what decides at work, on parameters of its own?
         reloaded: Did a layer take another rank from a checkpoint since the scheduler looked?
         history: How the ranks of the adapter grew; it stays when the training is over.
         copies: The probes of the copies of the model that were made so far, of copies of copies too.
@@ -49,6 +50,7 @@ class Probe:
     attached: bool = False
     unattended: int = 0
     layers: int = 0
+    at_work: bool = False
     reloaded: bool = False
     history: GrowthHistory | None = None
     copies: list[ReferenceType[Probe]] = field(default_factory=list, repr=False)
@@ -56,6 +58,7 @@ class Probe:
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model has no scheduler.
         of_scheduler = {"gauge": None, "armed": False, "switch": None, "attached": False}
+        of_scheduler["at_work"] = False
         return self.__dict__ | of_scheduler | {"copies": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Probe:

@@ -24,6 +24,9 @@ class Layer(Protocol):
     def tensors(self, adapter_name: str) -> dict[str, Tensor]:
         """The parameters."""
 
+    def has_room(self, adapter_name: str) -> bool:
+        """Is it in the capacity form?"""
+
 
 class Ranks(Mapping[str, int]):
     """The rank by adapter name, read off the factors whenever it is asked for.
@@ -94,7 +97,8 @@ class Scales(MutableMapping[str, float]):
         """A scale that follows the rank, for a graph, which knows no rank: float64 (1) on the CPU."""
         scale, layer = self._scales[name], self._layer
         # Not as a number: a graph must not know it.
-        rank = layer.structure.rank_of(layer.tensors(name))
+        # In the capacity form a graph sees no size, and is made anew for another rank.
+        rank = layer.rank(name) if layer.has_room(name) else layer.structure.rank_of(layer.tensors(name))
         divisor = (torch.ones(1, dtype=torch.float64, device="cpu") * rank).clamp(min=1.0)
         return scale.tensor * scale.alpha / (divisor.sqrt() if scale.root else divisor)
 

@@ -7,8 +7,9 @@ import re
 from collections import Counter
 
 _PREFIX = "base_model.model."
-# In the name of a module, but not in those of its parameters, as torch's checkpoint_wrapper has them saved.
-_CHECKPOINTED = "_checkpoint_wrapped_module."
+# In the name of a module, but not in those of its parameters, as torch's checkpoint_wrapper and FSDP1 have
+# them saved.
+_WRAPPED = re.compile(r"(_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
 def short(name: str) -> str:
@@ -18,7 +19,7 @@ def short(name: str) -> str:
 
 def as_saved(name: str) -> str:
     """A module's name as it stands in the keys of the model's ``state_dict``."""
-    return name.replace(_CHECKPOINTED, "")
+    return _WRAPPED.sub("", name)
 
 
 def rank_pattern(ranks: dict[str, int]) -> dict[str, int]:

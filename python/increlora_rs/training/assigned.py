@@ -63,7 +63,7 @@ class Assigned:
             return
         held = held_by(optimizer)
         for module in self._modules:
-            if any(id(parameter) not in held for parameter, _, _ in module.parameters):
+            if any(id(parameter) not in held for parameter in module.trained):
                 raise ValueError(
                     f"model: the parameters of {module.name!r} are no longer those that the optimizer "
                     "trains: load_state_dict(..., assign=True), to('meta') or an assignment put others in "

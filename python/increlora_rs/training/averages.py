@@ -51,6 +51,7 @@ def keep_average(
             other sizes; after a growth also, if it was loaded from elsewhere meanwhile. Or the method lets
             parameters begin anew (ReMoRA).
         TypeError: ``scheduler`` is no RankScheduler, or ``average`` none of the above.
+        NotImplementedError: the adapter is in the capacity form.
     """
     if not isinstance(scheduler, RankScheduler):
         raise TypeError(
@@ -61,6 +62,11 @@ def keep_average(
             f"scheduler: {type(scheduler.policy).__name__} lets the adapter's parameters begin anew during "
             "the training, so that their average over steps is that of no update; leave that out (MoRA: "
             "remora_interval), or the average."
+        )
+    if any(module.layer.has_room(module.adapter) for module in scheduler.policy.modules):
+        raise NotImplementedError(
+            "scheduler: its adapter is in the capacity form (growth='capacity'), and no average follows that "
+            "yet; use growth='resize', or do without the average."
         )
     given = None if parameters is None else list(parameters)
     follower = _Follower(scheduler, average, given)

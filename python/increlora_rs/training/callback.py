@@ -9,13 +9,13 @@ from typing import Any
 from transformers import SchedulerType, TrainerCallback
 
 from ..support.warning import warn
+from . import trainer_sharding
 from .averages import keep_average
 from .events import GrowthEvent
 from .fit import schedulers_of
 from .scheduler import RankScheduler, attach
 from .session import PolicyMaker
 from .trainer_log import speak_first
-from .trainer_sharding import leave_adapter_whole
 
 logger = logging.getLogger(__package__)
 
@@ -71,9 +71,9 @@ class IncreLoraCallback(TrainerCallback):
         self._averages, self._on_growth, self._policy = tuple(averages), on_growth, policy
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Where the Trainer shards by FSDP2, has it leave the adapter whole."""
+        """Makes the adapter ready for the Trainer's FSDP, if it uses that."""
         if kwargs.get("model") is not None:
-            leave_adapter_whole(kwargs["model"], args.device)
+            trainer_sharding.prepare(kwargs["model"], args.device)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attaches the scheduler to the Trainer's optimizer."""

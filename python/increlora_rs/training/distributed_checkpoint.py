@@ -83,6 +83,30 @@ def load_checkpoint(
         _load_optimizer(inner, optimizer, read)
 
 
+def take_sizes(model: nn.Module, checkpoint: str | os.PathLike[str] | StorageReader) -> None:
+    """Gives the adapter in ``model`` the ranks that it has in a checkpoint of accelerate's, values undefined.
+
+    Its parameters have the model's names there, or PEFT's, in which the adapter's name is missing, below
+    "model."; where one has neither, nothing is done for its module.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no checkpoint, or it cannot be read.
+    """
+    saved = _Saved(checkpoint)
+    for name, layer in model.named_modules():
+        if not isinstance(layer, AdaptedLayer):
+            continue
+        for adapter in layer.adapters:
+            start, found = f"model.{_plain(name)}", {}
+            for factor in layer.structure.names:
+                for key in (f"{start}.{factor}.{adapter}.weight", f"{start}.{factor}.weight"):
+                    size = saved.size(key) if key in saved.entries else None
+                    if size is not None:
+                        found[factor] = tuple(size)
+            if len(found) == len(layer.structure.names):
+                layer.take_sizes(adapter, found)
+
+
 class _Saved:
     """A checkpoint's table of contents.
 

@@ -22,7 +22,8 @@ class Resize:
     """A parameter whose rows came or went in place; it is the same object as before.
 
     Rows that stay keep their order and stand at the beginning, new ones behind them. As many may have come as
-    went: then the size is what it was, and the rows are not.
+    went: then the size is what it was, and the rows are not. In the capacity form sizes are the rows that
+    count.
 
     Args:
         name: Its full name in the model given to ``attach``, as ``named_parameters()`` has it.
@@ -132,8 +133,9 @@ class SizeListeners:
         found = []
         for _, module, before, now, rows in changed:
             rescaled = module.structure.rescaled if cause == "growth" else ()
-            each = zip(module.structure.names, module.parameters, before, now, rows.kept, strict=True)
-            for name, (parameter, dim, _), old, new, kept in each:
+            trained = zip(module.trained, module.dims, strict=True)
+            each = zip(module.structure.names, trained, before, now, rows.kept, strict=True)
+            for name, (parameter, dim), old, new, kept in each:
                 if old != new or len(kept) != old:
                     factor = rows.factor if name in rescaled else 1.0
                     resize = Resize(names[id(parameter)], parameter, dim, old, new, tuple(kept), factor)

@@ -162,7 +162,7 @@ def _refuse_computed_or_shared(modules: Sequence[AdaptedModule]) -> None:
     """Raises ValueError where a factor is no parameter of its module alone."""
     owners: dict[int, str] = {}
     for module in modules:
-        for factor, parameter in zip(module.structure.names, module.factors, strict=True):
+        for factor, parameter in zip(module.structure.names, module.trained, strict=True):
             if not isinstance(parameter, nn.Parameter):
                 raise ValueError(
                     f"model: {factor} of {module.name!r} is computed, as by torch.nn.utils.parametrize, "
@@ -224,7 +224,7 @@ def check_attachable(modules: Sequence[AdaptedModule], optimizer: torch.optim.Op
             )
         parameters = [parameter for parameter, _, _ in module.parameters]
         for parameter in parameters:
-            refuse_sharded(parameter)
+            refuse_sharded(parameter, has_room=module.layer.has_room(module.adapter))
         missing = [parameter for parameter in parameters if id(parameter) not in held]
         if missing:
             raise ValueError(

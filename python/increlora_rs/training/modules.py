@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..layers import AdaptedLayer
 from ..layers.found import adapted_layers
-from ..resizing.optimizer_state import keep_state, resize_state, start_anew
 from ..support.names import short
 
 
@@ -62,6 +61,8 @@ class AdaptedModule:
     layer: AdaptedLayer
     adapter: str
     births: list[list[int]] = field(default_factory=list)
+    # What brings the optimizer's state in step; the training sets it.
+    state: Any = field(default=None, init=False, repr=False)
     # Since the optimizer's state followed, and since the listeners were told; None: nothing came or went.
     _rows: Rows | None = field(default=None, init=False, repr=False)
     _untold: Rows | None = field(default=None, init=False, repr=False)
@@ -76,8 +77,13 @@ class AdaptedModule:
 
     @property
     def factors(self) -> tuple[nn.Parameter, ...]:
-        """The parameters, in the order of ``structure.names``."""
+        """The parameters as the training sees them, in the order of ``structure.names``."""
         return self.layer.factors(self.adapter)
+
+    @property
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        """Those that the optimizer holds; others in the capacity form alone."""
+        return self.layer.trained(self.adapter)
 
     @property
     def parameters(self) -> list[tuple[nn.Parameter, int, list[int]]]:
@@ -106,9 +112,10 @@ class AdaptedModule:
         return max((size for name, size in named if name in growing), default=rank)
 
     def first_learners(self) -> list[nn.Parameter]:
-        """The parameters that are the first to get a gradient; none where all are."""
+        """Of the parameters that the optimizer holds those that are the first to get a gradient; none where
+        all are."""
         config = self.layer.configs[self.adapter]
-        named = dict(zip(self.structure.names, self.factors, strict=True))
+        named = dict(zip(self.structure.names, self.trained, strict=True))
         return [named[name] for name in self.structure.first_learners(self.layer.site, config)]
 
     def start(self) -> None:
@@ -154,7 +161,7 @@ class AdaptedModule:
             self._rows = Rows.of(sizes)
         self._rows.then(stay, factor)
 
-    def follow(self, optimizer: torch.optim.Optimizer, step: int, counted: int | None = None) -> None:
+    def follow(self, step: int, counted: int | None = None) -> None:
         """Brings births and optimizer state in step with the parameters; new rows are born now.
 
         Args:
@@ -175,11 +182,11 @@ class AdaptedModule:
             at_the_end = kept == list(range(min(old, size)))
             # State that did not have to follow stays, whatever it is.
             if not kept and size:
-                start_anew(optimizer, parameter, counted)
+                self.state.start_anew(parameter, counted)
             elif old != size or not at_the_end or rescaled != 1.0:
-                resize_state(optimizer, parameter, dim, rescaled, None if at_the_end else kept)
+                self.state.resize_state(parameter, dim, rescaled, None if at_the_end else kept)
             elif known:
-                keep_state(optimizer, parameter)
+                self.state.keep_state(parameter)
             births[:] = [*(births[place] for place in kept), *[step] * (size - len(kept))]
         if self._untold is None:
             self._untold = Rows.of(sizes)

@@ -12,9 +12,7 @@ from torch import nn
 
 from ..contract.policy import Event, Plan, Policy, Step
 from ..resizing.ddp import rebuild_buckets
-from ..resizing.graph import mark_growing
 from ..resizing.optimizer_starts import steps_taken
-from ..resizing.optimizer_state import start_anew, watch
 from ..support.history import GrowthHistory
 from ..support.warning import warn
 from . import checkpoint, step_kinds
@@ -22,6 +20,7 @@ from .assigned import Assigned
 from .bystanders import BEGUN_ANEW, Bystanders
 from .distributed import average_, from_holder
 from .events import Cause, SizeListeners
+from .forms import form_of
 from .hooks import Hooks
 from .modules import AdaptedModule
 from .replicas import Replicas
@@ -57,7 +56,9 @@ class Session:
         self.model, self.modules, self.optimizer, self.method = model, modules, plan.optimizer, method
         layer, adapter = modules[0].layer, modules[0].adapter
         self.config, self.probe = layer.configs[adapter], layer.probes[adapter]
-        self.policy = make_policy(modules, self.config, plan)
+        self._form = form_of(model, modules, plan.optimizer)
+        with self._form.at_work():
+            self.policy = make_policy(modules, self.config, plan)
         self.step = 0
         self.restored = False
         # Rows of `history`: step, module, rank, score.
@@ -70,12 +71,13 @@ class Session:
         # Ranks and rows of a resumed state that the model has not been seen to have.
         self._expected: list[tuple[int, int]] | None = None
         self._scaler = ScalerWatch(scaler, self._drop_gauge)
-        self._replicas = Replicas(model, modules, self.optimizer)
+        self._replicas = Replicas(model, modules, self.optimizer, self._form.is_sharded)
         saved = self._group.get(checkpoint.KEY, checkpoint.HELD)
         # A state that the first process loads for all (broadcast_from_rank0) has unknown entries there alone.
         saved = from_holder(None if saved == checkpoint.HELD else saved, plan.device)
         if saved is None:
-            self._start()
+            with self._form.at_work():
+                self._start()
         else:
             self._restore(saved)
         self._group[checkpoint.KEY] = checkpoint.HELD
@@ -98,7 +100,7 @@ class Session:
             module.start()
         # A parameter without rows has no state that counts.
         first = next((module for module in self.modules if module.rows), self.modules[0])
-        self._lead = steps_taken(self.optimizer, first.parameters[0][0])
+        self._lead = steps_taken(self.optimizer, first.trained[0])
         self.policy.start()
         self._follow()
 
@@ -109,23 +111,22 @@ class Session:
         for slot, module in enumerate(self.modules):
             module.layer.probes[adapter] = self.probe
             module.layer.slots[adapter] = slot
-            for name, (parameter, dim, _) in zip(module.structure.names, module.parameters, strict=True):
-                if name in module.structure.growing:
-                    mark_growing(parameter, dim)
-                    watch(parameter)
+        self._form.begin()
 
     def close(self) -> None:
         """The training is over: nothing is left but the adapter."""
         self._hooks.remove()
         self._replicas.close()
         self._scaler.detach()
-        if self.probe.reloaded:
-            self._take_loaded()
-        self.policy.finish()
-        self._follow()
+        with self._form.at_work():
+            if self.probe.reloaded:
+                self._take_loaded()
+            self.policy.finish()
+            self._follow()
         self.probe.detach()
         self._group.pop(checkpoint.KEY, None)
         self._tell("detach")
+        self._form.end()
 
     # One step.
 
@@ -137,17 +138,22 @@ class Session:
 
     def take_gradients(self) -> None:
         """Between the backward pass and the optimizer's update."""
-        optimizer = self.optimizer
-        if not step_kinds.has_gradients(optimizer):
+        if not self._form.in_any(step_kinds.has_gradients(self.optimizer)):
             # Whatever was collected is of a batch that was dropped.
             self._drop_gauge()
             return
-        if step_kinds.is_trial(optimizer) and not self._measured():
+        trial = step_kinds.is_trial(self.optimizer) and not self._measured()
+        if not self._form.in_any(not trial):
             # Adam counts it, and newborn rows have to know.
             self._lead += 1
             return
+        self._replicas.average()
+        with self._form.at_work():
+            self._prepare(self.optimizer)
+
+    def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
         self.check_loaded()
-        self._replicas.before_step()
+        self._replicas.check(deciding=self.policy.decides(self.step + 1))
         # Some optimizers divide by the number of elements.
         for parameter in self._assigned.empty:
             parameter.grad = None
@@ -178,10 +184,10 @@ class Session:
         """After the optimizer's update."""
         if self._at is None:
             return
-        with torch.no_grad():
+        with self._form.at_work(), torch.no_grad():
             event = self.policy.after_step(self._at)
-        if event is not None:
-            self._take(event)
+            if event is not None:
+                self._take(event)
         self._history.step = self.step
         self._arm()
         if event is None:
@@ -200,7 +206,7 @@ class Session:
         self._history.add(self.step, ranks, scores)
         self.probe.history = self._history
         for parameter in event.restarted:
-            start_anew(self.optimizer, parameter)
+            self._form.start_anew(parameter)
         if event.resized:
             self._follow()
             self.config.note_ranks({module.name: module.rank for module in self.modules})
@@ -226,7 +232,7 @@ class Session:
     def _follow(self) -> None:
         """Births, optimizer state and DDP's buckets, after rows came or went."""
         for module in self.modules:
-            module.follow(self.optimizer, self.step, self.step + self._lead)
+            module.follow(self.step, self.step + self._lead)
         self.rebuild_buckets()
 
     def _tell(self, cause: Cause) -> None:
@@ -244,8 +250,9 @@ class Session:
 
     def rebuild_buckets(self) -> None:
         """DDP's, for parameters that changed their size."""
-        for ddp in self._replicas.wrappers():
-            rebuild_buckets(ddp)
+        if self._form.resizes:
+            for ddp in self._replicas.wrappers():
+                rebuild_buckets(ddp)
 
     # State.
 
@@ -292,6 +299,10 @@ class Session:
             self.after_load()
 
     def _restore(self, value: Any) -> None:
+        with self._form.at_work():
+            self._restore_from(value)
+
+    def _restore_from(self, value: Any) -> None:
         saved = checkpoint.unpack(value)
         names = [module.name for module in self.modules]
         checkpoint.check(saved, self.method, names, self.policy.plan.total_steps)
@@ -320,6 +331,10 @@ class Session:
     def check_loaded(self) -> None:
         """Before a step: do births and optimizer state fit parameters that were loaded meanwhile?"""
         self.take_state()
+        with self._form.at_work():
+            self._check_loaded()
+
+    def _check_loaded(self) -> None:
         if self._expected is None:
             if self._assigned.changed() or self.probe.reloaded:
                 self._take_loaded()
@@ -342,7 +357,7 @@ class Session:
         self.probe.reloaded = False
         for module in self.modules:
             if any(len(births) != parameter.shape[dim] for parameter, dim, births in module.parameters):
-                module.follow(self.optimizer, self.step)
+                module.follow(self.step)
                 module.start()
         self.policy.resized()
         self.rebuild_buckets()

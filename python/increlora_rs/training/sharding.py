@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+import zlib
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..layers.found import all_adapted_layers
+from .modules import AdaptedModule
 
 _WHOLE = (
     "Leave the adapter whole: fully_shard(module, ignored_params=increlora_rs.adapter_parameters(model)) in "
@@ -45,17 +49,22 @@ def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
     return ours | {parameter for parameter in model.parameters() if parameter.requires_grad}
 
 
-def refuse_sharded(parameter: nn.Parameter) -> None:
-    """Raises ValueError for a parameter that is sharded over processes and so cannot grow in place."""
+def refuse_sharded(parameter: nn.Parameter, *, has_room: bool) -> None:
+    """Raises ValueError for a parameter that is sharded over processes and so cannot grow in place.
+
+    Args:
+        has_room: Is it of the capacity form, which FSDP1 may flatten?
+    """
     if isinstance(parameter, DTensor):
         raise ValueError(
             f"model: its adapter is sharded (FSDP), and a sharded parameter cannot grow. {_WHOLE}"
         )
     # FSDP1's mark on parameters that it laid into a flat one.
-    if getattr(parameter, "_fsdp_flattened", False):
+    if getattr(parameter, "_fsdp_flattened", False) and not has_room:
         raise ValueError(
             "model: its adapter lies in a flat parameter of FullyShardedDataParallel (FSDP1), in which it "
-            "cannot grow. Use fully_shard (FSDP2), with the adapter left whole by "
+            'cannot grow. Set growth="capacity" in its configuration, and use_orig_params=True; or use '
+            "fully_shard (FSDP2), with the adapter left whole by "
             "ignored_params=increlora_rs.adapter_parameters(model); or DDP."
         )
     if hasattr(parameter, "ds_id"):
@@ -74,6 +83,40 @@ def sharded_modules(model: nn.Module) -> list[Any]:
     )
 
 
+def flat_parameters(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Any]:
+    """The flat parameters of FSDP1 in which ``parameters`` are cut into pieces; none where they are whole.
+
+    Raises:
+        ValueError: some are and others not; or the pieces are not spread over all processes once.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return []
+    wanted, flats = {id(parameter) for parameter in parameters}, []
+    for module in model.modules():
+        # torch has no public name for what a module of FSDP1 holds.
+        handle: Any = module._handle if isinstance(module, fsdp.FullyShardedDataParallel) else None
+        if handle is None or not handle.uses_sharded_strategy:
+            continue
+        held = {id(one) for one in handle.flat_param._params or ()} & wanted
+        if not held:
+            continue
+        if dist.get_world_size(handle.process_group) != dist.get_world_size():
+            raise ValueError(
+                "model: FullyShardedDataParallel (FSDP1) shards its adapter over some of the processes "
+                "(HYBRID_SHARD), and ranks are chosen by all of them. Use ShardingStrategy.FULL_SHARD or "
+                "SHARD_GRAD_OP."
+            )
+        wanted -= held
+        flats.append(handle.flat_param)
+    if flats and wanted:
+        raise ValueError(
+            "model: FullyShardedDataParallel (FSDP1) shards some parameters of the adapter and leaves "
+            f"{len(wanted)} of {len(parameters)} whole; give it all of them."
+        )
+    return flats
+
+
 def refuse_partly_sharded(modules: list[Any]) -> None:
     """Raises ValueError where ``fully_shard`` is over some of the processes: others then see the same data,
     and their gradients are parts of one."""
@@ -86,6 +129,48 @@ def refuse_partly_sharded(modules: list[Any]) -> None:
                     f"{dist.get_world_size()}; ranks are chosen by all of them. Shard over all, in one or "
                     "two dimensions; tensor and pipeline parallelism beside it are not supported."
                 )
+
+
+def refuse_split(modules: Sequence[AdaptedModule], sharded: list[Any]) -> None:
+    """Raises ValueError where a base weight is split over processes by somebody else than FSDP, as tensor
+    parallelism does: a process then computes a part of the module's output.
+
+    Args:
+        modules: The adapted modules.
+        sharded: What ``fully_shard`` was called on.
+    """
+    groups = [group for module in sharded for group in _groups(module)]
+    of_fsdp = {id(parameter.sharded_param) for group in groups for parameter in group.fsdp_params}
+    for module in modules:
+        for parameter in module.layer.get_base_layer().parameters():
+            if isinstance(parameter, DTensor) and id(parameter) not in of_fsdp:
+                raise ValueError(
+                    f"model: the base weight of {module.name!r} is split over a mesh of "
+                    f"{parameter.device_mesh.size()} processes ({', '.join(map(str, parameter.placements))}) "
+                    "by tensor parallelism, and so would its adapter have to be, which cannot grow. Leave "
+                    "this module out of target_modules, or use DDP, or fully_shard as docs/distributed.md "
+                    "has it."
+                )
+
+
+def refuse_other_modules(modules: Sequence[AdaptedModule], device: torch.device) -> None:
+    """Raises ValueError, in all processes alike, where these adapt other modules, as stages of a pipeline do:
+    ranks are chosen by all processes for all modules."""
+    told = repr([(module.name, module.layer.out_features, module.layer.in_features) for module in modules])
+    mark = torch.tensor(zlib.crc32(told.encode()), dtype=torch.int64, device=device)
+    marks = torch.stack([mark, -mark])
+    dist.all_reduce(marks, dist.ReduceOp.MAX)
+    if int(marks.sum()) == 0:
+        return
+    held: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(held, (len(modules), modules[0].name))
+    first = next(rank for rank, other in enumerate(held) if other != held[0] or rank == len(held) - 1)
+    raise ValueError(
+        f"model: the processes adapt other modules: process 0 has {held[0][0]}, {held[0][1]!r} the first, "
+        f"and process {first} has {held[first][0]}, {held[first][1]!r} the first. Ranks are chosen for all "
+        "modules by all processes: stages of a pipeline (pipeline parallelism) are not supported; use "
+        "fully_shard as docs/distributed.md has it, or give all processes one model and one target_modules."
+    )
 
 
 def reduces_gradients(modules: list[Any]) -> bool:

@@ -24,6 +24,7 @@ from ..layers.factor import Factor
 from ..layers.found import adapted_layers
 from ..layers.offload import onloaded
 from ..layers.parents import bar_fast_paths, check_parent, open_fast_paths
+from ..layers.room import make_room
 from ..ops.probe import Probe
 from ..support.experts import Parameter, expert_layers, is_router, left_out, names_one_of, warn_of_left_out
 from ..support.names import as_saved, short
@@ -86,6 +87,8 @@ class MethodModel(LoraModel):
             unlike_lora=[short(name) for name, layer in layers.items() if not layer.is_lora],
             experts=expert_layers(model),
         )
+        if config.makes_room:
+            make_room(model, adapter_name)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         _check_no_lora(model)

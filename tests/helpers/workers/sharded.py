@@ -84,13 +84,13 @@ def model_for(scenario):
     return peft.get_peft_model(Net(), config_for(scenario))
 
 
-def shard(model, scenario):
-    """Shards the base by block, and what is left over."""
+def shard(model, scenario, mesh=None):
+    """Shards the base by block, and what is left over, over all processes or ``mesh``."""
     net = model.base_model.model if isinstance(model, peft.PeftModel) else model
     if scenario == "activation checkpoints":
         for k, block in enumerate(net.blocks):
             net.blocks[k] = checkpoint_wrapper(block)
-    options = SCENARIOS[scenario] | {"mesh": init_device_mesh("cpu", (dist.get_world_size(),))}
+    options = SCENARIOS[scenario] | {"mesh": mesh or init_device_mesh("cpu", (dist.get_world_size(),))}
     if isinstance(model, peft.PeftModel):
         options["ignored_params"] = adapter_parameters(model)
     for block in net.blocks:

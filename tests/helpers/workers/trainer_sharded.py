@@ -25,6 +25,7 @@ LAYERS = {"transformer_layer_cls_to_wrap": ["BertLayer"]}
 WAYS = {
     "ddp": {},
     "fsdp": {"fsdp": True, "fsdp_config": LAYERS},
+    "state in shards": {"fsdp": True, "fsdp_config": LAYERS | {"state_dict_type": "SHARDED_STATE_DICT"}},
 }
 
 
@@ -60,12 +61,11 @@ def adapted():
     return peft.get_peft_model(base(), adapter)
 
 
-def train(way, out, resume=False):
+def train(way, out, resume=False, fresh=True):
     callback = IncreLoraCallback()
     checkpoint = Path(out) / f"checkpoint-{STOP}"
     trainer = Trainer(
-        # accelerate fills tensors in that have the checkpoint's sizes already.
-        model=peft.PeftModel.from_pretrained(base(), checkpoint, is_trainable=True) if resume else adapted(),
+        model=adapted() if fresh else peft.PeftModel.from_pretrained(base(), checkpoint, is_trainable=True),
         args=arguments(out, STEPS, STOP, gradient_accumulation_steps=2, max_grad_norm=0.5, **WAYS[way]),
         train_dataset=Rows(),
         callbacks=[callback],
@@ -87,7 +87,11 @@ def main():
     out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     # First, for what accelerate reads of the environment afterwards.
     results = {way: train(way, out / way) for way in WAYS}
-    results["resumed"] = train("fsdp", out / "fsdp", resume=True)
+    results["resumed"] = {
+        "its adapter": train("fsdp", out / "fsdp", resume=True, fresh=False),
+        "a fresh adapter": train("fsdp", out / "fsdp", resume=True),
+        "a fresh adapter, state in shards": train("state in shards", out / "state in shards", resume=True),
+    }
     keep(results, rank)
     dist.barrier()
     dist.destroy_process_group()

@@ -82,6 +82,12 @@ class IncreLoraConfig(MethodConfig):
             modules in all: what rank ``r`` everywhere would train. Modules are then chosen by their score for
             each parameter, and growth ends when no component fits any more. None: "parameters", for ranks
             that grow "rank".
+        growth: How parameters change their rank. "resize": in place, so that they are never larger than what
+            they hold. "capacity": they have the largest size that they may come to from the start, and the
+            rank says how many rows count; the others are 0, get no gradient, and are not saved. Choices
+            and results are the same. It is for what cannot bear a change of size, FSDP1 above all
+            (docs/distributed.md), and takes memory, with optimizer state, for min(``max_r``, in, out, budget)
+            components a module: set ``max_r``. None: "resize", and "capacity" where Trainer uses FSDP1.
 
     The other arguments are LoraConfig's: ``target_modules``, ``lora_alpha``, ``lora_dropout``,
     ``bias``, ``use_rslora``, ``modules_to_save``, ``trainable_token_indices``, ``exclude_modules``,
@@ -144,6 +150,9 @@ class IncreLoraConfig(MethodConfig):
     )
     budget_unit: Literal["rank", "parameters"] | None = field(
         default=None, metadata={"help": "What the budget counts: components, or their parameters."}
+    )
+    growth: Literal["resize", "capacity"] | None = field(
+        default=None, metadata={"help": "Do parameters change their size, or have room from the start?"}
     )
 
     @classmethod
@@ -297,7 +306,24 @@ class IncreLoraConfig(MethodConfig):
             "budget_unit": "rank",
             "scaling": "budget",
             "preserve_output": True,
+            "growth": None,
         }
+
+    @property
+    def makes_room(self) -> bool:
+        """``growth="capacity"``; an adapter that is not trained has no use for it."""
+        return self.growth == "capacity" and not self.inference_mode
+
+    def room(self, sizes: Sequence[tuple[int, int]], ranks: Sequence[int]) -> list[int]:
+        """min(``max_r``, in, out), and with nothing in reserve what the budget pays for."""
+        budget = self.budget(sizes, ranks)
+        # Ranks that move may begin above the budget.
+        total = max(budget.total, budget.spent(ranks))
+        rooms = []
+        for size, cost, rank in zip(sizes, budget.costs, ranks, strict=True):
+            most = min(*size, self.max_r or min(size))
+            rooms.append(max(most if self.uses_reserve else min(most, total // cost), rank))
+        return rooms
 
     def check(self) -> None:
         """Checks ranks, schedule and choices."""
@@ -359,6 +385,7 @@ class IncreLoraConfig(MethodConfig):
         arguments.choice("importance_norm", self.importance_norm, ("sqrt", "mean"))
         arguments.choice("budget_unit", self.budget_unit, ("rank", "parameters", None))
         arguments.choice("advance_learning", self.advance_learning, (True, False, None))
+        arguments.choice("growth", self.growth, ("resize", "capacity", None))
         for name in ("restart_warmup", "preserve_output"):
             arguments.choice(name, getattr(self, name), (True, False))
         if self.advance_learning and self.init_lora_weights != "svd":

@@ -78,6 +78,10 @@ class Growth(Allocation):
         """Will a growth need the importance of this step, or the loss a gradient?"""
         return self._may_grow and (self._nothing_there or self._in_window(number))
 
+    def decides(self, number: int) -> bool:
+        """At the events of the schedule, while ranks may grow."""
+        return self._may_grow and self.schedule.is_event(number)
+
     def _in_window(self, number: int) -> bool:
         return self._scores.wanted(self.schedule.next_event(number) - number)
 
@@ -94,7 +98,7 @@ class Growth(Allocation):
     def after_step(self, step: Step) -> Event | None:
         """Corrects newborn rows; grows, where the schedule says so."""
         self.warmup.correct(step)
-        if not (self._may_grow and self.schedule.is_event(step.number)):
+        if not self.decides(step.number):
             return None
         return self._grow(step.number)
 

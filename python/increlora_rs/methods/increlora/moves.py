@@ -126,6 +126,10 @@ class Moves(Allocation):
         """Notes what the components take at first, which may be more than the budget."""
         self._first_spent = self.spent
 
+    def decides(self, number: int) -> bool:
+        """At the events of the schedule."""
+        return self.schedule.is_event(number)
+
     def before_step(self, step: Step) -> None:
         """The regulariser, and newborn rows as they are."""
         self._orthogonality.before_step(step)
@@ -140,7 +144,7 @@ class Moves(Allocation):
         self._effects.observe_(self._mean, self._squares, self._steps, _RATE, grad_scale=step.grad_scale)
         if number % schedule.deltaT:
             return None
-        event = self._move(number) if schedule.is_event(number) else None
+        event = self._move(number) if self.decides(number) else None
         self._squares.zero_()
         return event
 

@@ -40,12 +40,10 @@ class RestartWarmup:
     def find_young(self, modules: Sequence[AdaptedModule]) -> None:
         """Looks which parameters have rows that were born during training."""
         self._young = {
-            id(parameter): [
-                (values, births, dim) for values in (parameter, *weights_of(self._optimizer, parameter))
-            ]
+            id(held): [(values, births, dim) for values in (parameter, *weights_of(self._optimizer, held))]
             for module in modules
             if any(map(any, module.births))
-            for parameter, dim, births in module.parameters
+            for held, (parameter, dim, births) in zip(module.trained, module.parameters, strict=True)
             if any(births)
         }
         self._sort_by_group()

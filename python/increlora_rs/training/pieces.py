@@ -1,0 +1,110 @@
+"""Where the numbers of an adapter are that does not change its size: whole in each process, or in pieces, as
+FSDP1 lays parameters into flat ones and gives every process a part of these."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..layers.factor import Factor
+from ..resizing.room import padded
+
+
+class Whole:
+    """All numbers are in this process."""
+
+    is_sharded = False
+
+    def gathered(self, weights: Sequence[Tensor], values: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Of each of ``values``, which belong to ``weights``, the whole; None where there is none."""
+        return list(values)
+
+    def put(self, factor: Factor, value: Tensor, rows: Tensor, most: int) -> None:
+        """Writes ``rows`` to the front of ``value``, in the shape of the factor's weight, and zeros behind
+        them until row ``most``."""
+        count = rows.shape[factor.dim]
+        value.narrow(factor.dim, 0, count).copy_(rows)
+        if most > count:
+            value.narrow(factor.dim, count, most - count).zero_()
+
+    def in_any(self, fact: bool) -> bool:
+        """``fact``."""
+        return fact
+
+    def all_of(self, names: set[str]) -> list[str]:
+        """``names``, in order."""
+        return sorted(names)
+
+
+class Pieces(Whole):
+    """Each process has a piece of every parameter, maybe an empty one: numbers that follow each other when
+    the parameter is laid out by rows.
+
+    All methods have to be called by all processes alike.
+
+    Args:
+        places: By the id of each parameter the place of its piece's first number.
+    """
+
+    is_sharded = True
+
+    def __init__(self, places: dict[int, int], device: torch.device) -> None:
+        self._places, self._device = places, device
+        self._shapes: dict[int, torch.Size] = {}
+
+    def know(self, factors: Sequence[Factor]) -> None:
+        """Takes the shapes that the weights have when they are whole."""
+        for factor in factors:
+            assert factor.room is not None
+            self._shapes[id(factor.weight)] = torch.Size(factor.room)
+
+    def gathered(self, weights: Sequence[Tensor], values: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Of each value the whole, made of all processes' pieces, 0 where one has none."""
+        shapes = [self._shapes[id(weight)] for weight in weights]
+        ends = list(itertools.accumulate((shape.numel() for shape in shapes), initial=0))
+        wide = torch.float64 if any(weight.dtype is torch.float64 for weight in weights) else torch.float32
+        flat = torch.zeros(ends[-1] + len(shapes), dtype=wide, device=self._device)
+        for k, (weight, value) in enumerate(zip(weights, values, strict=True)):
+            if value is not None and value.numel():
+                start = ends[k] + self._places[id(weight)]
+                flat[start : start + value.numel()].copy_(value.reshape(-1))
+                flat[ends[-1] + k] = 1.0
+        dist.all_reduce(flat)
+        there = (flat[ends[-1] :] > 0).tolist()
+        pairs = zip(itertools.pairwise(ends), shapes, there, strict=True)
+        return [flat[start:end].view(shape) if some else None for (start, end), shape, some in pairs]
+
+    def put(self, factor: Factor, value: Tensor, rows: Tensor, most: int) -> None:
+        """Writes this process's piece of ``rows``, with zeros behind them."""
+        weight = factor.weight
+        if value.numel():
+            size = self._shapes[id(weight)][factor.dim]
+            start = self._places[id(weight)]
+            whole = padded(rows, factor.dim, size).view(-1)
+            value.copy_(whole[start : start + value.numel()].view_as(value))
+
+    def in_any(self, fact: bool) -> bool:
+        """Is it in any process?"""
+        shared = torch.tensor(int(fact), device=self._device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return bool(shared)
+
+    def all_of(self, names: set[str]) -> list[str]:
+        """The names that any process has, in order."""
+        held: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(held, names)
+        return sorted(set().union(*held))
+
+
+def pieces_of(flats: Sequence[Any], parameters: Sequence[nn.Parameter]) -> Pieces:
+    """Where the pieces of ``parameters`` are that FSDP1 has laid into the flat parameters ``flats``."""
+    places: dict[int, int] = {}
+    for flat in flats:
+        for parameter, info in zip(flat._params, flat._shard_param_infos, strict=True):
+            places[id(parameter)] = info.intra_param_start_idx or 0
+    return Pieces(places, parameters[0].device)
