@@ -135,8 +135,8 @@ def _refuse_unlike_lora(adapter: SavedAdapter, names: Iterable[str]) -> None:
 
 
 def _others(adapter: SavedAdapter) -> dict[str, Tensor]:
-    """Further tensors; not the weights of adapted embeddings, which PEFT saves too, though frozen, and
-    which vLLM would refuse."""
+    """Further tensors; not the weights of adapted embeddings, which PEFT saves too, though frozen, and of
+    which vLLM skips some and refuses the others."""
     weights = {f"base_model.model.{name}.base_layer.weight" for name in adapter.modules}
     return {key: tensor for key, tensor in adapter.others.items() if key not in weights}
 

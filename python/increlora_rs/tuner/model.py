@@ -23,6 +23,7 @@ from ..layers import AdaptedLayer, TransposedLinear, layer_class, quantization_o
 from ..layers.factor import Factor
 from ..layers.found import adapted_layers
 from ..layers.offload import onloaded
+from ..layers.operation import check_operation
 from ..layers.parents import bar_fast_paths, check_parent, open_fast_paths
 from ..ops.probe import Probe
 from ..support.experts import Parameter, expert_layers, is_router, left_out, names_one_of, warn_of_left_out
@@ -146,6 +147,8 @@ class MethodModel(LoraModel):
                     "added; name it in exclude_modules, or in modules_to_save."
                 )
             quantization = quantization_of(base, **get_quantization_kwargs(self.model))
+            if quantization is None:
+                check_operation(base)
             module = layer_class(base, quantization)(
                 target, adapter_name, config, r, alpha, self._probe, quantization, current_key, self._shared
             )
