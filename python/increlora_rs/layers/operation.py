@@ -11,31 +11,39 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from ..support.warning import warn
+
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Half precision rounds, and what is meant here differs by far more.
 _TOLERANCE = 0.02
 
 
 def check_operation(base: nn.Module) -> None:
-    """Calls a layer whose class has a ``forward`` of its own on a small input, to see what it computes.
+    """Calls a layer whose class has a ``forward`` of its own on a small input, to see what it computes. Warns
+    where merging an update into its weight would be something else than adding it to what comes out.
 
     Where that cannot be told, for there are no numbers or the call wants other arguments, nothing is said.
 
     Raises:
-        ValueError: it is not what torch's class (or ``Conv1D`` of Transformers) computes, to which alone an
-            update of the weight can be added.
+        ValueError: what comes out has another shape than what torch's class gives, or an embedding looks up
+            something else: there is no update of it at all.
     """
     kind = next((kind for kind in _OPERATIONS if isinstance(base, kind)), None)
     if kind is None or not _is_own(base, kind) or not _has_numbers(base):
         return
-    inputs, operation = _OPERATIONS[kind]
-    found = _both(base, inputs, operation)
+    found = _both(base, *_OPERATIONS[kind])
     if found is None or _alike(*found):
         return
-    raise ValueError(
-        f"a {type(base).__name__} does not compute of its input what a {kind.__name__} does: it may look up "
-        "something else, pad, or change its weight before it is used. An update of its weight would act "
-        "otherwise than in the merged weight; leave it out of target_modules, by exclude_modules if need be."
+    given, wanted = found
+    what = f"a {type(base).__name__} does not compute of its input what a {kind.__name__} does"
+    if kind is nn.Embedding or not isinstance(given, Tensor) or given.shape != wanted.shape:
+        raise ValueError(
+            f"{what}: it may look up something else, or pad. An update of its weight cannot be told from its "
+            "input; leave it out of target_modules, by exclude_modules if need be."
+        )
+    warn(
+        f"target_modules: {what}. An update is added to what comes out; merged into the weight it would act "
+        "otherwise. Do not merge it, or leave it out by exclude_modules."
     )
 
 
