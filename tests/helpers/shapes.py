@@ -1,6 +1,7 @@
 """Models of several shapes, tiny and from their configurations, always with the same weights: what each is
 given, what its outputs and its loss are, and the options of an adapter for it."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -167,7 +168,10 @@ def _with_image(first: int, **images: Any) -> dict[str, Any]:
 def _qwen_vl_inputs() -> dict[str, Any]:
     grid = torch.tensor([[1, 4, 4]] * 4)
     inputs = _with_image(2, pixel_values=_drawn(4 * 16, 3 * 2 * 16), image_grid_thw=grid)
-    return inputs | {"mm_token_type_ids": (inputs["input_ids"] == _IMAGE_TOKEN).int()}
+    taken = inspect.signature(transformers.Qwen2VLForConditionalGeneration.forward).parameters
+    if "mm_token_type_ids" in taken:  # Not in Transformers 5.0.
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == _IMAGE_TOKEN).int()
+    return inputs
 
 
 _MAMBA = {"vocab_size": 99, "state_size": 4, "num_hidden_layers": 2, "initializer_range": 0.2}
@@ -233,7 +237,8 @@ SHAPES = {
         _vit,
         lambda: {"pixel_values": _drawn(4, 3, 16, 16), "labels": torch.tensor([0, 1, 2, 0])},
         {
-            "target_modules": ["q_proj", "v_proj", "projection"],
+            # The names of Transformers 5.24, and those of 5.0.
+            "target_modules": r".*\.(q_proj|v_proj|query|value|projection)",
             "modules_to_save": ["classifier"],
         },
     ),
