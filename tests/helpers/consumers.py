@@ -8,7 +8,7 @@ import gguf
 import torch
 from safetensors.torch import load_file
 
-# vllm/config/lora.py: MaxLoRARanks.
+# vllm/config/lora.py of 0.33.0: MaxLoRARanks.
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -43,25 +43,108 @@ def _short(name):
     return name.removeprefix("base_model.model.")
 
 
-def vllm(path, max_lora_rank):
-    """One scale for all modules; tensors are copied into zeroed slots of ``max_lora_rank`` rows."""
+# What vllm/lora/peft_helper.py refuses by these options of PEFT's configuration. Other inits change the base.
+_VLLM_REFUSES = (
+    "use_dora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "use_bdlora",
+    "use_qalora",
+)
+_VLLM_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+_VLLM_HEADS = ("classifier", "score")
+
+
+def vllm(path, max_lora_rank, modules=None, vocabulary=None, gated=True):
+    """vLLM 0.33.0, by its vllm/lora/{peft_helper,lora_model,lora_weights,utils}.py: rank and scale by module,
+    by PEFT's patterns; tensors are copied into zeroed slots of ``max_lora_rank`` rows.
+
+    Args:
+        path: The adapter's directory.
+        max_lora_rank: What it was started with.
+        modules: Last parts of the names of the model's linear layers and ``embedding_modules``; None: any.
+        vocabulary: The model's; None: any.
+        gated: Do the model's experts have a third projection?
+    """
     config, tensors = _read(path)
-    if max_lora_rank not in MAX_LORA_RANKS:
-        raise Refused(f"--max-lora-rank {max_lora_rank} is no choice")
-    if config["r"] > max_lora_rank:
-        raise Refused(f"LoRA rank {config['r']} is greater than max_lora_rank {max_lora_rank}")
-    if config["modules_to_save"] is not None or config["use_dora"] or config["bias"] != "none":
-        raise Refused("modules_to_save, DoRA or bias")
-    for key in tensors:
-        if not re.search(r"\.lora_([AB]\.weight|embedding_[AB])$", key):
+    _check_for_vllm(config, max_lora_rank)
+    heads, updated = set(), {}
+    for key, tensor in tensors.items():
+        if key.endswith((".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")):
+            continue
+        head = re.search(r"(^|\.)(score|classifier)\.(weight|bias)$", key)
+        if head and head[2] in (config["modules_to_save"] or ()):
+            heads.add(head[2])
+        elif re.search(r"\.lora_([AB]\.weight|embedding_[AB])$", key):
+            updated[key] = tensor
+        else:
             raise Refused(f"{key} is unsupported LoRA weight")
-    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+    if len(heads) > 1:
+        raise Refused(f"Only one full classification module is supported, received {sorted(heads)}")
+    pairs = {_short(name): pair for name, pair in _pairs(updated).items()}
+    for name, (a, _, embedding) in pairs.items():
+        if modules is not None and name.rpartition(".")[2] not in modules and ".experts" not in name:
+            raise Refused(f"expected target modules in {modules} but received {name}")
+        if embedding and vocabulary is not None and a.shape[1] != vocabulary:
+            raise Refused(f"{name}: the embedding LoRA size must be consistent with the vocabulary size")
+    _check_experts(pairs, gated)
     updates = {}
-    for name, (a, b, embedding) in _pairs(tensors).items():
+    for name, (a, b, embedding) in pairs.items():
+        scale = _scale_in_vllm(config, name)
         slot_a, slot_b = a.new_zeros(max_lora_rank, a.shape[1]), b.new_zeros(b.shape[0], max_lora_rank)
         slot_a[: a.shape[0]], slot_b[:, : b.shape[1]] = a, b * scale
-        updates[_short(name)] = _update(slot_a, slot_b, embedding)
+        updates[name] = _update(slot_a, slot_b, embedding)
     return updates
+
+
+def _check_for_vllm(config, max_lora_rank):
+    """PEFTHelper.__post_init__ and validate_legal."""
+    if max_lora_rank not in MAX_LORA_RANKS:
+        raise Refused(f"--max-lora-rank {max_lora_rank} is no choice")
+    ranks = [config["r"], *(config["rank_pattern"] or {}).values()]
+    if any(not isinstance(rank, int) or rank <= 0 for rank in ranks):
+        raise Refused("LoRA rank must be a positive integer")
+    if max(ranks) > max_lora_rank:
+        raise Refused(f"LoRA rank {max(ranks)} is greater than max_lora_rank {max_lora_rank}")
+    unsupported = set(config["modules_to_save"] or ()) - set(_VLLM_HEADS)
+    if unsupported:
+        raise Refused(f"modules_to_save {sorted(unsupported)} are unsupported")
+    for option in _VLLM_REFUSES:
+        if config.get(option):
+            raise Refused(f"{option}={config[option]!r} is not supported")
+    init = config["init_lora_weights"]
+    if isinstance(init, str) and init.lower() not in _VLLM_INITS:
+        raise Refused(f"init_lora_weights={init!r} is not supported")
+    if config["bias"] != "none":
+        raise Refused("Adapter bias is not supported")
+
+
+def _scale_in_vllm(config, name):
+    """PEFTHelper.get_rank_and_scaling."""
+
+    def of(pattern, otherwise):
+        matching = (v for key, v in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name))
+        return next(matching, otherwise)
+
+    rank, alpha = of(config["rank_pattern"], config["r"]), of(config["alpha_pattern"], config["lora_alpha"])
+    return alpha / (rank**0.5 if config["use_rslora"] else rank)
+
+
+def _check_experts(pairs, gated):
+    """PackedLoRALayerWeights.pack_moe, and what a model with one wrapper an expert says of fused ones."""
+    ranks = {}
+    for name, (a, _, _) in pairs.items():
+        if re.search(r"\.experts(\.base_layer)?$", name):
+            raise Refused(f"{name} contains fused 3D MoE weights")
+        expert = re.search(r"(.*\.experts)\.(\d+)\.([^.]+)$", name)
+        if expert:
+            ranks.setdefault(expert[1], {}).setdefault(expert[3], {})[expert[2]] = a.shape[0]
+    for layer, projections in ranks.items():
+        if len(projections) < (3 if gated else 2) or len({frozenset(e) for e in projections.values()}) > 1:
+            raise Refused(f"the experts of {layer} lack a projection")
+        if any(len(set(of_expert.values())) > 1 for of_expert in projections.values()):
+            raise Refused(f"The experts of {layer} have different LoRA ranks for the same projection")
 
 
 def tgi(path):

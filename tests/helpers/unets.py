@@ -18,8 +18,13 @@ def unet():
     ).eval()
 
 
-def sample(model):
+def noise(model):
+    """The model's output, with a graph."""
     generator = torch.Generator().manual_seed(1)
     x, h = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 5, 8, generator=generator)
+    return model(x, torch.tensor([3]), h).sample
+
+
+def sample(model):
     with torch.no_grad():
-        return model(x, torch.tensor([3]), h).sample
+        return noise(model)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import unets
 from growing import growing
-from increlora_rs import export_lora
+from increlora_rs import IncreLoraConfig, attach, export_lora
 from peft import PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 
@@ -71,6 +71,25 @@ def test_diffusers_loads_an_export_of_its_model(adapted_unet, tmp_path, layout):
     model = unets.unet()
     model.load_lora_adapter(tmp_path, prefix="base_model.model", weight_name="adapter_model.safetensors")
     torch.testing.assert_close(unets.sample(model), unets.sample(adapted_unet), rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [growing, IncreLoraConfig], ids=["grows", "moves"])
+def test_diffusers_loads_the_export_of_a_training(form, tmp_path):
+    model = unets.unet()
+    model.add_adapter(form(r=3, lora_alpha=6, target_modules=["to_q", "to_v", "conv1", "proj_in"]))
+    optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-2)
+    scheduler = attach(model, optimizer, total_steps=40)
+    first = dict(scheduler.ranks)
+    for _ in range(40):
+        (unets.noise(model) - 1.0).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert scheduler.ranks != first
+    export_lora(model.eval(), tmp_path)
+    loaded = unets.unet()
+    loaded.load_lora_adapter(tmp_path, prefix="base_model.model", weight_name="adapter_model.safetensors")
+    assert (unets.sample(unets.unet()) - unets.sample(model)).abs().max() > 0.1
+    torch.testing.assert_close(unets.sample(loaded), unets.sample(model), rtol=0.0, atol=1e-5)
 
 
 def test_what_diffusers_saves_itself_is_refused_when_it_is_loaded(adapted_unet, tmp_path):

@@ -58,6 +58,16 @@ def test_a_base_that_is_split_over_processes_is_refused(make_plain):
         get_peft_model(base, growing(r=2, target_modules=["lin0", "lin1"]))
 
 
+def test_the_oldest_peft_has_one_mark_of_such_a_base(make_plain, monkeypatch):
+    # 0.21.0 has no function that looks for the other.
+    monkeypatch.setattr("increlora_rs.tuner.model.get_tp_plan_and_mesh", None)
+    base = make_plain()
+    get_peft_model(base, growing(r=2, target_modules=["lin0"]))
+    base.lin1._hf_tp_plan = "colwise"
+    with pytest.raises(ValueError, match=r"lin1: its weight is split over processes .*'colwise'"):
+        get_peft_model(base, growing(r=2, target_modules=["lin1"]))
+
+
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
 def test_saving_parts_of_a_parameter_is_refused_by_module(adapted, tmp_path, factor):
     for name, parameter in adapted.named_parameters():

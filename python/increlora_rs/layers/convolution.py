@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..ops.convolution import convolution, show_gradient_of
 from ..support.sites import Site
 from .base import AdaptedLayer
+from .shown import of_base
 
 
 class Convolution(AdaptedLayer):
@@ -20,6 +21,15 @@ class Convolution(AdaptedLayer):
     """
 
     kind: ClassVar[str] = "convolution"
+
+    stride = of_base("stride")
+    padding = of_base("padding")
+    dilation = of_base("dilation")
+    groups = of_base("groups")
+    padding_mode = of_base("padding_mode")
+    kernel_size = of_base("kernel_size")
+    in_channels = of_base("in_channels")
+    out_channels = of_base("out_channels")
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, *args, **kwargs)

@@ -10,6 +10,7 @@ from ..ops.embedding import embedding, show_gradient_of
 from ..ops.update import Call
 from ..support.sites import Site
 from .base import AdaptedLayer
+from .shown import of_base
 
 
 class Embedding(AdaptedLayer):
@@ -20,6 +21,12 @@ class Embedding(AdaptedLayer):
     """
 
     kind: ClassVar[str] = "embedding"
+
+    num_embeddings = of_base("num_embeddings")
+    embedding_dim = of_base("embedding_dim")
+    padding_idx = of_base("padding_idx")
+    # Of Transformers' embeddings that scale what they look up.
+    embed_scale = of_base("embed_scale")
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         if base_layer.max_norm is not None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..ops.linear import fits_linear
 from .base import AdaptedLayer
+from .shown import of_base
 from .weight import restore_layout
 
 
@@ -36,6 +37,9 @@ class TransposedLinear(Linear):
     """A frozen ``Conv1D`` of transformers, GPT-2's linear layer, whose weight is (in, out)."""
 
     kind: ClassVar[str] = "transposed"
+
+    nx = of_base("nx")
+    nf = of_base("nf")
 
     def _fused(self, x: Tensor, name: str) -> Tensor | None:
         base = self.base_layer

@@ -74,7 +74,7 @@ def export_lora(
         out_dir: Where to write ``adapter_config.json`` and ``adapter_model.safetensors``.
         layout: "uniform": every module zero-padded to one rank, which PEFT, vLLM, TGI and llama.cpp
             all read rightly. "compact": each module its own rank, by ``rank_pattern`` and
-            ``alpha_pattern``: smaller, for PEFT and for servers that honour these.
+            ``alpha_pattern``: smaller, for PEFT, vLLM and other servers that honour these.
         rank: The uniform rank; in the compact layout the most that a module keeps. None: the largest
             of the adapter, and nothing is lost. A module of a higher rank becomes the nearest update of
             this rank (singular value decomposition of B diag(E) A), and :class:`Export` has the error.
@@ -135,8 +135,8 @@ def _refuse_unlike_lora(adapter: SavedAdapter, names: Iterable[str]) -> None:
 
 
 def _others(adapter: SavedAdapter) -> dict[str, Tensor]:
-    """Further tensors; not the weights of adapted embeddings, which PEFT saves too, though frozen, and
-    which vLLM would refuse."""
+    """Further tensors; not the weights of adapted embeddings, which PEFT saves too, though frozen, and of
+    which vLLM skips some and refuses the others."""
     weights = {f"base_model.model.{name}.base_layer.weight" for name in adapter.modules}
     return {key: tensor for key, tensor in adapter.others.items() if key not in weights}
 

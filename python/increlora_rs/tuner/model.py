@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.lora.model import get_tp_plan_and_mesh
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.peft_types import PeftType
 from peft.utils.quantization_utils import get_quantization_kwargs
@@ -23,6 +22,7 @@ from ..layers import AdaptedLayer, TransposedLinear, layer_class, quantization_o
 from ..layers.factor import Factor
 from ..layers.found import adapted_layers
 from ..layers.offload import onloaded
+from ..layers.operation import check_operation
 from ..layers.parents import bar_fast_paths, check_parent, open_fast_paths
 from ..layers.room import make_room
 from ..ops.probe import Probe
@@ -30,6 +30,11 @@ from ..support.experts import Parameter, expert_layers, is_router, left_out, nam
 from ..support.names import as_saved, short
 from ..support.warning import warn
 from .weighted import WeightedSum, combined_config
+
+try:
+    from peft.tuners.lora.model import get_tp_plan_and_mesh
+except ImportError:  # PEFT 0.21.0 knows the other mark of a base that is split, and has no such function.
+    get_tp_plan_and_mesh = None
 
 _PREFIX = "base_model.model."
 
@@ -149,6 +154,8 @@ class MethodModel(LoraModel):
                     "added; name it in exclude_modules, or in modules_to_save."
                 )
             quantization = quantization_of(base, **get_quantization_kwargs(self.model))
+            if quantization is None:
+                check_operation(base)
             module = layer_class(base, quantization)(
                 target, adapter_name, config, r, alpha, self._probe, quantization, current_key, self._shared
             )
@@ -385,7 +392,9 @@ def factor_keys(name: str, adapter_name: str, layer: AdaptedLayer) -> dict[str, 
 
 
 def _check_not_split(base: nn.Module, model: nn.Module, name: str) -> None:
-    plan = getattr(base, "_hf_tp_plan", None) or get_tp_plan_and_mesh(model, name)[0]
+    plan = getattr(base, "_hf_tp_plan", None)
+    if plan is None and get_tp_plan_and_mesh is not None:
+        plan, _ = get_tp_plan_and_mesh(model, name)
     if plan is not None:
         raise ValueError(
             f"its weight is split over processes (tensor parallel, {plan!r}), and so would its adapter have "
