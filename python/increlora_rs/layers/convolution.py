@@ -23,6 +23,7 @@ class Convolution(AdaptedLayer):
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, *args, **kwargs)
+        self.channel = -1 - len(self.get_base_layer().kernel_size)
         groups = self.get_base_layer().groups
         if groups != 1:
             raise ValueError(
@@ -46,8 +47,12 @@ class Convolution(AdaptedLayer):
     def _as_weight(self, delta: Tensor) -> Tensor:
         return delta.view(self.get_base_layer().weight.shape)
 
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """The base weight as the matrix (out, in)."""
+        return weight.flatten(1)
+
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
-        low_rank: Any = self._update_in_use(name, x)
+        low_rank: Any = self.update_in_use(name, x)
         base, call = self.get_base_layer(), self._call(name, inplace)
         if low_rank.is_empty:
             left: Tensor = low_rank.leave(y, x, call, show_gradient_of(base))

@@ -42,6 +42,20 @@ def is_plain(weight: Any) -> bool:
     return type(weight) in (nn.Parameter, Tensor)
 
 
+def numbers_of(base: nn.Module, quantization: QuantizationBackend | None) -> Tensor:
+    """The weight of ``base`` in floating point, dequantised where it is not.
+
+    Raises:
+        ValueError: its library cannot give it.
+    """
+    weight: Any = base.weight
+    if quantization is None or getattr(weight, "has_fp16_weights", False):
+        plain: Tensor = weight
+        return plain
+    restore_layout(base)
+    return weight_of(quantization, base)
+
+
 def restore_layout(base: nn.Module) -> None:
     """Takes a 4-bit weight of bitsandbytes out of the layout that an evaluation on some CPUs gives it, which
     passes no gradient on and cannot be dequantised; only a look at the state undoes it."""
