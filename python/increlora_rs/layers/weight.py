@@ -48,10 +48,14 @@ def numbers_of(base: nn.Module, quantization: QuantizationBackend | None) -> Ten
     Raises:
         ValueError: its library cannot give it.
     """
-    weight: Any = base.weight
+    weight: Any = getattr(base, "weight", None)
     if quantization is None or getattr(weight, "has_fp16_weights", False):
         plain: Tensor = weight
         return plain
+    if quantization.backend_name == "torchao":
+        # Its tensors know by themselves, also where the model does not say how they were made.
+        known: Tensor = weight.dequantize()
+        return known
     restore_layout(base)
     return weight_of(quantization, base)
 
