@@ -21,21 +21,18 @@ class Convolution(AdaptedLayer):
 
     kind: ClassVar[str] = "convolution"
 
-    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
-        super().__init__(base_layer, *args, **kwargs)
-        self.channel = -1 - len(self.get_base_layer().kernel_size)
-        groups = self.get_base_layer().groups
-        if groups != 1:
-            raise ValueError(
-                f"the convolution has groups={groups}, and its update would mix them; only groups=1 is "
-                "supported: leave it out of target_modules."
-            )
-
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_channels * math.prod(module.kernel_size), module.out_channels
 
     def _site(self, name: str) -> Site:
-        kernel = tuple(self.get_base_layer().kernel_size)
+        base = self.get_base_layer()
+        if base.groups != 1:
+            raise ValueError(
+                f"the convolution has groups={base.groups}, and its update would mix them; only groups=1 is "
+                "supported: leave it out of target_modules."
+            )
+        kernel = tuple(base.kernel_size)
+        self.channel = -1 - len(kernel)
         return Site(name, kernel, self.out_features, self.in_features)
 
     @property
