@@ -561,7 +561,7 @@ def test_the_rank_at_the_start_is_half_as_much_again():
         ({"deltaT": 0}, ValueError, r"deltaT=0"),
         ({"orth_reg_weight": math.nan}, ValueError, r"orth_reg_weight=nan"),
         ({"init_lora_weights": "svd"}, ValueError, r"init_lora_weights='svd'"),
-        ({"use_dora": True}, ValueError, r"use_dora=True"),
+        ({"use_dora": "yes"}, ValueError, r"use_dora='yes'"),
         ({"target_r": 2}, TypeError, r"target_r"),
     ],
 )

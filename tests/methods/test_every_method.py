@@ -499,14 +499,16 @@ SHARED = [
     ({"modules_to_save": [1]}, "modules_to_save"),
     ({"layers_to_transform": ["first"]}, "layers_to_transform"),
     ({"module_kinds": {"query": "wide"}}, "module_kinds['query']='wide'"),
-    ({"use_dora": True}, "use_dora=True"),
+    ({"use_dora": "yes"}, "use_dora='yes'"),
     ({"target_parameters": ["weight"]}, "target_parameters=['weight']"),
     ({"layer_replication": [[0, 1]]}, "layer_replication=[[0, 1]]"),
 ]
+WITHOUT_DORA = ("lora_mini", "lorta", "melora", "mora")
 WAY_OUT = "must be|leave|use |take |give |put |lower|raise"
 BAD = [
     (method, arguments, told) for method in METHODS for arguments, told in (*SHARED, *CASES[method.name].bad)
 ]
+BAD += [(method, {"use_dora": True}, "use_dora=True") for method in METHODS if method.name in WITHOUT_DORA]
 # IncreLoRA's budget may be a fraction.
 BAD += [(method, {"r": 1.5}, "r=1.5") for method in METHODS if method.name != "increlora"]
 

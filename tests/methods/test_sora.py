@@ -271,7 +271,7 @@ BAD = {
     "init_lora_weights": ("svd", ValueError),
     "lora_alpha": (0, ValueError),
     "r": (0, ValueError),
-    "use_dora": (True, ValueError),
+    "use_dora": ("yes", ValueError),
 }
 
 

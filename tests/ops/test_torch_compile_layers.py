@@ -71,11 +71,12 @@ FORMS = [
     {"make": IncreLoraConfig.paper},
     {"importance": "gradient", "lora_dropout": 0.25},
     {"importance": "gradient"},
+    {"use_dora": True, "lora_dropout": 0.25},
 ]
 
 
 @pytest.mark.parametrize(
-    "options", FORMS, ids=["default", "dropout", "scale by rank", "paper", "sketch", "directions"]
+    "options", FORMS, ids=["default", "dropout", "scale by rank", "paper", "sketch", "directions", "dora"]
 )
 def test_one_compilation_serves_a_whole_training(options):
     history, expected = train(*[adapted(**options)] * 2)

@@ -123,6 +123,7 @@ ACCEPTED = {
     "fan_in_fan_out": {"fan_in_fan_out": True},
     "trainable_token_indices": {"trainable_token_indices": [1, 2]},
     "use_rslora": {"use_rslora": True},
+    "use_dora": {"use_dora": True},
     "modules_to_save": {"modules_to_save": ["classifier"]},
     "init_lora_weights": {"init_lora_weights": "svd"},
     "layers_to_transform": {"layers_to_transform": [0]},

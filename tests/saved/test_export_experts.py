@@ -245,10 +245,10 @@ def test_a_lora_beside_the_experts_is_converted(tmp_path, source):
 
 @sources
 def test_options_are_judged_before_damaged_tensors(tmp_path, source):
-    model = lora_of("Llama", target_modules=["q_proj"], use_dora=True)
+    model = lora_of("Llama", target_modules=["q_proj"], lora_bias=True)
     layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
     layer.lora_A["default"].weight.data = torch.zeros(7, 32)
-    with pytest.raises(ValueError, match="use_dora=True"):
+    with pytest.raises(ValueError, match="lora_bias=True"):
         convert_lora(saved(model, source, tmp_path), tmp_path / "adapter")
 
 

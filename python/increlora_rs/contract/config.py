@@ -49,6 +49,8 @@ SUPPORTED = frozenset(
         "alpha_pattern",
     }
 )
+# Those of a method whose update is B diag(E) A or B A, which DoRA takes the norm with.
+WITH_DORA = SUPPORTED | {"use_dora"}
 
 
 def changed_options(config: LoraConfig, known: Collection[str]) -> Iterator[tuple[str, Any, Any]]:
@@ -99,7 +101,7 @@ class MethodConfig(LoraConfig):
     inits: ClassVar[tuple[Any, ...]] = (True, False)
     #: Options on which it depends what the parameters mean: under another value those of the same shapes are
     #: another update.
-    meaning: ClassVar[tuple[str, ...]] = ()
+    meaning: ClassVar[tuple[str, ...]] = ("use_dora",)
 
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Rank by module."})
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "lora_alpha by module."})
@@ -349,7 +351,7 @@ class MethodConfig(LoraConfig):
         for key, alpha in arguments.pattern("alpha_pattern", self.alpha_pattern):
             arguments.number(f"alpha_pattern[{key!r}]", alpha, above=0.0)
         arguments.choice("bias", self.bias, ("none", "all", "lora_only"))
-        for name in ("use_rslora", "fan_in_fan_out"):
+        for name in ("use_rslora", "use_dora", "fan_in_fan_out"):
             arguments.choice(name, getattr(self, name), (True, False))
 
     def _check_modules(self) -> None:

@@ -22,6 +22,7 @@ from ..ops.update import Call, Update
 from ..resizing.parameter import resize
 from ..support.sites import Site
 from ..support.warning import warn
+from . import dora
 from .call import drops_plainly, is_plain_call
 from .factor import Constant, Factor, Kept
 from .offload import hook_of, onloaded
@@ -54,6 +55,8 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
 
     # What the layer adapts: "linear", "transposed" (transformers' Conv1D), "embedding", "convolution".
     kind: ClassVar[str]
+    # The dimension of its output that is (out).
+    channel: int = -1
 
     in_features: int
     out_features: int
@@ -111,8 +114,10 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
                 "out of target_modules, by exclude_modules."
             )
         self.quantization = quantization
+        self.squares = dora.Squares()
         self.scaling = Scales(self)
-        self.adapter_layer_names = self._tensor_names = self.structure.names
+        self.adapter_layer_names = (*self.structure.names, dora.MAGNITUDE)
+        self._tensor_names = self.structure.names
         for factor in self.structure.names:
             setattr(self, factor, nn.ModuleDict({}))
         self.configs: dict[str, MethodConfig] = {}
@@ -147,6 +152,8 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
             self._beside(name)[adapter_name] = Constant(value)
         self.scaling.configure(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        if config.use_dora:
+            self.lora_magnitude_vector[adapter_name] = dora.new_magnitude(self, adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _held(self, r: int, config: MethodConfig, shared: dict[str, Factor]) -> dict[str, Factor]:
@@ -272,6 +279,14 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
             if adapter_name in held[name]
         }
 
+    def magnitude(self, adapter_name: str) -> dora.Magnitude | None:
+        """DoRA's magnitudes; None: the adapter has none."""
+        held: Any = self._modules[dora.MAGNITUDE]
+        if adapter_name not in held:
+            return None
+        found: dora.Magnitude = held[adapter_name]
+        return found
+
     def update(self, adapter_name: str) -> Update:
         """The update outside of training."""
         tensors = self.present(adapter_name)
@@ -324,12 +339,17 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The update in the shape of the base weight, in the dtype of the parameters."""
+        """The update in the shape of the base weight, in the dtype of the parameters; of DoRA that of the
+        direction, before the norm and the magnitude."""
         return self._as_weight(self.update(adapter).dense()).to(self.factors(adapter)[0].dtype)
 
     def _as_weight(self, delta: Tensor) -> Tensor:
         """A matrix (out, in) in the shape of the base weight."""
         return delta
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """The base weight as the matrix (out, in)."""
+        return weight
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the updates of the adapters (None: the active ones) to the base weight.
@@ -349,12 +369,19 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
                 self.merged_adapters.append(name)
 
     def _changed_weight(self, name: str, sign: int = 1, *, safe: bool = False) -> Former | None:
-        """Adds the update of an adapter to the base weight, or takes it off; without any component there is
-        none."""
-        if self.rank(name) == 0:
+        """Adds the update of an adapter to the base weight, or takes it off; without any component, or
+        magnitude, there is none."""
+        held = self.magnitude(name)
+        if held is not None:
+            change = dora.change_of_merge if sign > 0 else dora.change_of_unmerge
+            delta = self._as_weight(change(self, held, name))
+        elif self.rank(name) == 0:
             return None
-        delta = self.get_delta_weight(name)
-        return changed_weight(self, self.quantization, delta if sign > 0 else -delta, name, check_finite=safe)
+        else:
+            delta = self.get_delta_weight(name)
+            delta = delta if sign > 0 else -delta
+        self.squares.forget()
+        return changed_weight(self, self.quantization, delta, name, check_finite=safe)
 
     def unmerge(self) -> None:
         """Takes all merged updates out of the base weight again.
@@ -366,6 +393,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         former, self._former = self._former, None
         if former is not None and former.put_back(self.get_base_layer()):
             self.merged_adapters.clear()
+            self.squares.forget()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.adapters:
@@ -393,9 +421,10 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         if result is None:
             result = self._of_base(x, *args, **kwargs)
         else:
+            result = self._in_magnitude(result, names[0], inplace=True)
             names = names[1:]
         for name in names:
-            before, result = result, self._added(result, x, name, inplace=fresh)
+            before, result = result, self._updated(result, x, name, inplace=fresh)
             # An update without components gives back what it is given.
             fresh = unwatched and (fresh or result is not before)
         return result
@@ -412,9 +441,12 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         # What nn.Module.__getattr__ would look for, where it lies.
         modules: Any = self._modules
         held, dropouts = modules[structure.names[0]]._modules, modules["lora_dropout"]._modules
+        magnitudes = modules[dora.MAGNITUDE]._modules
         for name in self.active_adapters:
             if name not in held:
                 continue
+            if name in magnitudes:
+                return False
             weight = held[name]._parameters.get("weight")
             if weight is None or weight.numel() or asks(self.probes[name]):
                 return False
@@ -440,11 +472,21 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         """The output of a plain base layer and its update by one operation; None where there is none."""
         return None
 
+    def _updated(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
+        """``y``, which may be overwritten where ``inplace``, as adapter ``name`` has it for x."""
+        result = self._added(y, x, name, inplace=inplace)
+        return self._in_magnitude(result, name, inplace=inplace or result is not y)
+
+    def _in_magnitude(self, y: Tensor, name: str, *, inplace: bool) -> Tensor:
+        """``y``, in which is the update of adapter ``name``, with the magnitudes that the adapter has."""
+        held = self.magnitude(name)
+        return y if held is None else dora.in_magnitude(self, held, y, name, inplace=inplace)
+
     @abstractmethod
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
         """``y``, which may be overwritten where ``inplace``, plus the update of adapter ``name`` for x."""
 
-    def _update_in_use(self, name: str, x: Tensor) -> Update:
+    def update_in_use(self, name: str, x: Tensor) -> Update:
         """The update as the forward pass takes it for x."""
         tensors, training = self.tensors(name), self.training
         if next(iter(tensors.values())).is_meta:
@@ -490,7 +532,7 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
         for name in dict.fromkeys(adapter_names):
             if name in self.adapters:
                 rows = [i for i, other in enumerate(adapter_names) if other == name]
-                result[rows] = self._added(result[rows], x[rows], name, inplace=True)
+                result[rows] = self._updated(result[rows], x[rows], name, inplace=True)
         return result
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -508,8 +550,8 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
                     self.scaling[name] /= scale
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """The update is a plain low-rank product."""
-        return True
+        """The update is a plain low-rank product, where it has no magnitude."""
+        return self.magnitude(adapter_name) is None
 
     def __repr__(self) -> str:
         return f"{self._method}.{super().__repr__()}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.convolution import convolution, show_gradient_of
 from ..support.sites import Site
@@ -31,20 +31,18 @@ class Convolution(AdaptedLayer):
     in_channels = of_base("in_channels")
     out_channels = of_base("out_channels")
 
-    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
-        super().__init__(base_layer, *args, **kwargs)
-        groups = self.get_base_layer().groups
-        if groups != 1:
-            raise ValueError(
-                f"the convolution has groups={groups}, and its update would mix them; only groups=1 is "
-                "supported: leave it out of target_modules."
-            )
-
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_channels * math.prod(module.kernel_size), module.out_channels
 
     def _site(self, name: str) -> Site:
-        kernel = tuple(self.get_base_layer().kernel_size)
+        base = self.get_base_layer()
+        if base.groups != 1:
+            raise ValueError(
+                f"the convolution has groups={base.groups}, and its update would mix them; only groups=1 is "
+                "supported: leave it out of target_modules."
+            )
+        kernel = tuple(base.kernel_size)
+        self.channel = -1 - len(kernel)
         return Site(name, kernel, self.out_features, self.in_features)
 
     @property
@@ -56,8 +54,12 @@ class Convolution(AdaptedLayer):
     def _as_weight(self, delta: Tensor) -> Tensor:
         return delta.view(self.get_base_layer().weight.shape)
 
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """The base weight as the matrix (out, in)."""
+        return weight.flatten(1)
+
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
-        low_rank: Any = self._update_in_use(name, x)
+        low_rank: Any = self.update_in_use(name, x)
         base, call = self.get_base_layer(), self._call(name, inplace)
         if low_rank.is_empty:
             left: Tensor = low_rank.leave(y, x, call, show_gradient_of(base))

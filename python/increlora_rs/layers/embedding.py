@@ -43,9 +43,13 @@ class Embedding(AdaptedLayer):
     def _as_weight(self, delta: Tensor) -> Tensor:
         return delta.t()
 
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """The base weight as the matrix (out, in)."""
+        return weight.t()
+
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
         base = self.get_base_layer()
-        low_rank: Any = self._update_in_use(name, x)
+        low_rank: Any = self.update_in_use(name, x)
         # Nothing is dropped from whole numbers.
         call = Call(0.0, self.probes[name], self.slots[name], inplace)
         # Models like Gemma scale what they look up.

@@ -27,10 +27,10 @@ class Linear(AdaptedLayer):
         base = self.base_layer
         if not fits_linear(x, base.weight, base.bias):
             return None
-        return self._update_in_use(name, x).with_base(x, base.weight, base.bias, self._call(name))
+        return self.update_in_use(name, x).with_base(x, base.weight, base.bias, self._call(name))
 
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> Tensor:
-        return self._update_in_use(name, x).add(y, self._dropped(x, name), self._call(name, inplace))
+        return self.update_in_use(name, x).add(y, self._dropped(x, name), self._call(name, inplace))
 
 
 class TransposedLinear(Linear):
@@ -45,8 +45,12 @@ class TransposedLinear(Linear):
         base = self.base_layer
         if not fits_linear(x, base.weight, base.bias, transposed=True):
             return None
-        update = self._update_in_use(name, x)
+        update = self.update_in_use(name, x)
         return update.with_base(x, base.weight.t(), base.bias, self._call(name))
 
     def _as_weight(self, delta: Tensor) -> Tensor:
         return delta.t()
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """The base weight as the matrix (out, in)."""
+        return weight.t()

@@ -42,6 +42,24 @@ def is_plain(weight: Any) -> bool:
     return type(weight) in (nn.Parameter, Tensor)
 
 
+def numbers_of(base: nn.Module, quantization: QuantizationBackend | None) -> Tensor:
+    """The weight of ``base`` in floating point, dequantised where it is not.
+
+    Raises:
+        ValueError: its library cannot give it.
+    """
+    weight: Any = getattr(base, "weight", None)
+    if quantization is None or getattr(weight, "has_fp16_weights", False):
+        plain: Tensor = weight
+        return plain
+    if quantization.backend_name == "torchao":
+        # Its tensors know by themselves, also where the model does not say how they were made.
+        known: Tensor = weight.dequantize()
+        return known
+    restore_layout(base)
+    return weight_of(quantization, base)
+
+
 def restore_layout(base: nn.Module) -> None:
     """Takes a 4-bit weight of bitsandbytes out of the layout that an evaluation on some CPUs gives it, which
     passes no gradient on and cannot be dequantised; only a look at the state undoes it."""

@@ -18,7 +18,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from .. import _core
-from ..contract.config import MethodConfig
+from ..contract.config import WITH_DORA, MethodConfig
 from ..contract.method import Method
 from ..contract.policy import AdaptedModule, Event, Plan, Policy, Step
 from ..support import arguments
@@ -57,14 +57,16 @@ class AdaLoraRsConfig(MethodConfig):
 
     The other arguments are LoraConfig's: ``target_modules``, ``lora_dropout``, ``bias``, ``use_rslora``,
     ``modules_to_save``, ``trainable_token_indices``, ``exclude_modules``, ``layers_to_transform``,
-    ``layers_pattern``, ``rank_pattern`` (ranks at the start), ``alpha_pattern``, ``fan_in_fan_out`` (set by
-    itself where it is needed), ``task_type``, ``inference_mode``.
+    ``layers_pattern``, ``rank_pattern`` (ranks at the start), ``alpha_pattern``, ``use_dora``,
+    ``fan_in_fan_out`` (set by itself where it is needed), ``task_type``, ``inference_mode``.
 
     Raises:
         ValueError: an argument has a wrong value, or is an option of LoraConfig that is not supported; the
             message names it.
         TypeError: an argument has a wrong type.
     """
+
+    supported: ClassVar[frozenset[str]] = WITH_DORA
 
     r: int = field(default=8, metadata={"help": "Average rank at the end of training."})
     rank_pattern: dict[str, int] = field(

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from .. import _core
-from ..contract.config import MethodConfig
+from ..contract.config import WITH_DORA, MethodConfig
 from ..contract.method import Method
 from ..contract.policy import AdaptedModule, Event, Plan, Policy, Step
 from ..contract.structure import matrix_sizes
@@ -67,7 +67,7 @@ class PriLoraConfig(MethodConfig):
     The other arguments are LoraConfig's: ``target_modules``, ``lora_alpha``, ``lora_dropout``, ``bias``,
     ``use_rslora``, ``modules_to_save``, ``trainable_token_indices``, ``exclude_modules``,
     ``layers_to_transform``, ``layers_pattern``, ``rank_pattern`` (in a saved adapter it has every rank),
-    ``alpha_pattern``, ``fan_in_fan_out`` (set by itself where it is needed), ``task_type``,
+    ``alpha_pattern``, ``use_dora``, ``fan_in_fan_out`` (set by itself where it is needed), ``task_type``,
     ``inference_mode``. Linear layers can be adapted.
 
     Raises:
@@ -75,6 +75,8 @@ class PriLoraConfig(MethodConfig):
             message names it.
         TypeError: an argument has a wrong type.
     """
+
+    supported: ClassVar[frozenset[str]] = WITH_DORA
 
     lora_alpha: int = field(default=16, metadata={"help": "The scale is lora_alpha over the rank."})
     r_s: int | None = field(default=None, metadata={"help": "Rank in the first adapted layer."})

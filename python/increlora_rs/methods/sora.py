@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from ..contract.config import MethodConfig
+from ..contract.config import WITH_DORA, MethodConfig
 from ..contract.method import Method
 from ..contract.policy import AdaptedModule, Event, Plan, Policy, Step
 from ..support import arguments
@@ -58,8 +58,8 @@ class SoraConfig(MethodConfig):
 
     The other arguments are LoraConfig's: ``target_modules``, ``lora_dropout``, ``bias``, ``use_rslora``,
     ``modules_to_save``, ``trainable_token_indices``, ``exclude_modules``, ``layers_to_transform``,
-    ``layers_pattern``, ``rank_pattern``, ``alpha_pattern``, ``fan_in_fan_out`` (set by itself where it is
-    needed), ``task_type``, ``inference_mode``.
+    ``layers_pattern``, ``rank_pattern``, ``alpha_pattern``, ``use_dora``, ``fan_in_fan_out`` (set by itself
+    where it is needed), ``task_type``, ``inference_mode``.
 
     Raises:
         ValueError: an argument has a wrong value, or is an option of LoraConfig that is not supported; the
@@ -67,6 +67,7 @@ class SoraConfig(MethodConfig):
         TypeError: an argument has a wrong type.
     """
 
+    supported: ClassVar[frozenset[str]] = WITH_DORA
     inits: ClassVar[tuple[Any, ...]] = (True, False, "gaussian")
 
     lora_alpha: int = field(default=16, metadata={"help": "The scale is lora_alpha / r."})

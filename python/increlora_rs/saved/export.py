@@ -22,8 +22,8 @@ from ..support.files import refuse_own_directory, staged
 from ..support.lowrank import svd_of_product
 from ..support.names import rank_pattern
 from .dtypes import in_dtype
-from .lora_format import lora_tensors
-from .reading import SavedAdapter, read
+from .lora_format import dora_tensor, lora_tensors
+from .reading import SavedAdapter, SavedModule, read
 
 # What vLLM takes as --max-lora-rank; an adapter may have any rank up to it.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -64,9 +64,10 @@ def export_lora(
 
     E and the scale are multiplied into B, in float32, and ``lora_alpha`` equals the rank, so the
     scale that a consumer applies is 1. A module of rank 0 has no part in the LoRA, whose
-    ``target_modules`` are then the full names of the others. In a mixture of experts, dense and shared
-    layers that are called as the experts are stand in ``target_parameters``: in ``target_modules`` PEFT would
-    take them for these.
+    ``target_modules`` are then the full names of the others. A DoRA stays one, with its magnitudes in full
+    precision; a module of rank 0, whose magnitude acts, has a component of zeros. In a mixture of experts,
+    dense and shared layers that are called as the experts are stand in ``target_parameters``: in
+    ``target_modules`` PEFT would take them for these.
 
     Args:
         model_or_adapter_dir: A model with an adapter of one of the methods, or a directory that
@@ -89,14 +90,14 @@ def export_lora(
         ValueError: ``layout`` is unknown, ``rank`` is below 1 or, for "compact", above the adapter's
             largest, ``vllm_rank`` is given for "compact" or for a rank above 512, a value is too large for
             ``dtype``, the adapter is damaged, every module is of rank 0, or one that is not is a convolution
-            that PEFT's LoRA would compute in another way.
+            that PEFT's LoRA would compute in another way; or a DoRA is on what PEFT takes for fused experts.
         TypeError: ``dtype`` is no floating-point dtype.
         FileNotFoundError: the directory is missing.
     """
     adapter = read(model_or_adapter_dir, adapter_name)
     target = Path(out_dir)
     refuse_own_directory(model_or_adapter_dir, target)
-    loras = {name: module.lora() for name, module in adapter.modules.items() if module.rank}
+    loras = {name: _factors(module) for name, module in adapter.modules.items() if module.acts}
     if not loras:
         raise ValueError(
             f"model_or_adapter_dir: each of the {len(adapter.modules)} modules has rank 0, so that the "
@@ -115,13 +116,29 @@ def export_lora(
         for key, tensor in lora_tensors(name, a, b, module.kind).items():
             # Modules that share parameters may share what was made of them, and a file holds nothing twice.
             tensors[key] = _cast(key, tensor, dtype or module.dtype).clone()
+        if module.magnitude is not None:
+            # In full: rounded to half precision it would scale whole outputs.
+            tensors |= dora_tensor(name, module.magnitude.clone(), module.kind)
     ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
-    config = _config(adapter, layout, ranks, rank, _taken_for_experts(adapter, list(ranks)))
+    taken = _taken_for_experts(adapter, list(ranks))
+    if taken and adapter.config.use_dora:
+        raise ValueError(
+            f"model_or_adapter_dir: PEFT takes {taken} for fused experts of the base by their names, and "
+            "applies no DoRA to such; merge the adapter with merge_and_unload()."
+        )
+    config = _config(adapter, layout, ranks, rank, taken)
     with staged(target) as stage:
         save_file(tensors, stage / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(stage))
     # Of what is left out nothing is lost.
     return Export(config, dict.fromkeys(adapter.modules, 0.0) | errors, error)
+
+
+def _factors(module: SavedModule) -> tuple[Tensor, Tensor]:
+    """A and B; of a module that has nothing but a magnitude a component that does nothing, for no LoRA has
+    rank 0."""
+    a, b = module.lora()
+    return (a, b) if a.shape[0] else _padded(a, b, 1)
 
 
 def _refuse_unlike_lora(adapter: SavedAdapter, names: Iterable[str]) -> None:
@@ -269,6 +286,7 @@ def _config(
         modules_to_save=ours.modules_to_save,
         trainable_token_indices=ours.trainable_token_indices,
         bias=ours.bias,
+        use_dora=ours.use_dora,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
     )

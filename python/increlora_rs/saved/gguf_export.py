@@ -63,7 +63,7 @@ def export_gguf(
 
     Raises:
         ValueError: the base's class was not tried with llama.cpp, or the base is unknown; the adapter has
-            what llama.cpp does not apply (a tied embedding or head, biases, ``modules_to_save``, single
+            what llama.cpp does not apply (DoRA, a tied embedding or head, biases, ``modules_to_save``, single
             tokens' embeddings, convolutions, other modules), does not fit the base, is damaged, or every
             module is of rank 0; ``out`` does not end in ``.gguf`` or is a model; a value is too large for
             ``dtype``, or ``dtype`` is another.
@@ -140,6 +140,7 @@ def _refuse_others(adapter: SavedAdapter) -> None:
         "bias": config.bias if config.bias != "none" else None,
         "modules_to_save": config.modules_to_save,
         "trainable_token_indices": config.trainable_token_indices,
+        "use_dora": config.use_dora,
     }
     found = [f"{name}={value!r}" for name, value in options.items() if value]
     found += [repr(key) for key in adapter.others if key not in weights][: 0 if found else 1]

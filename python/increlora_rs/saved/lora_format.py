@@ -6,6 +6,7 @@ import re
 
 from torch import Tensor
 
+from ..layers.dora import MAGNITUDE
 from ..support.sites import Kind
 
 _LORA_FACTOR = re.compile(
@@ -22,6 +23,18 @@ def lora_tensors(name: str, a: Tensor, b: Tensor, kind: Kind) -> dict[str, Tenso
         a = a.reshape(a.shape[0], -1, *kind)
         b = b.reshape(*b.shape, *(1 for _ in kind))
     return {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+
+
+def dora_tensor(name: str, magnitude: Tensor, kind: Kind) -> dict[str, Tensor]:
+    """DoRA's magnitudes (out) of module ``name``, in PEFT's shape and under its key."""
+    shape = (1, -1, *(1 for _ in kind)) if isinstance(kind, tuple) else (-1,)
+    return {f"base_model.model.{name}.{MAGNITUDE}": magnitude.reshape(shape)}
+
+
+def dora_key(key: str) -> str | None:
+    """The name of the module whose magnitudes ``key`` is of; None: it is of none."""
+    name, dot, end = key.removesuffix(".weight").rpartition(".")
+    return name if dot and end == MAGNITUDE else None
 
 
 def lora_key(key: str) -> tuple[str, str, bool] | None:

@@ -30,7 +30,7 @@ from ..support.budget import Budget
 from ..support.files import load_weights
 from ..support.names import short
 from ..support.sites import Kind, Site
-from .lora_format import lora_key, matrices
+from .lora_format import dora_key, lora_key, matrices
 
 # A weight by its full name: the number of a layer is in it, which an end of a name has not.
 _WEIGHT = re.compile(r"^\w+(\.\w+)*\.\d+\.(\w+\.)+weight$")
@@ -45,12 +45,19 @@ class SavedModule:
         site: What it is of.
         rank: Its rank.
         dtype: Of the parameters.
+        magnitude: DoRA's (out); None: it has none.
     """
 
     update: Any
     site: Site
     rank: int
     dtype: torch.dtype
+    magnitude: Tensor | None = None
+
+    @property
+    def acts(self) -> bool:
+        """Does it do anything? Without components a magnitude does."""
+        return self.rank > 0 or self.magnitude is not None
 
     @property
     def kind(self) -> Kind:
@@ -139,6 +146,7 @@ def read_lora(
     config, tensors = _stored(source, adapter_name, LoraConfig, check)
     lora = SavedAdapter(config)
     found: dict[str, dict[str, Tensor]] = {}
+    magnitudes, tensors = _magnitudes(config, tensors)
     embeddings = set()
     for key, tensor in tensors.items():
         parts = lora_key(key)
@@ -160,7 +168,8 @@ def read_lora(
         a, b, kind = matrices(a, b, name in embeddings)
         rank, site = _lora_site(name, a, b, kind)
         update = LowRank(a, b, a.new_ones(rank, 1), _lora_scale(config, name, rank))
-        lora.modules[name] = SavedModule(update, site, rank, a.dtype)
+        magnitude = _magnitude(config, site, magnitudes)
+        lora.modules[name] = SavedModule(update, site, rank, a.dtype, magnitude)
     if not lora.modules:
         raise ValueError("model_or_adapter_dir: the adapter holds no module with lora_A and lora_B.")
     for name in layers_of_parameters(config):
@@ -286,6 +295,7 @@ def _assemble(config: MethodConfig, tensors: dict[str, Tensor]) -> SavedAdapter:
     names = structure.saved_names(config)
     factor = re.compile(rf"^(?P<name>.+)\.(?P<factor>{'|'.join(names)})(\.weight)?$")
     found: dict[str, dict[str, Tensor]] = {}
+    magnitudes, tensors = _magnitudes(config, tensors)
     for key, tensor in tensors.items():
         match = factor.match(key)
         if match is None:
@@ -303,10 +313,41 @@ def _assemble(config: MethodConfig, tensors: dict[str, Tensor]) -> SavedAdapter:
         update = structure.update(
             parameters | structure.frozen(site, config), site, config, scale, training=False
         )
-        adapter.modules[name] = SavedModule(update, site, rank, next(iter(parameters.values())).dtype)
+        dtype, magnitude = next(iter(parameters.values())).dtype, _magnitude(config, site, magnitudes)
+        adapter.modules[name] = SavedModule(update, site, rank, dtype, magnitude)
     if not adapter.modules:
         raise ValueError(f"model_or_adapter_dir: the adapter holds no module with {', '.join(names)}.")
     return adapter
+
+
+def _magnitudes(
+    config: LoraConfig, tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """DoRA's magnitudes by module, and the other tensors."""
+    if not config.use_dora:
+        return {}, tensors
+    names = {key: dora_key(key) for key in tensors}
+    magnitudes = {short(name): tensors[key] for key, name in names.items() if name is not None}
+    return magnitudes, {key: tensor for key, tensor in tensors.items() if names[key] is None}
+
+
+def _magnitude(config: LoraConfig, site: Site, magnitudes: dict[str, Tensor]) -> Tensor | None:
+    """Those of one module, (out).
+
+    Raises:
+        ValueError: they are missing, do not fit, or are not finite.
+    """
+    if not config.use_dora:
+        return None
+    found = magnitudes.get(site.name)
+    if found is None or found.numel() != site.out:
+        what = "none" if found is None else f"shape {tuple(found.shape)}"
+        raise ValueError(
+            f"model_or_adapter_dir: use_dora=True, and module {site.name!r} of {site.out} outputs has "
+            f"lora_magnitude_vector of {what}; the adapter is damaged."
+        )
+    check_finite(site.name, {"lora_magnitude_vector": found})
+    return found.reshape(-1)
 
 
 def _factors(name: str, factors: dict[str, Tensor], wanted: Sequence[str], prefix: str = "") -> list[Tensor]:

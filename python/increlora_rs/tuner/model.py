@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..contract.config import MethodConfig
 from ..layers import AdaptedLayer, TransposedLinear, layer_class, quantization_of
+from ..layers.dora import MAGNITUDE
 from ..layers.factor import Factor
 from ..layers.found import adapted_layers
 from ..layers.offload import onloaded
@@ -29,6 +30,7 @@ from ..ops.probe import Probe
 from ..support.experts import Parameter, expert_layers, is_router, left_out, names_one_of, warn_of_left_out
 from ..support.names import as_saved, short
 from ..support.warning import warn
+from .magnitudes import check_magnitude, magnitude_key, magnitude_to_save, saved_magnitude_key
 from .weighted import WeightedSum, combined_config
 
 try:
@@ -298,6 +300,12 @@ class MethodModel(LoraModel):
                 # They stand with the first module.
                 for key in keys.values():
                     selected.pop(key, None)
+            if config.use_dora:
+                key = magnitude_key(name, adapter_name)
+                if key in state_dict:
+                    selected.pop(key, None)
+                    saved = magnitude_to_save(short(name), layer, adapter_name, state_dict[key])
+                    selected[saved_magnitude_key(name, adapter_name)] = saved
             ranks[short(name)] = layer.rank(adapter_name)
             # A state_dict that was handed over may hold a part of the modules.
             if all(key in selected for key in keys.values()):
@@ -352,6 +360,10 @@ class MethodModel(LoraModel):
                     f"the adapter has no tensor {missing[0]!r} for the adapted module {short(name)!r}; "
                     "it was saved from another base model, or with another configuration."
                 )
+            if config.use_dora:
+                key = magnitude_key(name, adapter_name)
+                expected.add(key)
+                check_magnitude(short(name), layer, mapped.get(key), key)
             factors = {factor: mapped[key] for factor, key in keys.items()}
             filled.update({own[name][factor]: tensor for factor, tensor in factors.items()})
             # PEFT leaves out, with a warning, what does not fit.
@@ -360,7 +372,7 @@ class MethodModel(LoraModel):
             rank = None if structure.growing or loose else layer.rank(adapter_name)
             structure.check(short(name), factors, site, config, rank)
             shapes.append((layer, {factor: tuple(tensor.shape) for factor, tensor in factors.items()}))
-        names = (*config.method.structure.names, *config.method.structure.kept_names)
+        names = (*config.method.structure.names, *config.method.structure.kept_names, MAGNITUDE)
         factor = re.compile(rf"\.({'|'.join(names)})(\.|$)")
         # Another method's have others beside those that are called alike.
         extra = sorted(

@@ -116,9 +116,9 @@ def combined_config(configs: Mapping[str, MethodConfig], ranks: Mapping[str, int
         ValueError: one of them trains more than its adapter.
     """
     for name, config in configs.items():
-        for option in ("modules_to_save", "bias", "trainable_token_indices"):
+        for option in ("modules_to_save", "bias", "trainable_token_indices", "use_dora"):
             value = getattr(config, option)
-            if value not in (None, [], "none"):
+            if value not in (None, [], "none", False):
                 raise ValueError(
                     f"adapters: {name!r} has {option}={value!r}, and only the adapters' updates can be added "
                     "up; train it without."

@@ -25,6 +25,7 @@ SCENARIOS = {
     "bucket view": {"gradient_as_bucket_view": True},
     "comm hook": {},
     "gradient": {},
+    "dora": {},
     "from nothing": {},
     "from nothing, static graph": {"static_graph": True},
     "from nothing, bucket view": {"gradient_as_bucket_view": True},
@@ -38,6 +39,8 @@ def model_for(scenario):
     options = {"importance": "gradient"} if scenario == "gradient" else {}
     if scenario.startswith("from nothing"):
         options = {"init_r": 0, "importance_window": 2}
+    if scenario == "dora":
+        options = {"use_dora": True}
     config = make(r=3, lora_alpha=6, target_modules=TARGETS, top_h=1, deltaT=5, **options)
     # In float64, so that only the method, not rounding, can make several processes differ from one.
     return peft.get_peft_model(model, config).double()

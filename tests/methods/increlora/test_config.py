@@ -67,6 +67,7 @@ SUPPORTED = {
     "lora_dropout",
     "bias",
     "use_rslora",
+    "use_dora",
     "modules_to_save",
     "trainable_token_indices",
     "fan_in_fan_out",
@@ -247,7 +248,7 @@ def test_unsupported_option_of_lora_is_refused_by_name(name):
 
 
 def test_known_unsupported_options_are_all_found():
-    known = {"use_dora", "loftq_config", "layer_replication", "target_parameters", "lora_bias"}
+    known = {"use_bdlora", "loftq_config", "layer_replication", "target_parameters", "lora_bias"}
     assert known - set(UNSUPPORTED) == set()
 
 

@@ -259,7 +259,6 @@ def test_converted_lora_lies_frozen_beside_a_growing_adapter(train, make_bert, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"use_dora": True}, "use_dora=True"),
         ({"lora_bias": True}, "lora_bias=True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),

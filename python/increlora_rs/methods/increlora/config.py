@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from peft.utils.other import get_pattern_key
 
-from ...contract.config import MethodConfig
+from ...contract.config import WITH_DORA, MethodConfig
 from ...support import arguments
 from ...support.budget import Budget
 from ...support.names import rank_pattern
@@ -92,8 +92,8 @@ class IncreLoraConfig(MethodConfig):
     The other arguments are LoraConfig's: ``target_modules``, ``lora_alpha``, ``lora_dropout``,
     ``bias``, ``use_rslora``, ``modules_to_save``, ``trainable_token_indices``, ``exclude_modules``,
     ``layers_to_transform``, ``layers_pattern``, ``rank_pattern`` (initial ranks; kept up to date as
-    ranks grow), ``alpha_pattern``, ``fan_in_fan_out`` (set by itself where it is needed), ``task_type``,
-    ``inference_mode``.
+    ranks grow), ``alpha_pattern``, ``use_dora`` (docs/dora.md), ``fan_in_fan_out`` (set by itself where it is
+    needed), ``task_type``, ``inference_mode``.
 
     Raises:
         ValueError: an argument has a wrong value, or is an option of LoraConfig that is not
@@ -101,6 +101,7 @@ class IncreLoraConfig(MethodConfig):
         TypeError: an argument has a wrong type.
     """
 
+    supported: ClassVar[frozenset[str]] = WITH_DORA
     inits: ClassVar[tuple[Any, ...]] = (True, False, "gaussian", "svd")
 
     r: int | float = field(default=8, metadata={"help": "Average rank at the end, an integer or a fraction."})

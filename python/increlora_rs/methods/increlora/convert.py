@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ...contract.config import changed_options
+from ...saved.lora_format import dora_tensor
 from ...saved.reading import SavedAdapter, SavedModule, layers_of_parameters, read_lora
 from ...support import arguments
 from ...support.experts import expert_layers, expert_layers_of_base
@@ -36,6 +37,7 @@ _OF_THE_BASE = (
     "trainable_token_indices",
     "bias",
     "fan_in_fan_out",
+    "use_dora",
 )
 # Options of LoraConfig whose work is done once the LoRA is trained, and those that are read here.
 _DONE = {
@@ -63,7 +65,7 @@ def convert_lora(
     adapter_name: str = "default",
     **options: Any,
 ) -> IncreLoraConfig:
-    """Writes a trained plain LoRA to ``out_dir`` as an IncreLoRA adapter that gives the same outputs.
+    """Writes a trained LoRA or DoRA to ``out_dir`` as an IncreLoRA adapter that gives the same outputs.
 
     Each update ``scale B A`` becomes its singular value decomposition: the columns of B and the rows of A
     orthonormal, the singular values, over the scale, in E. Its rank is the number of singular values that
@@ -84,7 +86,7 @@ def convert_lora(
         The configuration that was written.
 
     Raises:
-        ValueError: the LoRA has a part that IncreLoRA has not (DoRA, ``lora_bias``, an initialisation
+        ValueError: the LoRA has a part that IncreLoRA has not (``lora_bias``, an initialisation
             that changes the base weights, ...), is damaged, or ``options`` say what the LoRA says.
         TypeError, ValueError: an argument is wrong, as for ``IncreLoraConfig``.
         FileNotFoundError: the directory is missing.
@@ -106,6 +108,11 @@ def convert_lora(
         dtype = torch.promote_types(lora.modules[name].dtype, torch.float32)
         for factor, tensor in (("A", part.v), ("B", part.u), ("E", part.s.view(-1, 1) / scale)):
             tensors[f"base_model.model.{name}.lora_{factor}.weight"] = tensor.to(dtype).contiguous()
+        magnitude = lora.modules[name].magnitude
+        if magnitude is not None:
+            # Ours are vectors, whatever the module is.
+            wide = torch.promote_types(magnitude.dtype, torch.float32)
+            tensors |= dora_tensor(name, magnitude.to(wide), "linear")
     with staged(target) as stage:
         save_file(tensors, stage / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(stage))
