@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from . import blocks, depth, floor, layer, machine, memory, results, scheduler, step
+from . import blocks, depth, floor, host, layer, machine, memory, results, scheduler, step
 from .sizes import NAMED, Size
 from .timing import QUIET, prepare, watch_others
 
@@ -27,6 +27,7 @@ _SECTIONS: dict[str, Callable[[Size], Any]] = {
     "scheduler": scheduler.measure,
     "depth": depth.measure,
     "blocks": blocks.measure,
+    "host": host.measure,
 }
 
 

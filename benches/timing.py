@@ -44,13 +44,13 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def once(call: Callable[[], object]) -> float:
-    """Milliseconds of one call, and on a GPU of all that it asks for."""
+def once(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Milliseconds of one call by a clock of seconds, and on a GPU of all that it asks for."""
     wait()
-    start = time.perf_counter()
+    start = clock()
     call()
     wait()
-    return (time.perf_counter() - start) * 1e3
+    return (clock() - start) * 1e3
 
 
 def interleave(
@@ -60,6 +60,7 @@ def interleave(
     rounds: tuple[int, int],
     warmup: int = 2,
     seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Samples:
     """Milliseconds of each call, a sample a round.
 
@@ -72,6 +73,7 @@ def interleave(
         rounds: At least and at most so many.
         warmup: Rounds before that are thrown away.
         seed: Of the orders.
+        clock: Seconds; of the process alone where others may use the machine.
     """
     samples: Samples = {name: [] for name in calls}
     order = random.Random(seed)
@@ -85,7 +87,7 @@ def interleave(
             if done >= rounds[0] and time.perf_counter() > end:
                 break
             for name in order.sample(names, len(names)):
-                samples[name].append(once(calls[name]))
+                samples[name].append(once(calls[name], clock))
     return samples
 
 
