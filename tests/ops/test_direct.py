@@ -188,8 +188,15 @@ def test_what_is_no_plain_tensor_takes_the_long_way(adapted):
     assert not is_direct(layer(x_of(layer, 5, 7).as_subclass(_Other)))
     layer.base_layer.weight.requires_grad_()
     assert not is_direct(layer(x_of(layer, 5, 7)))
-    with pytest.raises(ValueError, match="last dimension must be 7"):
-        adapted()(torch.randn(5, 6))
+
+
+def test_what_does_not_fit_raises_as_the_base_layer_does(adapted):
+    layer, x = adapted(), torch.randn(5, 6)
+    with pytest.raises(RuntimeError) as wanted:
+        layer.base_layer(x)
+    with pytest.raises(RuntimeError) as raised:
+        layer(x)
+    assert str(raised.value) == str(wanted.value)
 
 
 def test_transforms_and_dual_numbers_take_the_long_way(adapted, long_way):
