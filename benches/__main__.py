@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from . import blocks, depth, floor, layer, machine, memory, nothing, results, scheduler, step
+from . import blocks, depth, floor, host, layer, machine, memory, nothing, results, scheduler, step
 from .sizes import NAMED, Size
 from .timing import QUIET, prepare, watch_others
 
@@ -28,6 +28,7 @@ _SECTIONS: dict[str, Callable[[Size], Any]] = {
     "depth": depth.measure,
     "blocks": blocks.measure,
     "nothing": nothing.measure,
+    "host": host.measure,
 }
 
 

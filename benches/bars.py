@@ -35,6 +35,8 @@ _AS_PUBLISHED, _OVER_LORA = {"MELoRA": 0.5, "MoRA": 0.7}, 1.1
 
 # A layer without components over the frozen one, a step with all of them in the upper third over PEFT LoRA's.
 _EMPTY, _UPPER = 1.02, 0.5
+# What the process takes for small adapted layers over the frozen ones, ours over PEFT LoRA's.
+_HOST = 0.5
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def bars(figures: Mapping[str, Any]) -> list[Bar]:
         found += _blocks(figures["blocks"])
     if "nothing" in figures:
         found += _nothing(figures["nothing"])
+    if "host" in figures:
+        found += _host(figures["host"])
     return found
 
 
@@ -117,6 +121,13 @@ def _blocks(records: list[dict[str, Any]]) -> Iterator[Bar]:
             limit = next(limit for method, limit in _AS_PUBLISHED.items() if ours.startswith(method))
             yield Bar(f"overhead of {ours} over {published}, {where}", value, limit)
             yield Bar(f"layers with {ours} over PEFT LoRA's, {where}", ratio(samples, ours, LORA), _OVER_LORA)
+
+
+def _host(records: list[dict[str, Any]]) -> Iterator[Bar]:
+    for record in records:
+        where = f"{record['precision']}, dropout {record['dropout']:g}"
+        value = overhead(record["ms"], OURS) / overhead(record["ms"], LORA)
+        yield Bar(f"process's time of small layers over PEFT LoRA's, {where}", value, _HOST)
 
 
 def _overheads(passes: list[dict[str, Any]]) -> Iterator[Bar]:

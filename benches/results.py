@@ -11,6 +11,7 @@ from .bars import bars, whole_step
 from .blocks import PAIRS
 from .depth import DENSE, LORTA, PRILORA
 from .floor import ELEMENT, Rates
+from .host import LAYERS, RANK, TOKENS, WIDTH
 from .memory import adapters_bytes
 from .methods import ADALORA, FROZEN, LITERAL, LORA, METHODS, OUR_ADALORA, OURS
 from .nothing import EMPTY, UPPER
@@ -43,6 +44,8 @@ def tables(figures: Figures) -> list[Table]:
         found.append(_blocks(figures["blocks"]))
     if "nothing" in figures:
         found += _nothing(figures["nothing"])
+    if "host" in figures:
+        found.append(_host(figures["host"]))
     return [table for table in found if table.rows]
 
 
@@ -299,6 +302,24 @@ def _blocks(records: list[dict[str, Any]]) -> Table:
                 *[*ratios, *["-"] * (2 - len(ratios))],
                 ratio(samples, name, LORA),
             )
+    return table
+
+
+def _host(records: list[dict[str, Any]]) -> Table:
+    added = [f"+ {method}" for method in (LORA, OURS)]
+    table = Table(
+        "Small layers: what the process takes",
+        ["precision", "dropout", "frozen", *added, "ours / LoRA"],
+        f"Microseconds a layer of the process's own time, one thread, forward and backward of {LAYERS} "
+        f"layers of {WIDTH} x {WIDTH} in a row, {TOKENS} tokens, rank {RANK}. Columns with + are over the "
+        "frozen layers.",
+    )
+    for record in records:
+        samples = record["ms"]
+        over = {method: overhead(samples, method) for method in (LORA, OURS)}
+        micro = (median(samples[FROZEN]), *over.values())
+        values = [value * 1e3 / LAYERS for value in micro]
+        table.add(record["precision"], f"{record['dropout']:g}", *values, over[OURS] / over[LORA])
     return table
 
 

@@ -6,7 +6,7 @@ graph. Tensors may lie on the CPU or on a CUDA device.
 """
 
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,7 @@ __all__ = [
     "cuda_prepare",
     "cuda_smooth_",
     "cuda_unavailable",
+    "direct_linear",
     "dropout_mask",
     "importance",
     "importance_window",
@@ -115,6 +116,34 @@ def linear_forward(
 
     Returns:
         y (..., out), and the two of :func:`adapter_forward`.
+    """
+
+def direct_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    e: Tensor | None,
+    with_reserve: bool,
+    scale: float,
+    p: float,
+    probe: Any,
+    slot: int,
+) -> Tensor | None:
+    """:func:`linear_forward` as a part of autograd's graph, with the seed drawn from torch's generator; its
+    backward pass runs no Python but what the probe asks for.
+
+    Only for plain tensors, float32 or bfloat16 on the CPU, of shapes and dtypes that fit, weight and bias
+    without a gradient; and where no mode, transform, tracer or autocast takes part.
+
+    Args:
+        with_reserve: May there be more rows of A than of E?
+        probe: The :class:`increlora_rs.ops.probe.Probe` that counts backward passes, or None.
+        slot: The module's, in the probe's gauge.
+
+    Returns:
+        y (..., out); None, with nothing done, for everything else.
     """
 
 def block_diagonal_forward(

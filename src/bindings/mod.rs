@@ -11,6 +11,7 @@ use tch::Tensor;
 
 use crate::errors::{Error, Result};
 
+mod autograd;
 mod cuda;
 mod gauges;
 mod ops;

@@ -13,6 +13,7 @@ use crate::ops::dropout::{self, Dropout};
 use crate::ops::low_rank::{self, LowRank};
 
 mod block_diagonal;
+mod linear;
 mod square;
 
 type Gradients = (Option<PyTensor>, PyTensor, PyTensor, PyTensor);
@@ -167,5 +168,6 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(linear_forward, module)?)?;
     module.add_function(wrap_pyfunction!(dropout_mask, module)?)?;
     block_diagonal::register(module)?;
+    linear::register(module)?;
     square::register(module)
 }

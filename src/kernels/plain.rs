@@ -6,7 +6,8 @@ use std::marker::PhantomData;
 use tch::{Device, Kind, Tensor};
 
 pub use super::real::Real;
-use super::simd::Element;
+use super::simd::{Bf16, Element};
+use crate::errors::Result;
 
 /// A plain matrix.
 #[derive(Clone, Copy)]
@@ -118,6 +119,42 @@ pub unsafe fn as_slice_mut<E: Element>(tensor: &Tensor) -> &mut [E] {
     }
     // SAFETY: so many elements of type E lie there, and nobody else uses them.
     unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), count) }
+}
+
+/// `tensor` contiguous and of dtype `kind`. Where it is both already, asking libtorch would cost as much as a small
+/// loop.
+pub fn contiguous(tensor: &Tensor, kind: Kind) -> Result<Tensor> {
+    if tensor.f_kind()? == kind && tensor.is_contiguous() {
+        return Ok(tensor.shallow_clone());
+    }
+    Ok(tensor.f_to_kind(kind)?.f_contiguous()?)
+}
+
+/// The values of a tensor on the CPU, row by row.
+pub fn widened(tensor: &Tensor) -> Result<Vec<f32>> {
+    if tensor.f_kind()? == Kind::BFloat16 && tensor.is_contiguous() {
+        return Ok(as_slice::<Bf16>(tensor).iter().map(|value| value.widen()).collect());
+    }
+    Ok(as_slice::<f32>(&contiguous(tensor, Kind::Float)?).to_vec())
+}
+
+/// Values, row by row, as a tensor on the CPU of the shape and dtype of `like`.
+pub fn rounded(values: &[f32], like: &Tensor) -> Result<Tensor> {
+    fn fill<E: Element>(made: &Tensor, values: &[f32]) {
+        // SAFETY: it was just made.
+        let to = unsafe { as_slice_mut::<E>(made) };
+        to.iter_mut().zip(values).for_each(|(to, &value)| *to = E::nearest(value));
+    }
+    let kind = like.f_kind()?;
+    let (size, half) = (like.size(), kind == Kind::BFloat16);
+    let made = if half { kind } else { Kind::Float };
+    let made = Tensor::f_empty(&size, (made, Device::Cpu))?;
+    if half {
+        fill::<Bf16>(&made, values);
+    } else {
+        fill::<f32>(&made, values);
+    }
+    contiguous(&made, kind)
 }
 
 fn plain_count<E: Element>(tensor: &Tensor) -> usize {

@@ -1,11 +1,11 @@
 //! The product with the weight of the base layer, `x W^T + bias`, and its gradient of x, around which an update
 //! is added.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use crate::checks;
 use crate::errors::Result;
-use crate::kernels::plain::as_slice;
+use crate::kernels::plain::widened;
 use crate::kernels::tokens;
 
 /// The base layer: its weight (out, in) and bias (out), both of the dtype of x.
@@ -39,17 +39,17 @@ impl Start<'_> {
     }
 
     /// The bias as [`Start::of_loops`] wants it.
-    pub fn bias(self) -> Result<Option<Tensor>> {
+    pub fn bias(self) -> Result<Option<Vec<f32>>> {
         match self {
-            Self::Bias(Some(bias)) => Ok(Some(bias.f_to_kind(Kind::Float)?.f_contiguous()?)),
+            Self::Bias(Some(bias)) => Ok(Some(widened(bias)?)),
             _ => Ok(None),
         }
     }
 
     /// The same for the loops, with what [`Start::bias`] gave.
-    pub fn of_loops(self, bias: Option<&Tensor>) -> tokens::Start<'_> {
+    pub fn of_loops(self, bias: Option<&[f32]>) -> tokens::Start<'_> {
         match self {
-            Self::Bias(_) => tokens::Start::Bias(bias.map(as_slice::<f32>)),
+            Self::Bias(_) => tokens::Start::Bias(bias),
             Self::Add => tokens::Start::Add,
         }
     }

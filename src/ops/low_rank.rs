@@ -13,6 +13,7 @@ use crate::checks;
 use crate::errors::{Error, Result};
 use crate::gauges::sensitivity::{self, Input};
 use crate::kernels::cuda;
+use crate::kernels::plain::contiguous;
 use crate::ops::base::{self, Base, Start};
 use crate::ops::dropout::Dropout;
 
@@ -186,17 +187,36 @@ pub fn linear(
     base: &Base<'_>,
     dropout: Option<&mut Dropout>,
 ) -> Result<(Tensor, Tensor)> {
-    let mut shape = x.size();
-    let features = shape.pop().unwrap_or_default();
+    checks::float("x", x)?;
+    let features = x.size().last().copied().unwrap_or_default();
     let out = low_rank.b.size().first().copied().unwrap_or_default();
+    let flat = x.f_reshape([-1, features.max(1)])?;
+    low_rank.check(&flat)?;
+    base.check(&flat, out)?;
+    linear_of_fitting(low_rank, x, base, dropout)
+}
+
+/// [`linear`] of what fits together.
+pub fn linear_of_fitting(
+    low_rank: &LowRank,
+    x: &Tensor,
+    base: &Base<'_>,
+    dropout: Option<&mut Dropout>,
+) -> Result<(Tensor, Tensor)> {
+    let (mut shape, out) = (x.size(), low_rank.b.size()[0]);
+    let features = shape.pop().unwrap_or_default();
     shape.push(out);
     let y = Tensor::f_empty(&shape, (x.f_kind()?, x.device()))?;
-    // Views of what is returned: autograd forbids to change a view made inside a function.
-    let x = x.f_reshape([-1, features.max(1)])?;
-    let mut flat = y.f_view([x.size()[0], out])?;
-    low_rank.check(&x)?;
-    base.check(&x, out)?;
-    let x = &x.f_contiguous()?;
+    // A view of what is returned: autograd forbids to change a view made inside a function.
+    let (x, mut flat) = match shape[..] {
+        [_, _] => (x.shallow_clone(), y.shallow_clone()),
+        _ => {
+            let x = x.f_reshape([-1, features.max(1)])?;
+            let tokens = x.size()[0];
+            (x, y.f_view([tokens, out])?)
+        }
+    };
+    let x = &contiguous(&x, x.kind())?;
     // The update first, into memory that nothing has written yet; the large product is added to it.
     let start = Start::Bias(base.bias);
     let t = match cpu::forward(low_rank, x, &mut flat, start, dropout.as_deref())? {
@@ -242,7 +262,22 @@ pub fn backward(
     if let Some(weight) = weight {
         base::check_weight(weight, x, out)?;
     }
-    let (x, gy) = (&x.f_contiguous()?, gy.f_to_kind(x.kind())?.f_contiguous()?);
+    backward_of_fitting(low_rank, x, t, gy, dropout, weight, needs_x, importance)
+}
+
+/// [`backward`] of what fits together.
+#[allow(clippy::too_many_arguments)]
+pub fn backward_of_fitting(
+    low_rank: &LowRank,
+    x: &Tensor,
+    t: &Tensor,
+    gy: &Tensor,
+    dropout: Option<&Dropout>,
+    weight: Option<&Tensor>,
+    needs_x: bool,
+    importance: Option<Slot<'_>>,
+) -> Result<Gradients> {
+    let (x, gy) = (&contiguous(x, x.kind())?, contiguous(gy, x.kind())?);
     if let Some(mut gradients) = cpu::backward(low_rank, x, t, &gy, dropout, needs_x)? {
         if let Some(slot) = importance {
             let input = match dropout {

@@ -306,6 +306,18 @@ def test_bars_of_lorta_and_prilora_are_computed_from_the_figures():
     ]
 
 
+def test_bars_of_small_layers_are_over_the_frozen_ones():
+    record = {"precision": "float32", "dropout": 0.1, "ms": {FROZEN: [1.0], LORA: [3.0], OURS: [2.5]}}
+    (found,) = bars({"host": [record]})
+    assert (found.value, found.limit, found.passed) == (0.75, 0.5, False)
+
+
+def test_a_clock_may_be_given():
+    ticks = iter(range(100))
+    samples = timing.interleave({"a": bool}, seconds=0.0, rounds=(2, 2), clock=lambda: next(ticks))
+    assert samples == {"a": [1e3, 1e3]}
+
+
 def test_bars_fail_where_the_figures_are_worse():
     kept = {bar.promise: bar.passed for bar in bars(made_up(ours=141.0, armed=400.0))}
     assert [passed for promise, passed in kept.items() if "overhead" in promise] == [False]

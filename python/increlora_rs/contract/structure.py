@@ -41,6 +41,9 @@ class Structure(ABC):
     silencing: ClassVar[frozenset[str]] = frozenset()
     #: Are they one set for all modules of an adapter: drawn for the first, and saved under its name alone?
     shared: ClassVar[bool] = False
+    #: Is the update of a training pass a :class:`~increlora_rs.ops.update.LowRank` of the three parameters of
+    #: ``names``, A, B and E, as they are? A linear layer then makes no update of them first.
+    direct: ClassVar[bool] = False
     #: Are components masked that go on learning, so that more may act than the last event has left?
     masks: ClassVar[bool] = False
     #: What is saved beside the parameters and changed by the policy alone, under configurations for which

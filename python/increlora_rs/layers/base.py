@@ -460,6 +460,17 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
             raise ValueError(self._no_gradient())
         return result
 
+    def _only(self) -> str | None:
+        """The adapter that acts, where it is one and nothing else is asked for."""
+        if self._disable_adapters or self.merged_adapters:
+            return None
+        active = self._active_adapter
+        if not isinstance(active, str):
+            if len(active) != 1:
+                return None
+            (active,) = active
+        return active if active in self.configs else None
+
     def _no_gradient(self) -> str:
         base = self.get_base_layer()
         what = type(getattr(base, "weight", base)).__name__

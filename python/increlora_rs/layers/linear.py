@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from .. import _core
 from ..ops.linear import fits_linear
 from .base import AdaptedLayer
+from .call import drops_plainly, is_plain_call
+from .dora import MAGNITUDE
 from .shown import of_base
 from .weight import restore_layout
 
@@ -22,6 +26,54 @@ class Linear(AdaptedLayer):
         if mode and self.quantization is not None:
             restore_layout(self.get_base_layer())
         return super().train(mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base layer plus the active adapters' updates."""
+        result = None if args or kwargs else self._direct(x)
+        return super().forward(x, *args, **kwargs) if result is None else result
+
+    def _direct(self, x: Tensor) -> Tensor | None:
+        """The output by one call, where nobody but the base layer and one adapter take part; else None.
+
+        What ``torch.nn.Module.__getattr__`` would look for is read where it lies, anew in every call: it can
+        be replaced at any time.
+        """
+        structure = self.structure
+        if not structure.direct or torch.compiler.is_compiling():
+            return None
+        name = self._only()
+        if name is None:
+            return None
+        modules: Any = self._modules
+        base, dropout = modules["base_layer"], modules["lora_dropout"]._modules[name]
+        if not is_plain_call(base) or not drops_plainly(dropout) or name in modules[MAGNITUDE]._modules:
+            return None
+        held = [modules[factor]._modules[name] for factor in structure.names]
+        # In the capacity form not all rows count.
+        if held[0].room is not None:
+            return None
+        # Without a parameter of the name, as in FlatParameters of FSDP, there is None, and no direct call.
+        a, b, e = (factor._parameters.get("weight") for factor in held)
+        if a is None or not a.numel():
+            return None
+        frozen = base._parameters
+        return _core.direct_linear(
+            x,
+            self._weight(frozen.get("weight")),
+            frozen.get("bias"),
+            a,
+            b,
+            e,
+            self.training,
+            self.scaling[name],
+            dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
+            self.probes[name],
+            self.slots[name],
+        )
+
+    def _weight(self, weight: Tensor | None) -> Tensor | None:
+        """The base layer's, (out, in)."""
+        return weight
 
     def _fused(self, x: Tensor, name: str) -> Tensor | None:
         base = self.base_layer
@@ -47,6 +99,9 @@ class TransposedLinear(Linear):
             return None
         update = self.update_in_use(name, x)
         return update.with_base(x, base.weight.t(), base.bias, self._call(name))
+
+    def _weight(self, weight: Tensor | None) -> Tensor | None:
+        return None if weight is None else weight.t()
 
     def _as_weight(self, delta: Tensor) -> Tensor:
         return delta.t()

@@ -37,6 +37,7 @@ class Components(Structure):
     active_only: ClassVar[frozenset[str]] = frozenset({"lora_E"})
     rescaled: ClassVar[frozenset[str]] = frozenset({"lora_E"})
     silencing: ClassVar[frozenset[str]] = frozenset({"lora_B"})
+    direct: ClassVar[bool] = True
 
     def shapes(self, site: Site, rank: int, config: Any) -> dict[str, tuple[int, ...]]:
         """E first: its size is the rank."""

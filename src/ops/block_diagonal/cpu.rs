@@ -65,7 +65,7 @@ pub fn forward(
     }
     let operands = Operands::of(update, Dropout::gain(dropout))?;
     let bias = start.bias()?;
-    let first = start.of_loops(bias.as_ref());
+    let first = start.of_loops(bias.as_deref());
     let (slices, rows, _) = update.a.size3()?;
     let t = Tensor::f_empty([slices, x.size()[0], rows], (Kind::Float, Device::Cpu))?;
     let stream = dropout.map(|dropout| &dropout.stream);

@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor};
 use super::{Gradients, LowRank, RESERVE_E};
 use crate::errors::Result;
 use crate::kernels::cuda;
-use crate::kernels::plain::{as_slice, as_slice_mut};
+use crate::kernels::plain::{as_slice, as_slice_mut, contiguous, rounded, widened};
 use crate::kernels::simd::{Bf16, Element};
 use crate::kernels::tokens::{self, Factor};
 use crate::ops::base::Start;
@@ -34,7 +34,7 @@ struct Operands {
     /// `s E`, a value a row.
     scaled_e: Vec<f32>,
     /// B, (out, rows).
-    b: Tensor,
+    b: Vec<f32>,
     /// `(s B diag(E))^T`, (rows, out).
     p: Vec<f32>,
     rows: usize,
@@ -42,21 +42,18 @@ struct Operands {
 
 impl Operands {
     fn of(low_rank: &LowRank, gain: f64) -> Result<Self> {
-        let float = |tensor: &Tensor| -> Result<Tensor> {
-            Ok(tensor.f_to_kind(Kind::Float)?.f_contiguous()?)
-        };
-        let (a, b, e) = (float(&low_rank.a)?, float(&low_rank.b)?, float(&low_rank.e)?);
-        let rows = a.size()[0] as usize;
-        let reserve = std::iter::repeat_n(RESERVE_E as f32, rows - e.numel());
+        let (mut a, b) = (widened(&low_rank.a)?, widened(&low_rank.b)?);
+        let mut scaled_e = widened(&low_rank.e)?;
+        let rows = low_rank.a.size()[0] as usize;
+        scaled_e.resize(rows, RESERVE_E as f32);
         let scale = low_rank.scale as f32;
-        let scaled_e: Vec<f32> =
-            as_slice::<f32>(&e).iter().copied().chain(reserve).map(|e| scale * e).collect();
-        let gain = gain as f32;
-        let a = as_slice::<f32>(&a).iter().map(|a| gain * a).collect();
-        let values = as_slice::<f32>(&b);
-        let out = values.len() / rows;
-        let mut p = vec![0.0; values.len()];
-        for (o, row) in values.chunks_exact(rows).enumerate() {
+        scaled_e.iter_mut().for_each(|e| *e *= scale);
+        if gain != 1.0 {
+            a.iter_mut().for_each(|a| *a *= gain as f32);
+        }
+        let out = b.len() / rows;
+        let mut p = vec![0.0; b.len()];
+        for (o, row) in b.chunks_exact(rows).enumerate() {
             for (r, (value, e)) in row.iter().zip(&scaled_e).enumerate() {
                 p[r * out + o] = value * e;
             }
@@ -87,7 +84,7 @@ pub fn forward(
     }
     let operands = Operands::of(low_rank, Dropout::gain(dropout))?;
     let bias = start.bias()?;
-    let first = start.of_loops(bias.as_ref());
+    let first = start.of_loops(bias.as_deref());
     let t = Tensor::f_empty([x.size()[0], operands.rows as i64], (Kind::Float, Device::Cpu))?;
     if x.kind() == Kind::Float {
         run_forward::<f32>(x, &operands, first, dropout, &t, y);
@@ -126,41 +123,37 @@ pub fn backward(
     }
     let gain = Dropout::gain(dropout);
     let operands = Operands::of(low_rank, gain)?;
-    let t = t.f_to_kind(Kind::Float)?.f_contiguous()?;
+    let t = contiguous(t, Kind::Float)?;
     let grad_x = needs_x.then(|| Tensor::f_empty(x.size(), (x.kind(), Device::Cpu))).transpose()?;
     let sums = if x.kind() == Kind::Float {
         run_backward::<f32>(x, &t, gy, &operands, dropout, grad_x.as_ref())
     } else {
         run_backward::<Bf16>(x, &t, gy, &operands, dropout, grad_x.as_ref())
     };
-    let (kind, rows) = (low_rank.a.kind(), operands.rows);
-    let out = operands.p.len() / rows;
+    let (rows, out) = (operands.rows, operands.p.len() / operands.rows);
     let mut grad_b = vec![0.0f32; operands.p.len()];
-    let mut grad_e = vec![0.0f32; low_rank.e.numel()];
-    let b = as_slice::<f32>(&operands.b);
-    for (r, q) in sums.q.chunks_exact(out).enumerate() {
-        let scaled_e = operands.scaled_e[r];
-        let mut sum = 0.0f64;
-        for (o, &q) in q.iter().enumerate() {
-            grad_b[o * rows + r] = q * scaled_e;
-            sum += f64::from(q) * f64::from(b[o * rows + r]);
-        }
-        if let Some(grad_e) = grad_e.get_mut(r) {
-            *grad_e = (sum * low_rank.scale) as f32;
+    let mut sums_e = vec![0.0f64; rows];
+    // Column by column of Q: the sums of all rows grow side by side, each in the order of its columns.
+    let pairs = grad_b.chunks_exact_mut(rows).zip(operands.b.chunks_exact(rows));
+    for (o, (grad_b, b)) in pairs.enumerate() {
+        for (r, (grad_b, &b)) in grad_b.iter_mut().zip(b).enumerate() {
+            let q = sums.q[r * out + o];
+            *grad_b = q * operands.scaled_e[r];
+            sums_e[r] += f64::from(q) * f64::from(b);
         }
     }
+    let active = low_rank.e.numel();
+    let grad_e: Vec<f32> =
+        sums_e[..active].iter().map(|sum| (sum * low_rank.scale) as f32).collect();
     let mut grad_a = sums.a;
     if gain != 1.0 {
         grad_a.iter_mut().for_each(|value| *value *= gain as f32);
     }
-    let tensor = |values: &[f32], like: &Tensor| -> Result<Tensor> {
-        Ok(Tensor::f_from_slice(values)?.f_view(like.size().as_slice())?.f_to_kind(kind)?)
-    };
     Ok(Some(Gradients {
         x: grad_x,
-        a: tensor(&grad_a, &low_rank.a)?,
-        b: tensor(&grad_b, &low_rank.b)?,
-        e: tensor(&grad_e, &low_rank.e)?,
+        a: rounded(&grad_a, &low_rank.a)?,
+        b: rounded(&grad_b, &low_rank.b)?,
+        e: rounded(&grad_e, &low_rank.e)?,
     }))
 }
 

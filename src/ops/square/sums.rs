@@ -75,7 +75,7 @@ impl Pattern {
         let (side, length) = (short.size2()?.1, long.size2()?.1);
         if self == Self::Cyclic {
             let (rounds, bias) = (loops(length, side, wraps), start.bias()?);
-            if rounds::unfold(rounds, short, long, start.of_loops(bias.as_ref()))? {
+            if rounds::unfold(rounds, short, long, start.of_loops(bias.as_deref()))? {
                 return Ok(());
             }
         }

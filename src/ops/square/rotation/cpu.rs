@@ -105,7 +105,7 @@ pub fn put(
     let m = layout.padded(m, x.kind())?;
     let products = layout.below(&turned)?.f_mm(&m.f_tr()?)?.f_view(turned.size().as_slice())?;
     let bias = start.bias()?;
-    rounds::unfold(layout.of_y(), &products, y, start.of_loops(bias.as_ref()))
+    rounds::unfold(layout.of_y(), &products, y, start.of_loops(bias.as_deref()))
 }
 
 /// As [`Rotation::gradients`], of matrices that are taken.
@@ -124,7 +124,7 @@ pub fn gradients(
         let m = layout.padded(m, x.kind())?;
         let products = below.f_mm(&m)?.f_view(summed.size().as_slice())?;
         let bias = start.bias()?;
-        rounds::unfold(layout.of_x(), &products, grad_x, start.of_loops(bias.as_ref()))?;
+        rounds::unfold(layout.of_x(), &products, grad_x, start.of_loops(bias.as_deref()))?;
     }
     if !needs_m {
         return Ok(None);
