@@ -52,7 +52,6 @@ __all__ = [
     "importance_window",
     "linear_forward",
     "live_triplets",
-    "observe_fluctuation_",
     "orthogonality",
     "prune_",
     "restart_",
@@ -580,11 +579,26 @@ class Fluctuation:
         mean: Tensor,
         squares: Tensor,
         steps: Tensor,
-        rate: float,
         *,
-        grad_scale: Tensor | None = None,
+        mean_rate: float,
+        square_rate: float,
     ) -> None:
-        """:func:`observe_fluctuation_` with the leaves' own gradients."""
+        """Takes the first-order effects ``p = E dL/dE`` of one optimizer step in, in place::
+
+            p       <- p / sqrt(mean p^2 over all components)
+            weight  <- max(1 / (steps + 1), mean_rate)
+            share   <- max(1 / max(steps, 1), square_rate)
+            squares <- squares + share ((1 - weight) (p - mean)^2 - squares)
+            mean    <- mean + weight (p - mean)
+            steps   <- steps + 1
+
+        A leaf without a gradient has one of 0. A factor that all gradients carry does not count. A step in
+        which any p is not finite changes nothing.
+
+        Args:
+            mean, squares, steps: float64 (components of all modules), in the order of ``values``.
+            mean_rate, square_rate: In (0, 1].
+        """
 
 @final
 class TripletSchedule:
@@ -781,35 +795,10 @@ def cuda_add_orthogonality_gradient_(
 ) -> Tensor | None:
     """:func:`add_orthogonality_gradient_` in three launches for up to 256 modules of up to 64 ranks."""
 
-def observe_fluctuation_(
-    values: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-    mean: Tensor,
-    squares: Tensor,
-    steps: Tensor,
-    rate: float,
-    *,
-    grad_scale: Tensor | None = None,
-) -> None:
-    """Takes the first-order effects ``p = E dL/dE`` of one optimizer step in, in place::
-
-        weight  <- max(1 / (steps + 1), rate)
-        squares <- squares + (1 - weight) (p - mean)^2
-        mean    <- mean + weight (p - mean)
-        steps   <- steps + 1
-
-    A step in which any p is not finite changes nothing.
-
-    Args:
-        values, gradients: E and its gradient, of one shape, one of each a module; None is a gradient of 0.
-        mean, squares, steps: float64 (components of all modules), in the order of ``values``.
-        rate: In (0, 1].
-        grad_scale: One number that the gradients carry as a factor; it stays on its device.
-    """
-
 def choose_moves(
     values: npt.NDArray[np.float64],
     judged: npt.NDArray[np.bool_],
+    grown: npt.NDArray[np.bool_],
     ranks: npt.NDArray[np.uint64],
     caps: npt.NDArray[np.uint64],
     costs: npt.NDArray[np.uint64],
@@ -821,12 +810,12 @@ def choose_moves(
     """The components that leave, as positions among those of all modules, and how many each module gains.
 
     All is weighed by value for cost. The least leave first; the next component of a module is expected to
-    be worth the lower quartile of those judged, divided by one more than it has that are not; it is given as
-    long as that is ``margin`` times what each is worth that has to leave for it. No module gives and gains.
+    be worth the lower quartile of its grown ones, divided by one more than it gains; it is given as long as
+    that is ``margin`` times what each is worth that has to leave for it. No module gives and gains.
 
     Args:
-        values, judged: (components of all modules): what each is worth, finite and at least 0; may it leave,
-            and does it speak for its module?
+        values, judged, grown: (components of all modules): what each is worth, finite and at least 0; may it
+            leave; does it speak for its module? Where none does, those that may leave do.
         ranks, caps, costs: (modules): components that each has, the most it may have, what one takes.
         budget: What all may take afterwards.
         most: What may be given, beside what has to leave for the budget.

@@ -1,6 +1,9 @@
 //! How much what a component does fluctuates: of its first-order effect on the loss
 //! `p = <s b E a^T, G> = E dL/dE`, the mean square about a running mean, all modules at once.
 //!
+//! Each step's effects are held against their own root mean square over all components: as the loss falls all
+//! of them get smaller, and what a component did early would outweigh what it does now.
+//!
 //! Around a point where training has settled, the mean of p says nothing, and its variance over batches is
 //! `dW^T F dW` with F the covariance of the gradients, Fisher's approximation of the curvature: to second
 //! order what the loss would gain if the component were taken away.
@@ -9,17 +12,17 @@ use tch::{Device, Kind, Tensor};
 
 use crate::checks;
 use crate::errors::{Error, Result};
-use crate::kernels::fluctuation as loops;
+use crate::kernels::fluctuation::{self as loops, Rates};
 use crate::kernels::plain::{self, Plain};
 
-/// The running sums, float64 vectors with a slot for each component of all modules, in model order.
+/// The running means, float64 vectors with a slot for each component of all modules, in model order.
 #[derive(Debug)]
-pub struct Sums<'a> {
-    /// The running mean of p.
+pub struct Means<'a> {
+    /// Of p.
     pub mean: &'a mut Tensor,
-    /// The squares of p about it, summed.
+    /// Of the squares of p about it.
     pub squares: &'a mut Tensor,
-    /// Steps that the mean holds.
+    /// Steps that they hold.
     pub steps: &'a mut Tensor,
 }
 
@@ -36,37 +39,38 @@ impl Components {
     }
 
     /// [`observe_`] with the leaves' own gradients.
-    pub fn observe_(&self, sums: Sums<'_>, rate: f64, grad_scale: Option<&Tensor>) -> Result<()> {
+    pub fn observe_(&self, means: Means<'_>, rates: Rates) -> Result<()> {
         let gradients = self.values.iter().map(|value| -> Result<_> {
             let gradient = value.f_grad()?;
             Ok(gradient.defined().then_some(gradient))
         });
         let gradients: Vec<_> = gradients.collect::<Result<_>>()?;
-        observe_(&self.values, &gradients, sums, rate, grad_scale)
+        observe_(&self.values, &gradients, means, rates)
     }
 }
 
 /// Takes one optimizer step in, in place:
 ///
 /// ```text
-/// weight  <- max(1 / (steps + 1), rate)
-/// squares <- squares + (1 - weight) (p - mean)^2
+/// p       <- p / sqrt(mean p^2 over all components)
+/// weight  <- max(1 / (steps + 1), rates.mean)
+/// share   <- max(1 / max(steps, 1), rates.squares)
+/// squares <- squares + share ((1 - weight) (p - mean)^2 - squares)
 /// mean    <- mean + weight (p - mean)
 /// steps   <- steps + 1
 /// ```
 ///
 /// `values` holds E (rank, 1) of each module, `gradients` those of it; a module without one counts as one of
-/// gradient 0. With a `grad_scale`, one number, gradients carry that scale. A step in which any p is not
-/// finite changes nothing.
+/// gradient 0. A factor that all gradients carry does not count. A step in which any p is not finite changes
+/// nothing.
 pub fn observe_(
     values: &[Tensor],
     gradients: &[Option<Tensor>],
-    sums: Sums<'_>,
-    rate: f64,
-    grad_scale: Option<&Tensor>,
+    means: Means<'_>,
+    rates: Rates,
 ) -> Result<()> {
-    let device = check(values, gradients, &sums, rate, grad_scale)?;
-    if observe_plain(values, gradients, &sums, rate, grad_scale)? {
+    let device = check(values, gradients, &means, rates)?;
+    if observe_plain(values, gradients, &means, rates)? {
         return Ok(());
     }
     let mut effects = Vec::with_capacity(values.len());
@@ -81,19 +85,24 @@ pub fn observe_(
     let wide = |parts: &[Tensor]| -> Result<Tensor> {
         Ok(Tensor::f_cat(parts, 0)?.f_to_device(device)?.f_to_kind(Kind::Double)?)
     };
-    let mut effect = wide(&effects)?.f_mul(&wide(&slopes)?)?;
-    if let Some(scale) = grad_scale {
-        let scale = scale.f_to_device(device)?.f_to_kind(Kind::Double)?.f_reshape([1])?;
-        effect = effect.f_div(&scale)?;
+    let effect = wide(&effects)?.f_mul(&wide(&slopes)?)?;
+    if effect.numel() == 0 {
+        return Ok(());
     }
     let finite = effect.f_isfinite()?.f_all()?.f_to_kind(Kind::Double)?;
     let effect = effect.f_nan_to_num(0.0, 0.0, 0.0)?;
-    let weight = sums.steps.f_add_scalar(1.0)?.f_reciprocal()?.f_clamp_min(rate)?;
-    let apart = effect.f_sub(sums.mean)?.f_mul(&finite)?;
+    // By the largest first, for a square of what is far from 1 is no number; of zeros nothing is divided.
+    let largest = effect.f_abs()?.f_max()?.f_clamp_min(f64::MIN_POSITIVE)?;
+    let effect = effect.f_div(&largest)?;
+    let size = effect.f_square()?.f_mean(None)?.f_sqrt()?.f_clamp_min(f64::MIN_POSITIVE)?;
+    let apart = effect.f_div(&size)?.f_sub(means.mean)?;
+    let weight = means.steps.f_add_scalar(1.0)?.f_reciprocal()?.f_clamp_min(rates.mean)?;
+    let share = means.steps.f_clamp_min(1.0)?.f_reciprocal()?.f_clamp_min(rates.squares)?;
     let rest = weight.f_neg()?.f_add_scalar(1.0)?;
-    let _ = sums.squares.f_add_(&apart.f_square()?.f_mul(&rest)?)?;
-    let _ = sums.mean.f_add_(&apart.f_mul(&weight)?)?;
-    let _ = sums.steps.f_add_(&finite)?;
+    let change = apart.f_square()?.f_mul(&rest)?.f_sub(means.squares)?;
+    let _ = means.squares.f_add_(&change.f_mul(&share)?.f_mul(&finite)?)?;
+    let _ = means.mean.f_add_(&apart.f_mul(&weight)?.f_mul(&finite)?)?;
+    let _ = means.steps.f_add_(&finite)?;
     Ok(())
 }
 
@@ -101,14 +110,10 @@ pub fn observe_(
 fn observe_plain(
     values: &[Tensor],
     gradients: &[Option<Tensor>],
-    sums: &Sums<'_>,
-    rate: f64,
-    grad_scale: Option<&Tensor>,
+    means: &Means<'_>,
+    rates: Rates,
 ) -> Result<bool> {
-    if grad_scale.is_some_and(|scale| scale.device() != Device::Cpu) {
-        return Ok(false);
-    }
-    let rows = [&*sums.mean, &*sums.squares, &*sums.steps].map(|vector| vector.f_view([1, -1]));
+    let rows = [&*means.mean, &*means.squares, &*means.steps].map(|vector| vector.f_view([1, -1]));
     let [Ok(mean), Ok(squares), Ok(steps)] = rows else { return Ok(false) };
     let [Some(mean), Some(squares), Some(steps)] = [&mean, &squares, &steps].map(Plain::of) else {
         return Ok(false);
@@ -127,16 +132,12 @@ fn observe_plain(
             },
         }
     }
-    if let Some(scale) = grad_scale {
-        let scale = scale.f_to_kind(Kind::Double)?.f_double_value(&[])?;
-        effects.iter_mut().for_each(|effect| *effect /= scale);
-    }
-    let sums = loops::Sums {
+    let means = loops::Means {
         mean: mean.elements_mut(),
         squares: squares.elements_mut(),
         steps: steps.elements_mut(),
     };
-    loops::observe(&effects, sums, rate);
+    loops::observe(&mut effects, means, rates);
     Ok(true)
 }
 
@@ -158,9 +159,8 @@ fn numbered(name: &str, k: usize, check: impl Fn(&str) -> Result<()>) -> Result<
 fn check(
     values: &[Tensor],
     gradients: &[Option<Tensor>],
-    sums: &Sums<'_>,
-    rate: f64,
-    grad_scale: Option<&Tensor>,
+    means: &Means<'_>,
+    rates: Rates,
 ) -> Result<Device> {
     check_values(values)?;
     checks::one_each("gradients", gradients, values.len())?;
@@ -174,73 +174,42 @@ fn check(
     }
     let components: i64 = values.iter().map(|value| value.numel() as i64).sum();
     for (name, vector) in
-        [("mean", &*sums.mean), ("squares", &*sums.squares), ("steps", &*sums.steps)]
+        [("mean", &*means.mean), ("squares", &*means.squares), ("steps", &*means.steps)]
     {
         checks::kind(name, vector, Kind::Double)?;
         checks::shape(name, vector, &[components])?;
-        checks::same_device(name, vector, "mean", sums.mean)?;
+        checks::same_device(name, vector, "mean", means.mean)?;
     }
-    if !(rate > 0.0 && rate <= 1.0) {
-        return Err(Error::Value(format!("rate is {rate}; give a number above 0 and at most 1")));
+    for (name, rate) in [("mean_rate", rates.mean), ("square_rate", rates.squares)] {
+        if !(rate > 0.0 && rate <= 1.0) {
+            return Err(Error::Value(format!(
+                "{name} is {rate}; give a number above 0 and at most 1"
+            )));
+        }
     }
-    if let Some(scale) = grad_scale {
-        checks::one_number("grad_scale", scale)?;
-    }
-    Ok(sums.mean.device())
+    Ok(means.mean.device())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const RATES: Rates = Rates { mean: 0.1, squares: 0.05 };
+
     fn zeros() -> [Tensor; 3] {
         [(); 3].map(|()| Tensor::zeros([3], (Kind::Double, Device::Cpu)))
     }
 
-    fn observe(sums: &mut [Tensor; 3], effects: [f32; 3], scale: Option<f32>) {
-        // One that is no matrix takes torch's way.
-        let values =
-            [Tensor::from_slice(&[2.0f32, 4.0]).view([2, 1]), Tensor::from_slice(&[1.0f32])];
-        let gradients = [
-            Some(Tensor::from_slice(&[effects[0] / 2.0, effects[1] / 4.0]).view([2, 1])),
-            (effects[2] != 0.0).then(|| Tensor::from_slice(&[effects[2]])),
-        ];
-        let scale = scale.map(|scale| Tensor::from_slice(&[scale]));
-        let [mean, squares, steps] = sums;
-        observe_(&values, &gradients, Sums { mean, squares, steps }, 0.5, scale.as_ref()).unwrap();
+    fn observe(all: &mut [Tensor; 3], values: &[Tensor], gradients: &[Option<Tensor>]) {
+        let [mean, squares, steps] = all;
+        observe_(values, gradients, Means { mean, squares, steps }, RATES).unwrap();
     }
 
-    #[test]
-    fn squares_are_taken_about_a_running_mean() {
-        let mut sums = zeros();
-        observe(&mut sums, [6.0, 1.0, 0.0], None);
-        assert_eq!(sums[0], Tensor::from_slice(&[6.0, 1.0, 0.0]));
-        assert_eq!(sums[1], Tensor::from_slice(&[0.0, 0.0, 0.0]));
-        observe(&mut sums, [2.0, 1.0, 4.0], None);
-        assert_eq!(sums[0], Tensor::from_slice(&[4.0, 1.0, 2.0]));
-        assert_eq!(sums[1], Tensor::from_slice(&[8.0, 0.0, 8.0]));
-        // From here on the rate is more than one over the steps.
-        observe(&mut sums, [8.0, 1.0, 2.0], None);
-        assert_eq!(sums[0], Tensor::from_slice(&[6.0, 1.0, 2.0]));
-        assert_eq!(sums[1], Tensor::from_slice(&[16.0, 0.0, 8.0]));
-        assert_eq!(sums[2], Tensor::from_slice(&[3.0, 3.0, 3.0]));
-    }
-
-    #[test]
-    fn a_scale_of_the_gradients_does_not_count() {
-        let (mut plain, mut scaled) = (zeros(), zeros());
-        observe(&mut plain, [1.0, 2.0, 4.0], None);
-        observe(&mut scaled, [8.0, 16.0, 32.0], Some(8.0));
-        assert_eq!(plain, scaled);
-    }
-
-    #[test]
-    fn a_step_that_is_not_finite_changes_nothing() {
-        let mut sums = zeros();
-        observe(&mut sums, [1.0, 2.0, 4.0], None);
-        let before = sums.each_ref().map(Tensor::copy);
-        observe(&mut sums, [f32::INFINITY, 2.0, 7.0], None);
-        assert_eq!(sums, before);
+    fn assert_close(ours: &[Tensor; 3], others: &[Tensor; 3]) {
+        for (our, other) in ours.iter().zip(others) {
+            let apart = (our - other).abs().max().double_value(&[]);
+            assert!(apart < 1e-12, "{our} is not {other}");
+        }
     }
 
     #[test]
@@ -248,38 +217,44 @@ mod tests {
         tch::manual_seed(3);
         let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu));
         let (mut ours, mut torchs) = (zeros(), zeros());
-        for step in 0..20 {
+        for step in 0..30 {
             let values = [random(&[2, 1]), random(&[1, 1])];
-            let gradients = [Some(random(&[2, 1])), (step != 5).then(|| random(&[1, 1]))];
-            let scale = (step % 3 == 1).then(|| Tensor::from_slice(&[3.0f32]));
-            for (sums, flat) in [(&mut ours, false), (&mut torchs, true)] {
-                // Vectors are no matrices, and take torch's way.
-                let shaped =
-                    |tensor: &Tensor| if flat { tensor.reshape([-1]) } else { tensor.copy() };
-                let values = values.each_ref().map(shaped);
-                let gradients = gradients.each_ref().map(|found| found.as_ref().map(shaped));
-                let [mean, squares, steps] = sums;
-                let sums = Sums { mean, squares, steps };
-                observe_(&values, &gradients, sums, 0.1, scale.as_ref()).unwrap();
+            let mut gradients = [Some(random(&[2, 1])), (step != 5).then(|| random(&[1, 1]))];
+            if step == 8 {
+                gradients[0] = Some(Tensor::from_slice(&[f32::INFINITY, 1.0]).view([2, 1]));
             }
+            if step == 11 {
+                gradients = [None, None];
+            }
+            // Vectors are no matrices, and take torch's way.
+            let flat = |tensor: &Tensor| tensor.reshape([-1]);
+            observe(&mut ours, &values, &gradients);
+            observe(
+                &mut torchs,
+                &values.each_ref().map(flat),
+                &gradients.each_ref().map(|found| found.as_ref().map(flat)),
+            );
+            assert_close(&ours, &torchs);
         }
-        assert_eq!(ours, torchs);
+        assert_eq!(ours[2], Tensor::from_slice(&[29.0; 3]));
     }
 
     #[test]
     fn components_are_observed_by_their_own_gradients() {
         let value = Tensor::from_slice(&[2.0f32, 4.0, 1.0]).view([3, 1]).set_requires_grad(true);
         let components = Components::new(vec![value.shallow_clone()]).unwrap();
-        let [mut mean, mut squares, mut steps] = zeros();
-        let mut observe = || {
-            let sums = Sums { mean: &mut mean, squares: &mut squares, steps: &mut steps };
-            components.observe_(sums, 0.5, None).unwrap();
+        let (mut found, mut wanted) = (zeros(), zeros());
+        let mut observe_own = || {
+            let [mean, squares, steps] = &mut found;
+            components.observe_(Means { mean, squares, steps }, RATES).unwrap();
         };
-        observe();
+        observe_own();
         (&value * 3.0).sum(Kind::Float).backward();
-        observe();
-        assert_eq!(mean, Tensor::from_slice(&[3.0, 6.0, 1.5]));
-        assert_eq!(squares, Tensor::from_slice(&[18.0, 72.0, 4.5]));
-        assert_eq!(steps, Tensor::from_slice(&[2.0, 2.0, 2.0]));
+        observe_own();
+        let values = [value.detach()];
+        observe(&mut wanted, &values, &[None]);
+        observe(&mut wanted, &values, &[Some(Tensor::from_slice(&[3.0f32; 3]).view([3, 1]))]);
+        assert_close(&found, &wanted);
+        assert!(found[0].abs().min().double_value(&[]) > 0.0);
     }
 }

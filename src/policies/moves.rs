@@ -19,8 +19,10 @@ pub struct Modules<'a> {
 pub struct Components<'a> {
     /// What each is worth, finite and at least 0.
     pub values: &'a [f64],
-    /// May each be judged by it? One that was born lately can neither leave, nor speak for its module.
+    /// May each be judged by it? One that was born lately cannot leave.
     pub judged: &'a [bool],
+    /// Does each speak for its module? One that is still learning is worth less than it will be.
+    pub grown: &'a [bool],
 }
 
 /// The bounds of one event.
@@ -46,10 +48,11 @@ pub struct Moves {
 /// Chooses the moves of one event.
 ///
 /// All is weighed by value for cost. The component worth least leaves first. What a module's next component is
-/// expected to be worth is the lower quartile of those it has, divided by one more than the number that it
-/// gained since they were judged: a module whose components are all worth much has more to learn, and one that
-/// has some worth little has had enough. A component is given as long as it is expected to be worth `margin`
-/// times as much as each that has to leave for it. No module gives and gains at one event.
+/// expected to be worth is the lower quartile of its grown ones (of all that may be judged, where none is
+/// grown), divided by one more than the number that it gains at this event: a module whose components are all
+/// worth much has more to learn, and one that has some worth little has had enough. A component is given as
+/// long as it is expected to be worth `margin` times as much as each that has to leave for it. No module gives
+/// and gains at one event.
 pub fn choose(
     modules: &Modules<'_>,
     components: &Components<'_>,
@@ -77,8 +80,6 @@ struct State<'a> {
     queue: Vec<(f64, usize, usize)>,
     /// The expected value for cost of the next component of each module, before the division.
     scores: Vec<f64>,
-    /// Components that each module gained and that are not judged yet.
-    young: Vec<u64>,
     /// What each has left of its components.
     ranks: Vec<u64>,
     removed: Vec<usize>,
@@ -89,7 +90,7 @@ struct State<'a> {
 impl<'a> State<'a> {
     fn new(modules: &'a Modules<'a>, components: &Components<'_>) -> Self {
         let count = modules.ranks.len();
-        let (mut queue, mut scores, mut young) = (Vec::new(), vec![0.0; count], vec![0; count]);
+        let (mut queue, mut scores) = (Vec::new(), vec![0.0; count]);
         let mut start = 0;
         for (module, &rank) in modules.ranks.iter().enumerate() {
             let positions = start..start + rank as usize;
@@ -100,8 +101,12 @@ impl<'a> State<'a> {
                 .map(|position| (components.values[position] / cost, module, position))
                 .collect();
             own.sort_by(|one, other| one.0.total_cmp(&other.0).then(one.2.cmp(&other.2)));
-            young[module] = rank - own.len() as u64;
-            scores[module] = lower_quartile(&own);
+            let grown: Vec<_> = own
+                .iter()
+                .filter(|&&(_, _, position)| components.grown[position])
+                .copied()
+                .collect();
+            scores[module] = lower_quartile(if grown.is_empty() { &own } else { &grown });
             queue.append(&mut own);
         }
         queue.sort_by(|one, other| one.0.total_cmp(&other.0).then(one.2.cmp(&other.2)));
@@ -110,7 +115,6 @@ impl<'a> State<'a> {
             modules,
             queue,
             scores,
-            young,
             ranks: modules.ranks.to_vec(),
             removed: Vec::new(),
             gained: vec![0; count],
@@ -136,7 +140,7 @@ impl<'a> State<'a> {
     }
 
     fn expected(&self, module: usize) -> f64 {
-        self.scores[module] / (1 + self.young[module] + self.gained[module]) as f64
+        self.scores[module] / (1 + self.gained[module]) as f64
     }
 
     /// The module whose next component is expected to be worth most; of those near to it the first.
@@ -205,7 +209,11 @@ fn check(modules: &Modules<'_>, components: &Components<'_>, bounds: &Bounds) ->
         return Err(Error::Value(format!("costs[{module}] is 0; a component costs 1 or more")));
     }
     let total: u64 = modules.ranks.iter().sum();
-    let lengths = [("values", components.values.len()), ("judged", components.judged.len())];
+    let lengths = [
+        ("values", components.values.len()),
+        ("judged", components.judged.len()),
+        ("grown", components.grown.len()),
+    ];
     for (name, length) in lengths {
         if length as u64 != total {
             return Err(Error::Value(format!(

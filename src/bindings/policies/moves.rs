@@ -8,33 +8,9 @@ use pyo3_tch::PyTensor;
 
 use super::vector;
 use crate::bindings::{detached, raw};
-use crate::policies::fluctuation::{self, Components as Effects, Sums};
+use crate::kernels::fluctuation::Rates;
+use crate::policies::fluctuation::{Components as Effects, Means};
 use crate::policies::moves::{self, Bounds, Components, Modules};
-
-/// Takes the first-order effects of one step in, in place.
-#[pyfunction]
-#[pyo3(signature = (values, gradients, mean, squares, steps, rate, *, grad_scale=None))]
-#[allow(clippy::too_many_arguments)]
-fn observe_fluctuation_(
-    py: Python<'_>,
-    values: Vec<PyTensor>,
-    gradients: Vec<Option<PyTensor>>,
-    mean: PyTensor,
-    squares: PyTensor,
-    steps: PyTensor,
-    rate: f64,
-    grad_scale: Option<PyTensor>,
-) -> PyResult<()> {
-    let values = raw(values);
-    let gradients: Vec<_> =
-        gradients.into_iter().map(|gradient| gradient.map(|gradient| gradient.0)).collect();
-    let (mut mean, mut squares, mut steps) = (mean.0, squares.0, steps.0);
-    let scale = grad_scale.map(|scale| scale.0);
-    detached(py, move || {
-        let sums = Sums { mean: &mut mean, squares: &mut squares, steps: &mut steps };
-        fluctuation::observe_(&values, &gradients, sums, rate, scale.as_ref())
-    })
-}
 
 /// E of all modules, and what it does in every step.
 #[pyclass(name = "Fluctuation", module = "increlora_rs._core", frozen)]
@@ -48,35 +24,36 @@ impl PyFluctuation {
         Ok(Self(Mutex::new(detached(py, || Effects::new(values))?)))
     }
 
-    #[pyo3(signature = (mean, squares, steps, rate, *, grad_scale=None))]
+    #[pyo3(signature = (mean, squares, steps, *, mean_rate, square_rate))]
     fn observe_(
         &self,
         py: Python<'_>,
         mean: PyTensor,
         squares: PyTensor,
         steps: PyTensor,
-        rate: f64,
-        grad_scale: Option<PyTensor>,
+        mean_rate: f64,
+        square_rate: f64,
     ) -> PyResult<()> {
         let (mut mean, mut squares, mut steps) = (mean.0, squares.0, steps.0);
-        let scale = grad_scale.map(|scale| scale.0);
+        let rates = Rates { mean: mean_rate, squares: square_rate };
         detached(py, move || {
-            let sums = Sums { mean: &mut mean, squares: &mut squares, steps: &mut steps };
+            let means = Means { mean: &mut mean, squares: &mut squares, steps: &mut steps };
             // Taken without the GIL only: who waits for it while holding the GIL would wait for ever.
             let effects = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            effects.observe_(sums, rate, scale.as_ref())
+            effects.observe_(means, rates)
         })
     }
 }
 
 /// The components that leave, and what each module gains.
 #[pyfunction]
-#[pyo3(signature = (values, judged, ranks, caps, costs, *, budget, most, margin))]
+#[pyo3(signature = (values, judged, grown, ranks, caps, costs, *, budget, most, margin))]
 #[allow(clippy::too_many_arguments)]
 fn choose_moves(
     py: Python<'_>,
     values: PyReadonlyArray1<'_, f64>,
     judged: PyReadonlyArray1<'_, bool>,
+    grown: PyReadonlyArray1<'_, bool>,
     ranks: PyReadonlyArray1<'_, u64>,
     caps: PyReadonlyArray1<'_, u64>,
     costs: PyReadonlyArray1<'_, u64>,
@@ -85,11 +62,12 @@ fn choose_moves(
     margin: f64,
 ) -> PyResult<(Vec<usize>, Vec<u64>)> {
     let (values, judged) = (vector("values", &values)?, vector("judged", &judged)?);
+    let grown = vector("grown", &grown)?;
     let (ranks, caps) = (vector("ranks", &ranks)?, vector("caps", &caps)?);
     let costs = vector("costs", &costs)?;
     detached(py, || {
         let modules = Modules { ranks: &ranks, caps: &caps, costs: &costs };
-        let components = Components { values: &values, judged: &judged };
+        let components = Components { values: &values, judged: &judged, grown: &grown };
         let chosen = moves::choose(&modules, &components, &Bounds { budget, most, margin })?;
         Ok((chosen.removed, chosen.gained))
     })
@@ -98,6 +76,5 @@ fn choose_moves(
 /// Adds everything to the module.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PyFluctuation>()?;
-    module.add_function(wrap_pyfunction!(observe_fluctuation_, module)?)?;
     module.add_function(wrap_pyfunction!(choose_moves, module)?)
 }

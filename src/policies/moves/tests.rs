@@ -12,7 +12,8 @@ fn chosen(
 ) -> Moves {
     let caps = vec![100; ranks.len()];
     let modules = Modules { ranks, caps: &caps, costs };
-    choose(&modules, &Components { values, judged }, &Bounds { budget, most, margin }).unwrap()
+    let components = Components { values, judged, grown: judged };
+    choose(&modules, &components, &Bounds { budget, most, margin }).unwrap()
 }
 
 const JUDGED: [bool; 6] = [true; 6];
@@ -52,8 +53,21 @@ fn worth_counts_for_its_cost() {
 #[test]
 fn a_newborn_neither_leaves_nor_speaks() {
     let moves = chosen(&[2, 1], &[1; 2], &[5.0, 0.0, 1.0], &[true, false, true], 3, 3, 1.0);
-    // The module is expected to be worth 5 / 2, for it has one that is not judged.
     assert_eq!(moves, Moves { removed: vec![2], gained: vec![1, 0] });
+}
+
+#[test]
+fn one_that_still_learns_may_leave_but_does_not_speak() {
+    let modules = Modules { ranks: &[2, 2], caps: &[9; 2], costs: &[1; 2] };
+    let of = |grown: &[bool]| {
+        let components = Components { values: &[8.0, 0.5, 2.0, 2.0], judged: &[true; 4], grown };
+        choose(&modules, &components, &Bounds { budget: 4, most: 1, margin: 2.0 }).unwrap()
+    };
+    // By the 8 alone the first module has room for one of the other's, by its quartile 2.375 it has not.
+    assert_eq!(of(&[true, false, true, true]), Moves { removed: vec![2], gained: vec![1, 0] });
+    assert_eq!(of(&[true; 4]), Moves { removed: vec![], gained: vec![0, 0] });
+    // Where none is grown all speak.
+    assert_eq!(of(&[false, false, true, true]), of(&[true; 4]));
 }
 
 #[test]
@@ -82,20 +96,24 @@ fn a_quartile_lies_between_its_neighbours() {
 fn bad_numbers_are_named() {
     let modules = Modules { ranks: &[1], caps: &[1], costs: &[1] };
     let bounds = Bounds { budget: 1, most: 1, margin: 1.0 };
-    let error = choose(&modules, &Components { values: &[f64::NAN], judged: &[true] }, &bounds);
-    assert!(error.unwrap_err().to_string().contains("values[0] is NaN"));
-    let error = choose(&modules, &Components { values: &[1.0, 1.0], judged: &[true] }, &bounds);
-    assert!(error.unwrap_err().to_string().contains("values has 2 entries"));
-    let bounds = Bounds { budget: 1, most: 1, margin: 0.5 };
-    let error = choose(&modules, &Components { values: &[1.0], judged: &[true] }, &bounds);
-    assert!(error.unwrap_err().to_string().contains("margin is 0.5"));
+    let of = |values, judged, grown, bounds| {
+        choose(&modules, &Components { values, judged, grown }, bounds).unwrap_err().to_string()
+    };
+    let error = of(&[f64::NAN], &[true], &[true], &bounds);
+    assert!(error.contains("values[0] is NaN"));
+    let error = of(&[1.0, 1.0], &[true], &[true], &bounds);
+    assert!(error.contains("values has 2 entries"));
+    let error = of(&[1.0], &[true], &[true; 2], &bounds);
+    assert!(error.contains("grown has 2 entries"));
+    let error = of(&[1.0], &[true], &[true], &Bounds { budget: 1, most: 1, margin: 0.5 });
+    assert!(error.contains("margin is 0.5"));
 }
 
 proptest! {
     #[test]
     fn the_budget_and_the_caps_are_kept(
         modules in prop::collection::vec((0u64..5, 1u64..4, 0u64..3), 1..8),
-        seeds in prop::collection::vec((0.0f64..10.0, any::<bool>()), 40),
+        seeds in prop::collection::vec((0.0f64..10.0, any::<(bool, bool)>()), 40),
         slack in 0u64..10,
         most in 0u64..20,
         margin in 1.0f64..5.0,
@@ -104,12 +122,13 @@ proptest! {
         let costs: Vec<u64> = modules.iter().map(|module| module.1).collect();
         let caps: Vec<u64> = modules.iter().map(|module| module.0 + module.2).collect();
         let total = ranks.iter().sum::<u64>() as usize;
-        let (values, judged): (Vec<f64>, Vec<bool>) = seeds[..total].iter().copied().unzip();
+        let (values, flags): (Vec<f64>, Vec<(bool, bool)>) = seeds[..total].iter().copied().unzip();
+        let (judged, grown): (Vec<bool>, Vec<bool>) = flags.into_iter().unzip();
         let spent = |ranks: &[u64]| ranks.iter().zip(&costs).map(|(rank, cost)| rank * cost).sum::<u64>();
         let budget = spent(&ranks) + slack;
         let moves = choose(
             &Modules { ranks: &ranks, caps: &caps, costs: &costs },
-            &Components { values: &values, judged: &judged },
+            &Components { values: &values, judged: &judged, grown: &grown },
             &Bounds { budget, most, margin },
         ).unwrap();
         let mut left = ranks.clone();

@@ -389,45 +389,10 @@ def test_the_importance_says_what_decides(importance, policy):
 # The arithmetic.
 
 
-def literal(effects, rate):
-    """Mean, squares and steps of each column, as the formula has it."""
-    mean, squares = np.zeros(effects.shape[1]), np.zeros(effects.shape[1])
-    for steps, p in enumerate(effects):
-        weight = max(1 / (steps + 1), rate)
-        squares += (1 - weight) * (p - mean) ** 2
-        mean += weight * (p - mean)
-    return mean, squares
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_squares_about_a_running_mean_follow_the_formula(dtype):
-    generator = torch.Generator().manual_seed(1)
-    mean, squares, steps = (torch.zeros(5, dtype=torch.float64) for _ in range(3))
-    effects = []
-    for _ in range(7):
-        values = [torch.randn(n, 1, generator=generator).to(dtype) for n in (2, 0, 3)]
-        gradients = [torch.randn(n, 1, generator=generator).to(dtype) for n in (2, 0, 3)]
-        _core.observe_fluctuation_(values, gradients, mean, squares, steps, 0.25)
-        effects.append((torch.cat(values).double() * torch.cat(gradients).double()).view(-1).numpy())
-    wanted = literal(np.array(effects), 0.25)
-    np.testing.assert_allclose(mean, wanted[0], rtol=1e-12, atol=1e-15)
-    np.testing.assert_allclose(squares, wanted[1], rtol=1e-12, atol=1e-15)
-    assert steps.tolist() == [7.0] * 5
-
-
-def test_shapes_that_do_not_fit_are_named():
-    mean, squares, steps = (torch.zeros(2, dtype=torch.float64) for _ in range(3))
-    with pytest.raises(ValueError, match=r"gradients\[0\]"):
-        _core.observe_fluctuation_([torch.ones(2, 1)], [torch.ones(3, 1)], mean, squares, steps, 0.1)
-    with pytest.raises(ValueError, match="mean"):
-        _core.observe_fluctuation_([torch.ones(3, 1)], [None], mean, squares, steps, 0.1)
-    with pytest.raises(ValueError, match="rate"):
-        _core.observe_fluctuation_([torch.ones(2, 1)], [None], mean, squares, steps, 0.0)
-
-
 def test_the_choice_follows_what_components_are_worth():
     removed, gained = _core.choose_moves(
         np.array([1.0, 4.0, 9.0, 9.0]),
+        np.ones(4, dtype=bool),
         np.ones(4, dtype=bool),
         np.array([2, 2], dtype=np.uint64),
         np.array([9, 9], dtype=np.uint64),

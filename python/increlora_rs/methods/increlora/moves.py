@@ -3,7 +3,8 @@ do much.
 
 What a component does is judged by how its first-order effect on the loss fluctuates from step to step:
 
-    p = <s b E a^T, G> = E dL/dE,    worth = mean (p - running mean of p)^2
+    p = <s b E a^T, G> = E dL/dE over its root mean square over all components of the step,
+    worth = running mean of (p - running mean of p)^2
 
 A first move is a trial: a few components go, and nothing else does until it is known what they turned out to
 be worth; and so on from move to move. Where what came is not worth enough more than what left, ranks stay
@@ -40,6 +41,8 @@ _Vector = npt.NDArray[np.float64]
 
 # The running mean of p is over some ten steps: it follows what training changes, and leaves what batches do.
 _RATE = 0.1
+# What an interval between events leaves of the mean square.
+_KEPT = 0.7
 # Of an automatic schedule: the first event, as a share of the steps; events, at most, of which about every
 # third moves something; steps between two, at least.
 _FIRST, _EVENTS, _INTERVAL = 0.1, 26, 5
@@ -47,8 +50,9 @@ _FIRST, _EVENTS, _INTERVAL = 0.1, 26, 5
 _TRIAL, _SHARE = 0.1, 0.2
 # How many times as much as what leaves for it a component has to be expected to be worth.
 _MARGIN = 3.0
-# Intervals between events until a component that came is judged.
-_GROWN = 3
+# Intervals between events until a component that came is judged, and until it speaks for its module: what
+# still learns is worth less than it will be, so a module would seem to have had enough as soon as it got some.
+_JUDGED, _GROWN = 3, 6
 
 
 @dataclass(frozen=True)
@@ -141,12 +145,14 @@ class Moves(Allocation):
         self.warmup.correct(step)
         if number > schedule.end:
             return None
-        self._effects.observe_(self._mean, self._squares, self._steps, _RATE, grad_scale=step.grad_scale)
-        if number % schedule.deltaT:
-            return None
-        event = self._move(number) if self.decides(number) else None
-        self._squares.zero_()
-        return event
+        self._effects.observe_(
+            self._mean,
+            self._squares,
+            self._steps,
+            mean_rate=_RATE,
+            square_rate=1.0 - _KEPT ** (1.0 / schedule.deltaT),
+        )
+        return self._move(number) if self.decides(number) else None
 
     def resized(self) -> None:
         """Looks anew which rows are newborn; of ranks that were loaded nothing is known yet."""
@@ -185,7 +191,8 @@ class Moves(Allocation):
         self._judge(number, shares, births)
         removed, gained = _core.choose_moves(
             worth,
-            (births == 0) | self._is_grown(births, number),
+            (births == 0) | self._is_older(births, _JUDGED, number),
+            (births == 0) | self._is_older(births, _GROWN, number),
             of_all := np.array(ranks, dtype=np.uint64),
             caps_of(self.config, self.modules, of_all),
             np.array(self._in_budget.costs, dtype=np.uint64),
@@ -229,7 +236,7 @@ class Moves(Allocation):
     def _judge(self, number: int, worth: _Vector, births: npt.NDArray[np.int64]) -> None:
         """Judges what came and had time to learn; told, where it turns out not to pay."""
         verdict, before = self.verdict, self.verdict.pays
-        for event in [event for event in verdict.waiting if self._is_grown(event, number)]:
+        for event in [event for event in verdict.waiting if self._is_older(event, _JUDGED, number)]:
             verdict.judge(event, worth, births)
         if verdict.pays is False and before is not False:
             logger.info(
@@ -249,9 +256,9 @@ class Moves(Allocation):
     def _births(self) -> npt.NDArray[np.int64]:
         return np.array([birth for module in self.modules for birth in module.births[-1]], dtype=np.int64)
 
-    def _is_grown(self, birth: Any, number: int) -> Any:
-        """Had what was born then time to learn?"""
-        return number - birth >= _GROWN * self.schedule.deltaT
+    def _is_older(self, birth: Any, intervals: int, number: int) -> Any:
+        """Was it born so many intervals ago, or earlier?"""
+        return number - birth >= intervals * self.schedule.deltaT
 
     def _for_each_parameter(self, worth: _Vector) -> _Vector:
         """What components are worth for each parameter, over the mean of all."""
