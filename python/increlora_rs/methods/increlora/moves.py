@@ -42,7 +42,7 @@ _Vector = npt.NDArray[np.float64]
 # The running mean of p is over some ten steps: it follows what training changes, and leaves what batches do.
 _RATE = 0.1
 # What an interval between events leaves of the mean square.
-_KEPT = 0.7
+_KEPT = 0.4
 # Of an automatic schedule: the first event, as a share of the steps; events, at most, of which about every
 # third moves something; steps between two, at least.
 _FIRST, _EVENTS, _INTERVAL = 0.1, 26, 5
