@@ -3,7 +3,7 @@ components than ``r``."""
 
 from __future__ import annotations
 
-from .shared import CLASS_NAMES, NO_SUM, NOT_GATHERED, TRAINED_E, Expectations
+from .shared import CLASS_NAMES, MIXED_DORA, NO_SUM, NOT_GATHERED, TRAINED_E, Expectations
 
 _SLOW = "E starts at 0 and is in the gradients of A and B: a few steps move less than the test asks for"
 _EMBEDDED = r"Embedding \+ transformers Conv1D"
@@ -25,6 +25,7 @@ EXPECTATIONS = Expectations(
             "takes A and B of a module out of what is saved, and E still names it",
         ),
         ("", r"test_save_pretrained_warns_for_unsharded_state_dict", NOT_GATHERED),
+        MIXED_DORA,
         ("", rf"test_only_params_are_updated\[{_EMBEDDED} ([123] LoRA-|1 LoRA trainable_tokens-)", _SLOW),
         ("", rf"test_disable_adapters(_with_merging)?\[{_EMBEDDED} 2 LoRA-", _SLOW),
         ("", r"test_causal_lm_training_trainer_compile\[lora\]", _SLOW),

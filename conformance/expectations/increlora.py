@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .shared import CLASS_NAMES, NOT_GATHERED, TRAINED_E, Expectations
+from .shared import CLASS_NAMES, MIXED_DORA, NOT_GATHERED, TRAINED_E, Expectations
 
 EXPECTATIONS = Expectations(
     states=("fresh", "grown"),
@@ -40,6 +40,7 @@ EXPECTATIONS = Expectations(
             "takes A and B of a module out of what is saved, and E still names it",
         ),
         ("", r"test_save_pretrained_warns_for_unsharded_state_dict", NOT_GATHERED),
+        MIXED_DORA,
         (
             "",
             r"test_only_params_are_updated\[Embedding \+ transformers Conv1D [23] LoRA-",

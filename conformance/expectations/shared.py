@@ -61,6 +61,11 @@ TRAINED_E = (
 )
 LAST_BITS = "asks for nearly equal bits of logarithms near 0, of logits that are large: rounding decides"
 CLASS_NAMES = "asks for the class names of PEFT's LoRA layers"
+MIXED_DORA = (
+    "",
+    r"test_mixed_adapter_batches_lora_with_dora_raises",
+    "asks for an error; a batch may mix adapters that have magnitudes",
+)
 NOT_GATHERED = "asks for a warning where parts of a parameter are saved; that raises by name"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .shared import CLASS_NAMES, LAST_BITS, NO_SUM, NOT_GATHERED, TRAINED_E, Expectations
+from .shared import CLASS_NAMES, LAST_BITS, MIXED_DORA, NO_SUM, NOT_GATHERED, TRAINED_E, Expectations
 
 EXPECTATIONS = Expectations(
     refusals=(NO_SUM,),
@@ -26,5 +26,6 @@ EXPECTATIONS = Expectations(
             "takes A and B of a module out of what is saved, and the gates still name it",
         ),
         ("", r"test_save_pretrained_warns_for_unsharded_state_dict", NOT_GATHERED),
+        MIXED_DORA,
     ),
 )

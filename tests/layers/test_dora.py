@@ -8,7 +8,7 @@ from growing import growing
 from increlora_rs import RESERVE_E, IncreLoraConfig
 from increlora_rs.layers.found import adapted_layers
 from increlora_rs.support.names import short
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -138,9 +138,11 @@ def test_a_fresh_adapter_on_a_bfloat16_base_gives_its_outputs():
     model = get_peft_model(every(torch.bfloat16), config_of())
     wanted = every(torch.bfloat16)(IDS)
     assert (model(IDS) - wanted).norm() < torch.finfo(torch.bfloat16).eps * wanted.norm()
-    assert all(
-        layer.magnitude("default").weight.dtype == torch.float32 for layer in layers_of(model).values()
-    )
+    for layer in layers_of(model).values():
+        magnitude = layer.magnitude("default").weight
+        assert magnitude.dtype == torch.float32
+        norms = layer.as_matrix(layer.get_base_layer().weight).double().norm(dim=1)
+        assert torch.allclose(magnitude.double(), norms, rtol=1e-6, atol=0.0)
 
 
 def test_a_fresh_adapter_of_random_factors_has_the_update_in_its_magnitudes():
@@ -264,11 +266,38 @@ def test_autocast_computes_the_same_but_for_its_rounding(build, dtype):
     assert all(p.grad.dtype == torch.float32 for p in trained(model).values())
 
 
-def test_half_precision_casts_leave_the_magnitudes_wide(build):
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_without_autocast_the_magnitudes_have_the_dtype_of_the_base(tmp_path, low_cpu_mem_usage):
+    made = get_peft_model(every(torch.bfloat16), config_of(), autocast_adapter_dtype=False)
+    assert {p.dtype for p in trained(made).values()} == {torch.bfloat16}
+    made.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        every(torch.bfloat16),
+        tmp_path,
+        is_trainable=True,
+        autocast_adapter_dtype=False,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+    assert {p.dtype for p in trained(loaded).values()} == {torch.bfloat16}
+    made(IDS).float().square().sum().backward()
+    assert all(p.grad.dtype == torch.bfloat16 for p in trained(made).values() if p.grad is not None)
+
+
+def test_loaded_magnitudes_are_not_those_of_the_base(tmp_path):
+    made = get_peft_model(every(torch.bfloat16), config_of())
+    with torch.no_grad():
+        for layer in layers_of(made).values():
+            layer.magnitude("default").weight.mul_(1.5)
+    made.save_pretrained(tmp_path)
+    loaded = layers_of(PeftModel.from_pretrained(every(torch.bfloat16), tmp_path))
+    for name, layer in layers_of(made).items():
+        wanted = layer.magnitude("default").weight
+        assert torch.equal(loaded[name].magnitude("default").weight, wanted)
+
+
+def test_a_cast_model_has_cast_magnitudes(build):
     model = build().to(torch.bfloat16)
-    kinds = {n.split(".")[-3]: p.dtype for n, p in trained(model).items()}
-    assert kinds["lora_A"] == torch.bfloat16
-    assert kinds["lora_magnitude_vector"] == torch.float64
+    assert {p.dtype for p in trained(model).values()} == {torch.bfloat16}
 
 
 # PEFT's own.

@@ -58,25 +58,23 @@ class Layer(Protocol):
 class Magnitude(Factor):
     """m of one adapter of a layer, (out), as ``weight``.
 
-    It stays float32 or wider whatever the model is cast to: half precision has no number between 1 and 1.004,
-    by which a magnitude would move.
-
     Args:
-        weight: The first values.
+        norms: The first values.
+        dtype: That of the adapter's factors.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__(weight)
+    def __init__(self, norms: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(norms.to(dtype))
+        # PEFT widens an adapter after it was made, from which rounded norms do not come back.
+        self._unrounded = norms if self.weight.dtype != norms.dtype else None
         # Of a merge, to take it back: the gain of each row, and the rows that it took to nothing.
         self.merged: tuple[Tensor, Tensor] | None = None
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Magnitude:
-        before = self.weight.dtype
-        super()._apply(fn, recurse)
-        if torch.finfo(self.weight.dtype).bits < 32:
-            # The device is the one that was asked for.
-            self.weight.data = self.weight.data.to(before)
-        return self
+    def settle(self) -> None:
+        """The adapter has its dtype now: where the first values fit into it, they are taken unrounded."""
+        norms, self._unrounded = self._unrounded, None
+        if norms is not None and self.weight.dtype == norms.dtype:
+            self.weight.data.copy_(norms)
 
 
 class Squares:
@@ -106,9 +104,10 @@ def new_magnitude(layer: Layer, name: str) -> Magnitude:
     Raises:
         ValueError: another adapter is merged into the weight, or the weight cannot be read.
     """
-    if layer.factors(name)[0].is_meta:
+    first = layer.factors(name)[0]
+    if first.is_meta:
         # It is about to be loaded.
-        return Magnitude(torch.empty(layer.out_features, device="meta"))
+        return Magnitude(torch.empty(layer.out_features, dtype=first.dtype, device="meta"), first.dtype)
     if layer.merged_adapters:
         raise ValueError(
             f"use_dora=True: adapter {name!r} needs the norms of the base weight, into which "
@@ -124,7 +123,7 @@ def new_magnitude(layer: Layer, name: str) -> Magnitude:
             f"use_dora=True needs the numbers of the base weight, which {layer.quantization.backend_name} "
             f"does not give: {error} Or leave use_dora out."
         ) from error
-    return Magnitude(norms)
+    return Magnitude(norms, first.dtype)
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def magnified(
         inplace: May y be overwritten, where no gradient needs it?
 
     Returns:
-        Tensor of the shape and dtype of y; the product is computed in the dtype of m and rounded once.
+        Tensor of the shape and dtype of y; computed in that of the norms and rounded once.
     """
     if torch.compiler.is_compiling() or transformed():
         gain, rest = _along(_gain_and_rest(magnitude, norms, bias), y.dim(), channel)

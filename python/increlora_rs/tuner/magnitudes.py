@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from ..contract.structure import SizeMismatchError, check_finite
@@ -42,6 +44,14 @@ def magnitude_to_save(name: str, layer: AdaptedLayer, adapter_name: str, found: 
             "to save_pretrained as state_dict."
         )
     return found
+
+
+def settle_magnitudes(layers: Iterable[AdaptedLayer], adapter_name: str) -> None:
+    """The adapter is made, and cast to the dtype that it is to have."""
+    for layer in layers:
+        held = layer.magnitude(adapter_name)
+        if held is not None:
+            held.settle()
 
 
 def check_magnitude(name: str, layer: AdaptedLayer, found: Tensor | None, key: str) -> None:

@@ -30,7 +30,13 @@ from ..ops.probe import Probe
 from ..support.experts import Parameter, expert_layers, is_router, left_out, names_one_of, warn_of_left_out
 from ..support.names import as_saved, short
 from ..support.warning import warn
-from .magnitudes import check_magnitude, magnitude_key, magnitude_to_save, saved_magnitude_key
+from .magnitudes import (
+    check_magnitude,
+    magnitude_key,
+    magnitude_to_save,
+    saved_magnitude_key,
+    settle_magnitudes,
+)
 from .weighted import WeightedSum, combined_config
 
 try:
@@ -166,6 +172,10 @@ class MethodModel(LoraModel):
         if adapter_name not in self.active_adapters:
             module.requires_grad_(False)
         self._replace_module(parent, target_name, module, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        settle_magnitudes(adapted_layers(self.model, adapter_name).values(), adapter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
         # It moves the adapter to where the weight is, which an offloaded one is not.
