@@ -145,6 +145,9 @@ def own_options(config: PeftConfig) -> dict[str, Any]:
     annotated = vars(type(config))["__annotations__"]
     own = {option.name for option in dataclasses.fields(config) if option.name in annotated} - _BY_MODULE
     values = {name: getattr(config, name) for name in sorted(own)}
+    # In which form parameters are kept changes no result: a run that named none is the run of before.
+    if values.get("growth", "") is None:
+        del values["growth"]
     return values | config.resolved() if isinstance(config, MethodConfig) else values
 
 
