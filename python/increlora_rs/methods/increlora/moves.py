@@ -51,7 +51,7 @@ _TRIAL, _SHARE = 0.1, 0.2
 # How many times as much as what leaves for it a component has to be expected to be worth.
 _MARGIN = 3.0
 # Intervals between events until a component that came is judged, and until it speaks for its module: what
-# still learns is worth less than it will be, so a module would seem to have had enough as soon as it got some.
+# still learns is worth less than it will be, so a module would seem to have had enough when it got some.
 _JUDGED, _GROWN = 3, 6
 
 
