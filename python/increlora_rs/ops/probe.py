@@ -57,8 +57,7 @@ class Probe:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model has no scheduler.
-        of_scheduler = {"gauge": None, "armed": False, "switch": None, "attached": False}
-        of_scheduler["at_work"] = False
+        of_scheduler = {"gauge": None, "armed": False, "switch": None, "attached": False, "at_work": False}
         return self.__dict__ | of_scheduler | {"copies": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Probe:
