@@ -1,5 +1,5 @@
-"""What every adapted layer has, whatever module it adapts and whatever the method: parameters, merging,
-loading."""
+"""What every adapted layer has, whatever module it adapts and whatever the method: adapters, merging, the
+forward pass."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from ..ops.probe import Probe
 from ..ops.scales import Ranks, Scales
 from ..ops.untouched import asks
 from ..ops.update import Call, Update
-from ..resizing.parameter import resize
 from ..support.sites import Site
 from ..support.warning import warn
 from . import dora
 from .call import drops_plainly, is_plain_call
 from .factor import Constant, Factor, Kept
-from .offload import hook_of, onloaded
+from .offload import hook_of
 from .reentrant import in_pass
 from .requantised import Former
+from .tensors import AdapterTensors
 from .weight import changed_weight
 
 
-class AdaptedLayer(nn.Module, LoraLayer, ABC):
+class AdaptedLayer(AdapterTensors, LoraLayer, ABC):
     """A frozen module with an update of its weight, which the method's structure makes of parameters.
 
     For each adapter the parameters are ``FACTOR.NAME.weight``, FACTOR one of ``structure.names``. They alone
@@ -156,26 +156,6 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
             self.lora_magnitude_vector[adapter_name] = dora.new_magnitude(self, adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _held(self, r: int, config: MethodConfig, shared: dict[str, Factor]) -> dict[str, Factor]:
-        """The parameters by name: new ones, or those that the adapter's layers share."""
-        if shared:
-            tensors = {name: held.weight for name, held in shared.items()}
-            self.structure.check_shared(self.site, r, config, tensors)
-            return shared
-        held = {name: Factor(tensor) for name, tensor in self.structure.draw(self.site, r, config).items()}
-        if self.structure.shared:
-            shared.update(held)
-        return held
-
-    def _beside(self, name: str) -> nn.ModuleDict:
-        """What holds, by adapter, the tensors of this name, which are not trained."""
-        if name not in self.other_param_names:
-            setattr(self, name, nn.ModuleDict({}))
-            self.other_param_names = (*self.other_param_names, name)
-            self._tensor_names = (*self._tensor_names, name)
-        held: nn.ModuleDict = getattr(self, name)
-        return held
-
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
@@ -211,132 +191,11 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
                 f"r={ranks!r}: a rank is the size of the parameters, which training and loading change."
             )
 
-    @property
-    def adapters(self) -> nn.ModuleDict:
-        """Something for each adapter: what holds the first of its parameters."""
-        held: Any = self._modules[self.structure.names[0]]
-        first: nn.ModuleDict = held
-        return first
-
-    def rank(self, adapter_name: str) -> int:
-        """The rank, as the parameters' sizes tell it; in the capacity form their rows that count."""
-        if self.has_room(adapter_name) and not self.probes[adapter_name].at_work:
-            outlines = [one.outline() for one in self.held_factors(adapter_name)]
-            return int(self.structure.rank_of(dict(zip(self.structure.names, outlines, strict=True))))
-        return int(
-            self.structure.rank_of(dict(zip(self.structure.names, self.factors(adapter_name), strict=True)))
-        )
-
-    def acting_rank(self, adapter_name: str) -> int:
-        """The rank of what acts: without components that a method has masked."""
-        if self.has_room(adapter_name) and not self.structure.masks:
-            # Its size tells, also where this process has but a part of the numbers.
-            return self.rank(adapter_name)
-        acting = self.structure.acting(self.present(adapter_name))
-        return int(self.structure.rank_of(acting))
-
-    def factors(self, adapter_name: str) -> tuple[nn.Parameter, ...]:
-        """The parameters as their training sees them, in the order of ``structure.names``: those of
-        :meth:`trained`, or in the capacity form what holds their rows that count."""
-        held = self.held_factors(adapter_name)
-        return tuple(_weight(one) if (work := one.work) is None else work for one in held)
-
-    def trained(self, adapter_name: str) -> tuple[nn.Parameter, ...]:
-        """The parameters that an optimizer holds, in the order of ``structure.names``."""
-        return tuple(map(_weight, self.held_factors(adapter_name)))
-
-    def has_room(self, adapter_name: str) -> bool:
-        """Is it in the capacity form?"""
-        return any(one.room is not None for one in self.held_factors(adapter_name))
-
-    def make_room(self, adapter_name: str, rows: int, *, whole_in_graphs: bool = True) -> None:
-        """Gives the parameters that grow so many rows from now on: the capacity form.
-
-        Args:
-            rows: Along the dimension in which each grows; new ones are 0.
-            whole_in_graphs: Are compiled graphs made of all rows, those that are 0 too?
-        """
-        for name, one in zip(self.structure.names, self.held_factors(adapter_name), strict=True):
-            if name in self.structure.growing:
-                one.make_room(self.structure.growing[name], rows, whole_in_graphs=whole_in_graphs)
-
-    def held_factors(self, adapter_name: str) -> list[Factor]:
-        """What holds the parameters, in the order of ``structure.names``."""
-        # A training asks all layers at every event: the lookups of nn.Module would take most of its time.
-        held: Any = self._modules
-        return [held[factor]._modules[adapter_name] for factor in self.structure.names]
-
-    def tensors(self, adapter_name: str) -> dict[str, Tensor]:
-        """The parameters by their names, and what belongs to them without being trained; of the capacity form
-        the rows that count."""
-        held: Any = self._modules
-        if self.probes[adapter_name].at_work:
-            return dict(zip(self.structure.names, self.factors(adapter_name), strict=True))
-        return {
-            name: held[name][adapter_name].counted()
-            for name in self._tensor_names
-            # Of what is kept or frozen, another adapter may have none.
-            if adapter_name in held[name]
-        }
-
-    def magnitude(self, adapter_name: str) -> dora.Magnitude | None:
-        """DoRA's magnitudes; None: the adapter has none."""
-        held: Any = self._modules[dora.MAGNITUDE]
-        if adapter_name not in held:
-            return None
-        found: dora.Magnitude = held[adapter_name]
-        return found
-
     def update(self, adapter_name: str) -> Update:
         """The update outside of training."""
         tensors = self.present(adapter_name)
         config, scale = self.configs[adapter_name], self.scaling[adapter_name]
         return self.structure.update(tensors, self.site, config, scale, training=False)
-
-    def present(self, adapter_name: str) -> dict[str, Tensor]:
-        """:meth:`tensors`, with their numbers where accelerate keeps these elsewhere."""
-        tensors = self.tensors(adapter_name)
-        if next(iter(tensors.values())).is_meta:
-            if any(one.room not in (None, one.weight.shape) for one in self.held_factors(adapter_name)):
-                raise ValueError(
-                    f"adapter {adapter_name!r} is sharded over processes, and this one has a part of it: ask "
-                    "for its numbers within FullyShardedDataParallel.summon_full_params(model), or save it "
-                    "with the state dict that accelerator.get_state_dict(model) gives."
-                )
-            with onloaded(*(getattr(self, name) for name in tensors)):
-                tensors = self.tensors(adapter_name)
-        return tensors
-
-    def take_sizes(self, adapter_name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Gives parameters that grow the sizes ``shapes``, values undefined: for loading."""
-        factors = dict(zip(self.structure.names, self.held_factors(adapter_name), strict=True))
-        for name, dim in self.structure.growing.items():
-            one = factors[name]
-            shape = list(one.counted().shape)
-            if shape[dim] != shapes[name][dim]:
-                shape[dim] = shapes[name][dim]
-                if one.room is None:
-                    resize(one.weight, one.weight.new_zeros(shape))
-                else:
-                    one.take_rows(shape[dim])
-                self.probes[adapter_name].reloaded = True
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # A checkpoint of another rank: the parameters take its shape, whatever loads it.
-        for name in list(self.adapters.keys()):
-            keys = {factor: f"{prefix}{factor}.{name}" for factor in self.structure.names}
-            for key in keys.values():
-                # The names of 0.1.0's first adapters, whose factors were parameters themselves.
-                if key in state_dict:
-                    state_dict[f"{key}.weight"] = state_dict.pop(key)
-            found = {factor: state_dict.get(f"{key}.weight") for factor, key in keys.items()}
-            shapes = {factor: tuple(t.shape) for factor, t in found.items() if t is not None}
-            if len(shapes) == len(keys) and self.structure.may_take(self.site, shapes, self.configs[name]):
-                self.take_sizes(name, shapes)
-            kept = {of: state_dict.get(f"{prefix}{of}.{name}.weight") for of in self.structure.kept_names}
-            if kept and all(tensor is not None for tensor in kept.values()):
-                self.configs[name].note_loaded(kept)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The update in the shape of the base weight, in the dtype of the parameters; of DoRA that of the
@@ -460,17 +319,6 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
             raise ValueError(self._no_gradient())
         return result
 
-    def _only(self) -> str | None:
-        """The adapter that acts, where it is one and nothing else is asked for."""
-        if self._disable_adapters or self.merged_adapters:
-            return None
-        active = self._active_adapter
-        if not isinstance(active, str):
-            if len(active) != 1:
-                return None
-            (active,) = active
-        return active if active in self.configs else None
-
     def _no_gradient(self) -> str:
         base = self.get_base_layer()
         what = type(getattr(base, "weight", base)).__name__
@@ -566,9 +414,3 @@ class AdaptedLayer(nn.Module, LoraLayer, ABC):
 
     def __repr__(self) -> str:
         return f"{self._method}.{super().__repr__()}"
-
-
-def _weight(held: Factor) -> nn.Parameter:
-    # By torch.nn.utils.parametrize, or where a model is sharded, it is no parameter of its own.
-    weight = held._parameters.get("weight")
-    return held.weight if weight is None else weight

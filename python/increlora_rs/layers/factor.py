@@ -127,13 +127,17 @@ class Factor(nn.Module):
         shape = self.weight.shape if self.room is None else self._shape(self.rows)
         return torch.empty(shape, device="meta")
 
-    def take_rows(self, rows: int) -> None:
-        """Has so many rows count, values undefined: for loading.
+    def take_rows(self, dim: int, rows: int) -> None:
+        """Has so many rows along ``dim``, values undefined: for loading.
 
         Raises:
-            ValueError: there is no room for them.
+            ValueError: in the capacity form there is no room for them.
         """
-        assert self.room is not None
+        if self.room is None:
+            shape = list(self.weight.shape)
+            shape[dim] = rows
+            resize(self.weight, self.weight.new_zeros(shape))
+            return
         if rows > self.room[self.dim]:
             raise ValueError(
                 f"an adapter of rank {rows} does not fit into one in the capacity form that has room for "

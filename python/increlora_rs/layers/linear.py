@@ -56,11 +56,13 @@ class Linear(AdaptedLayer):
         a, b, e = (factor._parameters.get("weight") for factor in held)
         if a is None or not a.numel():
             return None
-        frozen = base._parameters
+        weight = base._parameters.get("weight")
+        if weight is None:
+            return None
         return _core.direct_linear(
             x,
-            self._weight(frozen.get("weight")),
-            frozen.get("bias"),
+            self.as_matrix(weight),
+            base._parameters.get("bias"),
             a,
             b,
             e,
@@ -71,9 +73,16 @@ class Linear(AdaptedLayer):
             self.slots[name],
         )
 
-    def _weight(self, weight: Tensor | None) -> Tensor | None:
-        """The base layer's, (out, in)."""
-        return weight
+    def _only(self) -> str | None:
+        """The adapter that acts, where it is one and nothing else is asked for."""
+        if self._disable_adapters or self.merged_adapters:
+            return None
+        active = self._active_adapter
+        if not isinstance(active, str):
+            if len(active) != 1:
+                return None
+            (active,) = active
+        return active if active in self.configs else None
 
     def _fused(self, x: Tensor, name: str) -> Tensor | None:
         base = self.base_layer
@@ -99,9 +108,6 @@ class TransposedLinear(Linear):
             return None
         update = self.update_in_use(name, x)
         return update.with_base(x, base.weight.t(), base.bias, self._call(name))
-
-    def _weight(self, weight: Tensor | None) -> Tensor | None:
-        return None if weight is None else weight.t()
 
     def _as_weight(self, delta: Tensor) -> Tensor:
         return delta.t()

@@ -163,7 +163,7 @@ class InRoom(InPlace):
         for factor in self._factors:
             work, weight, before = _work(factor), factor.weight, factor.rows
             if factor.room is not None and work.shape[factor.dim] != before:
-                factor.take_rows(int(work.shape[factor.dim]))
+                factor.take_rows(factor.dim, int(work.shape[factor.dim]))
             rows = max(before, factor.rows)
             self._places.put(factor, weight.detach(), work.detach(), rows)
             if work.grad is None:
