@@ -41,14 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.render is not None:
         figures = json.loads(options.render.read_text(encoding="utf-8"))
     else:
-        figures = measure(options.size, options.only, options.json)
+        figures = measure(options.size, options.only, options.json or _ELSEWHERE / "results.json")
     # What is less than the whole does not overwrite the published results.
     whole = set(_SECTIONS) <= set(figures)
     out = options.out or (_PUBLISHED.get(figures["size"]) if whole else None) or _ELSEWHERE
     out.mkdir(parents=True, exist_ok=True)
-    if options.render is None:
-        raw = options.json or out / "results.json"
-        raw.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+    if options.render is None and options.json is None:
+        (out / "results.json").write_text(json.dumps(figures) + "\n", encoding="utf-8")
     for table in results.tables(figures):
         console.print(table)
     for line in results.conditions(figures):

@@ -139,15 +139,17 @@ class Method:
 
 
 def own_options(config: PeftConfig) -> dict[str, Any]:
-    """The options of a configuration that are its class's own, defaults included; of LoRA none."""
+    """The options of a configuration that are its class's own, defaults included, but for those that say
+    that they change no result: with them a run is the run of before. Of LoRA none."""
     if type(config) is LoraConfig:
         return {}
     annotated = vars(type(config))["__annotations__"]
-    own = {option.name for option in dataclasses.fields(config) if option.name in annotated} - _BY_MODULE
-    values = {name: getattr(config, name) for name in sorted(own)}
-    # In which form parameters are kept changes no result: a run that named none is the run of before.
-    if values.get("growth", "") is None:
-        del values["growth"]
+    own = {
+        option.name
+        for option in dataclasses.fields(config)
+        if option.name in annotated and option.metadata.get("changes_result", True)
+    }
+    values = {name: getattr(config, name) for name in sorted(own - _BY_MODULE)}
     return values | config.resolved() if isinstance(config, MethodConfig) else values
 
 

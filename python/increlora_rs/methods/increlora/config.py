@@ -153,7 +153,11 @@ class IncreLoraConfig(MethodConfig):
         default=None, metadata={"help": "What the budget counts: components, or their parameters."}
     )
     growth: Literal["resize", "capacity"] | None = field(
-        default=None, metadata={"help": "Do parameters change their size, or have room from the start?"}
+        default=None,
+        metadata={
+            "help": "Do parameters change their size, or have room from the start?",
+            "changes_result": False,
+        },
     )
 
     @classmethod
