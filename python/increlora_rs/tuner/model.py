@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.peft_types import PeftType
@@ -24,6 +25,7 @@ from ..layers.factor import Factor
 from ..layers.found import adapted_layers
 from ..layers.offload import onloaded
 from ..layers.operation import check_operation
+from ..layers.parameters import AdaptedMatrix, AdaptedParameters, Matrix
 from ..layers.parents import bar_fast_paths, check_parent, open_fast_paths
 from ..layers.room import make_room
 from ..ops.probe import Probe
@@ -36,6 +38,13 @@ from .magnitudes import (
     magnitude_to_save,
     saved_magnitude_key,
     settle_magnitudes,
+)
+from .parameters import (
+    adapted_parameters,
+    inject_parameters,
+    parameters_of,
+    patterns_for_modules,
+    set_aside,
 )
 from .weighted import WeightedSum, combined_config
 
@@ -86,7 +95,8 @@ class MethodModel(LoraModel):
         if config.method.structure.shared:
             # Its keys name the first module alone.
             kwargs["state_dict"] = None
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with patterns_for_modules(config):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._shared.clear()
         given.target_modules = config.target_modules
         if given.task_type in _HEAD_NAMED_LATE:
@@ -99,6 +109,7 @@ class MethodModel(LoraModel):
             [layer.site for layer in layers.values()],
             unlike_lora=[short(name) for name, layer in layers.items() if not layer.is_lora],
             experts=expert_layers(model),
+            parameters=adapted_parameters(model, adapter_name, short),
         )
         if config.makes_room:
             make_room(model, adapter_name)
@@ -115,6 +126,8 @@ class MethodModel(LoraModel):
         if set(out) - told and not peft_config.inference_mode:
             warn_of_left_out(out)
             told.update(out)
+        # Before anything is changed: names of none raise.
+        parameters_of(model, peft_config)
         peft_config.prepare(self._targets(peft_config, model), getattr(model, "config", None))
 
     def _targets(self, config: MethodConfig, model: nn.Module) -> list[str]:
@@ -173,11 +186,41 @@ class MethodModel(LoraModel):
             module.requires_grad_(False)
         self._replace_module(parent, target_name, module, target)
 
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Puts the adapter on the parameters that ``target_parameters`` names; PEFT calls it for them."""
+        found = parameters_of(model, peft_config)
+        frozen = adapter_name not in self.active_adapters
+
+        def make(matrix: Matrix, name: str, r: int, alpha: float) -> AdaptedMatrix:
+            made = AdaptedMatrix(
+                matrix, adapter_name, peft_config, r, alpha, self._probe, None, name, self._shared
+            )
+            if frozen:
+                made.requires_grad_(False)
+            return made
+
+        def update(layer: AdaptedMatrix, r: int, alpha: float) -> None:
+            layer.update_layer(adapter_name, r, alpha, config=peft_config, probe=self._probe)
+
+        for one in found:
+            _check_not_trained_as_a_whole(peft_config, one.full_name)
+            _check_not_split(one.holder, self.model, one.module)
+            self._check_target_module_compatiblity(peft_config, model, one.module.rpartition(".")[2])
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            inject_parameters(model, found, peft_config, make, update)
+        set_aside(peft_config, found, map(short, adapted_layers(model, adapter_name)))
+        return [one.full_name for one in found]
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         settle_magnitudes(adapted_layers(self.model, adapter_name).values(), adapter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
+        if isinstance(child, AdaptedParameters):
+            setattr(parent, child_name, new_module)
+            return
         # It moves the adapter to where the weight is, which an offloaded one is not.
         with onloaded(child) if isinstance(new_module, AdaptedLayer) else nullcontext():
             super()._replace_module(parent, child_name, new_module, child)
