@@ -84,8 +84,8 @@ class MethodConfig(LoraConfig):
             that PEFT takes for layers of fused experts in this base, whatever they are; None: not known.
         unlike_lora: Kept by the library, for the export: full names of the adapted convolutions that PEFT's
             LoRA would compute in another way, for it takes no ``dilation`` and no ``padding_mode``.
-        adapted_parameters: Kept by the library, for the export: of each parameter of ``target_parameters``,
-            by its full name and in model order, the number of matrices in it, and 0 where it is one.
+        adapted_parameters: Kept by the library, for the export: the parameters of ``target_parameters`` in
+            model order, of each its full name and the number of matrices in it, 0 where it is one.
 
     The other arguments are LoraConfig's.
 
@@ -119,8 +119,9 @@ class MethodConfig(LoraConfig):
         default_factory=list,
         metadata={"help": "Kept by the library: modules that a LoRA would compute in another way."},
     )
-    adapted_parameters: dict[str, int] = field(
-        default_factory=dict,
+    # Pairs: PEFT sorts the keys of dictionaries.
+    adapted_parameters: list[list[Any]] = field(
+        default_factory=list,
         metadata={"help": "Kept by the library: parameters that are adapted, and their matrices."},
     )
 
@@ -282,7 +283,7 @@ class MethodConfig(LoraConfig):
         self.module_kinds = module_kinds({site.name: site.kind for site in sites})
         self.expert_names = sorted(experts)
         self.unlike_lora = sorted(unlike_lora)
-        self.adapted_parameters = dict(parameters)
+        self.adapted_parameters = [list(pair) for pair in parameters.items()]
 
     def note_ranks(self, ranks: Mapping[str, int]) -> None:
         """Takes down the ranks of the modules, by full name, where they can be others than those that the
@@ -399,11 +400,12 @@ class MethodConfig(LoraConfig):
         arguments.collection("expert_names", self.expert_names, str, "a list of strings")
         arguments.collection("unlike_lora", self.unlike_lora, str, "a list of strings")
         arguments.collection("target_parameters", self.target_parameters, str, "a list of strings")
-        if not isinstance(self.adapted_parameters, dict):
-            raise TypeError(
-                f"adapted_parameters={self.adapted_parameters!r} must be a dictionary; leave it out: the "
-                "library keeps it."
-            )
+        for pair in self.adapted_parameters:
+            if [type(part) for part in pair] != [str, int]:
+                raise TypeError(
+                    f"adapted_parameters={self.adapted_parameters!r} must be a list of names, each with a "
+                    "number; leave it out: the library keeps it."
+                )
         tokens = self.trainable_token_indices
         for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
             arguments.collection(
