@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -122,9 +123,10 @@ class MethodModel(LoraModel):
         _leave_out_routers(model, peft_config, out)
         if isinstance(peft_config.target_modules, (list, set, tuple)):
             _check_targets(model, peft_config.target_modules, out)
+        out = [one for one in out if not peft_config.targets_parameter(one.full_name)]
         told: set[Parameter] = self.__dict__.setdefault("_told_left_out", set())
         if set(out) - told and not peft_config.inference_mode:
-            warn_of_left_out(out)
+            warn_of_left_out(out, "target_parameters" in peft_config.supported)
             told.update(out)
         # Before anything is changed: names of none raise.
         parameters_of(model, peft_config)
@@ -166,13 +168,19 @@ class MethodModel(LoraModel):
                     adapter_name, r, alpha, config=config, probe=self._probe, shared=self._shared
                 )
                 return
+            if isinstance(parent, AdaptedParameters):
+                raise ValueError(
+                    "an adapter has its weight in target_parameters already; name it in one of the two, by "
+                    "exclude_modules if need be."
+                )
             check_parent(parent, target_name, target)
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
             _check_not_split(base, self.model, current_key)
             if is_router(base):
                 raise ValueError(
                     f"a {type(base).__name__} gives out a choice of experts, to which no update can be "
-                    "added; name it in exclude_modules, or in modules_to_save."
+                    "added; name it in exclude_modules, in modules_to_save, or its weight in "
+                    "target_parameters."
                 )
             quantization = quantization_of(base, **get_quantization_kwargs(self.model))
             if quantization is None:
@@ -234,16 +242,18 @@ class MethodModel(LoraModel):
         """Gives base layers that share their weight with another module, as tied embeddings do, one of
         their own: what is merged is the update of the layer alone."""
         used = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
+        for name, holder in self.model.named_modules():
+            names = holder.matrices() if isinstance(holder, AdaptedParameters) else ()
+            for parameter in names:
+                held = holder.base_layer._parameters[parameter]
+                if used[id(held)] > 1:
+                    holder.base_layer._parameters[parameter] = _own(held, f"{name}.{parameter}")
         for name, layer in self.model.named_modules():
             base: Any = layer.get_base_layer() if isinstance(layer, AdaptedLayer) else None
             weight = getattr(base, "weight", None)
             # In a quantised layer, the new weight is another object.
             if isinstance(weight, nn.Parameter) and used[id(weight)] > 1 and layer.quantization is None:
-                base.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
-                warn(
-                    f"the weight of {name!r} is tied to another module's, which the adapter leaves alone; to "
-                    "merge, the module gets a weight of its own"
-                )
+                base.weight = _own(weight, name)
 
     def add_weighted_adapter(
         self,
@@ -283,6 +293,11 @@ class MethodModel(LoraModel):
         for name in adapters:
             if name not in self.peft_config:
                 raise ValueError(f"adapters: there is no {name!r}; the model has {list(self.peft_config)}.")
+            if self.peft_config[name].target_parameters:
+                raise ValueError(
+                    f"adapters: {name!r} has target_parameters, of which no weighted sum is made; merge the "
+                    "adapters, or export them."
+                )
             # Of some methods there are no sums at all, whatever the other arguments are.
             self.peft_config[name].of_sum({"": 1})
         if adapter_name in self.peft_config:
@@ -330,6 +345,17 @@ class MethodModel(LoraModel):
                 "first."
             )
         super().delete_adapter(adapter_name)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        mixed = kwargs.get("adapter_names") is not None
+        if mixed and any(isinstance(module, AdaptedParameters) for module in self.model.modules()):
+            raise ValueError(
+                "adapter_names: adapters cannot be mixed within a batch where target_parameters are adapted, for "
+                "a parameter is one for all rows; call set_adapter(), and the model once for each."
+            )
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
 
     @classmethod
     def _get_adapter_state_dict(
@@ -454,6 +480,14 @@ def factor_keys(name: str, adapter_name: str, layer: AdaptedLayer) -> dict[str, 
     saved = layer.structure.saved_names(layer.configs[adapter_name])
     name = as_saved(name)
     return {factor: f"{name}.{factor}.{adapter_name}.weight" for factor in saved}
+
+
+def _own(weight: Any, name: str) -> nn.Parameter:
+    warn(
+        f"the weight of {name!r} is tied to another module's, which the adapter leaves alone; to "
+        "merge, the module gets a weight of its own"
+    )
+    return nn.Parameter(weight.detach().clone(), weight.requires_grad)
 
 
 def _check_not_split(base: nn.Module, model: nn.Module, name: str) -> None:

@@ -47,6 +47,9 @@ class Scores(ABC):
     def start(self, seed: int, components: int) -> None:
         """Begins, or begins anew: draws what is random, for growths by so many components."""
 
+    def before_smoothing(self, step: Step) -> None:
+        """Before the step's importances are smoothed: keeps what that must leave as it is."""
+
     @abstractmethod
     def before_step(self, step: Step) -> None:
         """Before the optimizer acts: takes in what the smoothing does not."""
