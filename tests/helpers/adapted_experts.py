@@ -27,7 +27,7 @@ MORE_TARGETS = TARGETS | {
 
 def adapted(name, make=growing, **config):
     torch.manual_seed(0)
-    settings = {"r": 2, "target_modules": [], "target_parameters": MORE_TARGETS[name]}
+    settings = {"r": 2, "target_modules": [], "target_parameters": MORE_TARGETS.get(name)}
     return get_peft_model(mixtures.build(name), make(**(settings | config))).eval()
 
 

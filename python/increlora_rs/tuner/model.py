@@ -93,6 +93,9 @@ class MethodModel(LoraModel):
                 "fan_in_fan_out=True is for Conv1D of transformers, of which the model has none; leave it "
                 "out: it is set by itself where it is needed."
             )
+        if config.target_modules is None and config.target_parameters and expert_layers(model):
+            # As PEFT has it for LoRA.
+            config.target_modules = set()
         if config.method.structure.shared:
             # Its keys name the first module alone.
             kwargs["state_dict"] = None
