@@ -7,11 +7,11 @@ import mixtures
 import pytest
 import torch
 from adapted_experts import MORE_TARGETS, TARGETS, adapted, layers_of, tokens_of
+from growing import growing
 from increlora_rs.layers.parameters import AdaptedParameters
 from increlora_rs.ops.stacked import add_stacked
 from increlora_rs.ops.update import LowRank
 from peft import get_peft_model
-from growing import growing
 from torch import nn
 
 every_model = pytest.mark.parametrize("name", TARGETS)
@@ -299,7 +299,9 @@ def test_a_base_in_bfloat16_has_factors_in_full_precision(grow):
     config = growing(r=2, target_modules=[], target_parameters=TARGETS["Qwen3Moe"])
     model = get_peft_model(mixtures.build("Qwen3Moe").bfloat16(), config)
     grow(model)
-    assert {p.dtype for layer in layers_of(model).values() for p in layer.factors("default")} == {torch.float32}
+    assert {p.dtype for layer in layers_of(model).values() for p in layer.factors("default")} == {
+        torch.float32
+    }
     tokens = tokens_of(0)
     model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

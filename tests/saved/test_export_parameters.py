@@ -51,7 +51,9 @@ def test_beside_dense_layers_that_peft_takes_for_experts(grown, tmp_path, name, 
 
 
 @layouts
-@pytest.mark.parametrize("arguments", [{"use_rslora": True}, {"alpha_pattern": {"down_proj": 24, "gate.weight": 2}}])
+@pytest.mark.parametrize(
+    "arguments", [{"use_rslora": True}, {"alpha_pattern": {"down_proj": 24, "gate.weight": 2}}]
+)
 def test_scales_are_kept(grown, tmp_path, layout, arguments):
     model = grown("Qwen3Moe", **arguments)
     assert reload_error("Qwen3Moe", exported(model, "directory", tmp_path, layout), model) < 1e-5
@@ -112,7 +114,7 @@ def test_an_export_is_loaded_without_a_warning(grown, tmp_path, name):
 
 def test_other_formats_are_refused(grown, tmp_path):
     model = grown("Qwen3Moe")
-    with pytest.raises(ValueError, match="llama.cpp|qwen3_moe|Qwen3Moe"):
+    with pytest.raises(ValueError, match=r"Qwen3Moe"):
         export_gguf(model, mixtures.build("Qwen3Moe"), tmp_path / "adapter.gguf")
     path = exported(model, "model", tmp_path)
     with pytest.raises(ValueError, match="trained with target_parameters"):

@@ -112,7 +112,7 @@ def test_a_compiled_model_gives_what_it_gives_uncompiled(grow):
     wanted = mixtures.logits(model)
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(mixtures.logits(compiled), wanted, rtol=1e-4, atol=1e-5)
-    grow(model, {name: 4 for name in layers_of(model)}, seed=1)
+    grow(model, dict.fromkeys(layers_of(model), 4), seed=1)
     wanted = mixtures.logits(model)
     torch.testing.assert_close(mixtures.logits(compiled), wanted, rtol=1e-4, atol=1e-5)
 
@@ -122,7 +122,7 @@ def test_processes_that_see_other_experts_train_one_adapter(tmp_path):
     first, second = torchrun(2, "experts.py", tmp_path)
     assert first["ranks"] == second["ranks"]
     assert same(first["state"], second["state"])
-    # Each process sees one token, and so two of the four experts of a layer, in most steps others than the other.
+    # Each process sees one token, and so two of the four experts, in most steps others than the other.
     assert first["seen"] != second["seen"]
     assert first["ranks"] == first["alone"]["ranks"]
     for name, value in first["alone"]["state"].items():

@@ -7,7 +7,7 @@ import warnings
 import mixtures
 import pytest
 import torch
-from adapted_experts import EXPERTS, MORE_TARGETS, TARGETS, adapted, layers_of, tokens_of, train
+from adapted_experts import MORE_TARGETS, TARGETS, adapted, layers_of, tokens_of, train
 from growing import growing
 from increlora_rs import IncreLoraConfig, adapter_parameters, attach, rank_table
 from increlora_rs.layers import AdaptedLayer
@@ -76,7 +76,9 @@ def test_names_of_nothing_that_can_be_adapted_are_refused(targets, told):
 
 
 def test_the_weight_of_a_layer_that_is_adapted_is_refused():
-    with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.q_proj.weight' is the parameter of a lay"):
+    with pytest.raises(
+        ValueError, match=r"'model.layers.0.self_attn.q_proj.weight' is the parameter of a lay"
+    ):
         adapted("Qwen3Moe", target_modules=["q_proj"], target_parameters=["q_proj.weight"])
 
 
@@ -118,7 +120,7 @@ def test_the_capacity_form_is_refused_also_where_a_trainer_asks_for_it():
 
 
 def test_parameters_that_are_trained_as_a_whole_are_refused():
-    with pytest.raises(ValueError, match="modules_to_save: 'mlp.experts' is the end of"):
+    with pytest.raises(ValueError, match=r"modules_to_save: 'mlp\.experts' is the end of"):
         adapted("Qwen3Moe", modules_to_save=["mlp.experts"])
 
 
@@ -193,7 +195,11 @@ def test_the_budget_counts_the_parameters_of_experts():
     ids=str,
 )
 def test_patterns_are_of_parameters_or_of_experts(pattern, ranks):
-    told = pytest.warns(RuntimeWarning, match="rank_pattern") if "experts" in pattern else warnings.catch_warnings()
+    told = (
+        pytest.warns(RuntimeWarning, match="rank_pattern")
+        if "experts" in pattern
+        else warnings.catch_warnings()
+    )
     with told:
         model = adapted("Qwen3Moe", target_parameters=["gate_up_proj"], rank_pattern=pattern)
     layers = layers_of(model)

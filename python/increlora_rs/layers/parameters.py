@@ -1,8 +1,8 @@
-"""Parameters that are adapted themselves and not by a layer that is called: the experts of a mixture, of which
-several stand in one parameter, and their routers.
+"""Parameters that are adapted themselves and not by a layer that is called: the experts of a mixture, of
+which several stand in one parameter, and their routers.
 
-An expert is a module of its own, with a rank of its own. What holds the parameter is called with the updates in
-it, whatever it computes: loops, grouped and batched products, biases, activations.
+An expert is a module of its own, with a rank of its own. What holds the parameter is called with the updates
+in it, whatever it computes: loops, grouped and batched products, biases, activations.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.func import functional_call
 from ..ops.stacked import add_stacked, shown
 from ..ops.untouched import asks
 from ..ops.update import LowRank
+from ..support.sites import Site
 from ..support.untraced import untraced
 from .base import AdaptedLayer
 from .offload import hook_of
@@ -43,6 +44,11 @@ class Matrix(nn.Module):
         self.in_features, self.out_features = (out, features) if transposed else (features, out)
 
     @property
+    def is_one_of_several(self) -> bool:
+        """Are there others in the parameter?"""
+        return self._number is not None
+
+    @property
     def weight(self) -> Tensor:
         """The matrix as it stands in the parameter."""
         held: Tensor = self._holder[0]._parameters[self._parameter]  # type: ignore[assignment]
@@ -57,13 +63,13 @@ class AdaptedMatrix(AdaptedLayer):
 
     kind: ClassVar[str] = "linear"
 
-    @property
-    def may_be_idle(self) -> bool:
-        """An expert is, in a step in which no token comes to it."""
-        return self.get_base_layer()._number is not None
-
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
+
+    def _site(self, name: str) -> Site:
+        # An expert is, in a step in which no token comes to it.
+        self.may_be_idle = self.get_base_layer().is_one_of_several
+        return super()._site(name)
 
     def acting(self) -> list[str]:
         """The adapters whose updates are to be added to the matrix."""
@@ -256,4 +262,3 @@ def adapt_parameter(
     for number in range(weight.shape[0]):
         experts.append(make(Matrix(base, parameter, number, transposed), f"{name}.{number}"))
     setattr(holder, parameter, experts)
-

@@ -1,5 +1,5 @@
-"""Updates of matrices that stand in one parameter, as the experts of a mixture do: ``W_e + P_e A_e`` for all e
-in one product, by torch's operations; the backward pass shows the gradient of each matrix to the gauge."""
+"""Updates of matrices that stand in one parameter, as the experts of a mixture do: ``W_e + P_e A_e`` for all
+e in one product, by torch's operations; the backward pass shows the gradient of each matrix to the gauge."""
 
 from __future__ import annotations
 

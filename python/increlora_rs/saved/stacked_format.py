@@ -1,7 +1,9 @@
-"""How PEFT 0.21 stores a LoRA of a parameter (``lora.ParamWrapper``): of E experts in one, one rank r for all.
+"""How PEFT 0.21 stores a LoRA of a parameter (``lora.ParamWrapper``): of E experts in one, one rank r for
+all.
 
-A is (E r, in), expert by expert. B is (out, E r), and read as (out, r, E). Where several parameters of a module
-are adapted, wrappers of each lie in one another, the last one outermost, and keys tell them by ``base_layer``.
+A is (E r, in), expert by expert. B is (out, E r), and read as (out, r, E). Where several parameters of a
+module are adapted, their wrappers lie in one another, the last one outermost; keys have a ``base_layer`` for
+each that is further out.
 """
 
 from __future__ import annotations

@@ -354,8 +354,8 @@ class MethodModel(LoraModel):
         mixed = kwargs.get("adapter_names") is not None
         if mixed and any(isinstance(module, AdaptedParameters) for module in self.model.modules()):
             raise ValueError(
-                "adapter_names: adapters cannot be mixed within a batch where target_parameters are adapted, for "
-                "a parameter is one for all rows; call set_adapter(), and the model once for each."
+                "adapter_names: adapters cannot be mixed within a batch where target_parameters are adapted, "
+                "for a parameter is one for all rows; call set_adapter(), and the model once for each."
             )
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             yield

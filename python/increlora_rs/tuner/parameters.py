@@ -1,4 +1,5 @@
-"""``target_parameters``: finds the parameters that it names, as PEFT does, and puts adapted ones in their place."""
+"""``target_parameters``: finds the parameters that it names, as PEFT does, and puts adapted ones in their
+place."""
 
 from __future__ import annotations
 
@@ -75,13 +76,13 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
 def _check(model: nn.Module, module: str, full_name: str) -> None:
     if not module:
         raise ValueError(
-            f"target_parameters: {full_name!r} is a parameter of the model itself, in whose place nothing can "
-            "be put; give the model as a module of another."
+            f"target_parameters: {full_name!r} is a parameter of the model itself, in whose place nothing "
+            "can be put; give the model as a module of another."
         )
     if isinstance(model.get_submodule(module), AdaptedLayer):
         raise ValueError(
-            f"target_parameters: {full_name!r} is the parameter of a layer that target_modules names; leave it "
-            "out of one of the two (target_modules=[] names none)."
+            f"target_parameters: {full_name!r} is the parameter of a layer that target_modules names; leave "
+            "it out of one of the two (target_modules=[] names none)."
         )
 
 

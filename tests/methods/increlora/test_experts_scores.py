@@ -1,10 +1,10 @@
-"""Scores of experts: of the steps in which tokens came to them, so that one that is seen rarely gets ranks, too."""
+"""Scores of experts: of the steps in which tokens came to them, so one that is seen rarely gets ranks."""
 
 import pytest
 import torch
 from increlora_rs import IncreLoraConfig, attach
-from increlora_rs.support.names import short
 from increlora_rs.layers.found import adapted_layers
+from increlora_rs.support.names import short
 from peft import get_peft_model
 from torch import nn
 

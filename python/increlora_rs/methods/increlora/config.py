@@ -335,18 +335,16 @@ class IncreLoraConfig(MethodConfig):
         """What there is for a layer that is called, and not for a parameter, is refused."""
         if not self.target_parameters:
             return
+        named = f"target_parameters={sorted(self.target_parameters)!r}"
         for name, default in {"lora_dropout": 0.0, "use_dora": False, "fan_in_fan_out": False}.items():
             value = getattr(self, name)
             if value != default:
                 raise ValueError(
-                    f"{name}={value!r} does not apply to target_parameters={sorted(self.target_parameters)!r}: "
-                    f"an update is added to a parameter, not to what a layer gives; leave it at {default!r}."
+                    f"{name}={value!r} does not apply to {named}: an update is added to a parameter, not to "
+                    f"what a layer gives; leave it at {default!r}."
                 )
         if self.growth == "capacity":
-            raise ValueError(
-                f"growth='capacity' is not supported with target_parameters={sorted(self.target_parameters)!r};"
-                " leave it out, and use DDP."
-            )
+            raise ValueError(f"growth='capacity' is not supported with {named}; leave it out, and use DDP.")
 
     def check_r(self) -> None:
         """An integer, or a fraction."""

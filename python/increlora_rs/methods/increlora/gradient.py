@@ -74,6 +74,9 @@ class GradientScores(Scores):
         self._parts = [pairs[k][0] for k in self._idle.may_be]
         self._sigma = np.zeros(len(self._modules))
 
+    def before_smoothing(self, step: Step) -> None:
+        """Nothing is smoothed."""
+
     def before_step(self, step: Step) -> None:
         """Takes the step's sketches into their sum; one that is not finite is left out."""
         if not step.armed:

@@ -1,5 +1,5 @@
-"""Modules that a step may leave idle, as experts to which no token comes. Such a step tells nothing of them: it
-is left out of their scores, which are of the steps that they took part in."""
+"""Modules that a step may leave idle, as experts to which no token comes. Such a step tells nothing of them:
+it is left out of their scores, which are of the steps that they took part in."""
 
 from __future__ import annotations
 

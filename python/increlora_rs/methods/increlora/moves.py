@@ -10,8 +10,8 @@ A first move is a trial: a few components go, and nothing else does until it is 
 be worth; and so on from move to move. Where what came is not worth enough more than what left, ranks stay
 where they are: all of them are needed alike, and what a component does fluctuates for other reasons.
 
-A step in which no token comes to an expert tells nothing of its components: their running means are those of the
-steps that they took part in, and what took part in fewer than some is not judged.
+A step in which no token comes to an expert tells nothing of its components: their running means are those of
+the steps that they took part in, and what took part in fewer than some is not judged.
 
 Where training has settled, the mean of p says nothing, for what pulls a component up and down is in balance,
 and its variance is dW^T F dW with F the covariance of the gradients: Fisher's approximation of the curvature,

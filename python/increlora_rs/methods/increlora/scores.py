@@ -47,6 +47,7 @@ class Scores(ABC):
     def start(self, seed: int, components: int) -> None:
         """Begins, or begins anew: draws what is random, for growths by so many components."""
 
+    @abstractmethod
     def before_smoothing(self, step: Step) -> None:
         """Before the step's importances are smoothed: keeps what that must leave as it is."""
 

@@ -21,8 +21,8 @@ from .unreached import has_learned
 
 
 class SensitivityScores(Scores):
-    """Smoothed importances times their uncertainties, float64 vectors with a slot a module. Steps that leave an
-    expert idle are no steps to it.
+    """Smoothed importances times their uncertainties, float64 vectors with a slot a module. Steps that leave
+    an expert idle are no steps to it.
 
     Args:
         modules, config: As for :class:`Scores`.
@@ -52,8 +52,8 @@ class SensitivityScores(Scores):
         self._left = None
         if step.armed and self._idle:
             parts = [self.gauge.total[k : k + 1] for k in self._idle.may_be]
-            smoothed = self.smoothing.mean, self.smoothing.uncertainty
-            self._left = ~self._idle.in_gauge(parts), *(vector.clone() for vector in smoothed)
+            idle, smoothing = ~self._idle.in_gauge(parts), self.smoothing
+            self._left = idle, smoothing.mean.clone(), smoothing.uncertainty.clone()
 
     def before_step(self, step: Step) -> None:
         """The smoothing took the step in; puts back what it had nothing to say of."""
