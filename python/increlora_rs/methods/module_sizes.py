@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..contract.config import MethodConfig
 from ..contract.structure import SizeMismatchError
