@@ -83,8 +83,10 @@ class AdaptedMatrix(AdaptedLayer):
 
     def in_use(self, name: str) -> LowRank:
         """The update as a forward pass takes it."""
+        # As they are, for there is no capacity form of them: hundreds are asked for in a pass.
+        tensors = dict(zip(self.structure.names, self.trained(name), strict=True))
         update: LowRank = self.structure.update(
-            self.tensors(name), self.site, self.configs[name], self.scaling[name], training=self.training
+            tensors, self.site, self.configs[name], self.scaling[name], training=self.training
         )
         return update
 
@@ -154,7 +156,7 @@ class AdaptedParameters(nn.Module):
         """Those of each adapted parameter, by its name."""
         held: dict[str, Any] = {name: one for name, one in self._modules.items() if name != "base_layer"}
         return {
-            name: [one] if isinstance(one, AdaptedMatrix) else list(one.children())
+            name: [one] if isinstance(one, AdaptedMatrix) else list(one._modules.values())
             for name, one in held.items()
         }
 
