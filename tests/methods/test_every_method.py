@@ -500,7 +500,6 @@ SHARED = [
     ({"layers_to_transform": ["first"]}, "layers_to_transform"),
     ({"module_kinds": {"query": "wide"}}, "module_kinds['query']='wide'"),
     ({"use_dora": "yes"}, "use_dora='yes'"),
-    ({"target_parameters": ["weight"]}, "target_parameters=['weight']"),
     ({"layer_replication": [[0, 1]]}, "layer_replication=[[0, 1]]"),
 ]
 WITHOUT_DORA = ("lora_mini", "lorta", "melora", "mora")
@@ -509,6 +508,11 @@ BAD = [
     (method, arguments, told) for method in METHODS for arguments, told in (*SHARED, *CASES[method.name].bad)
 ]
 BAD += [(method, {"use_dora": True}, "use_dora=True") for method in METHODS if method.name in WITHOUT_DORA]
+BAD += [
+    (method, {"target_parameters": ["weight"]}, "target_parameters=['weight']")
+    for method in METHODS
+    if method.name != "increlora"
+]
 # IncreLoRA's budget may be a fraction.
 BAD += [(method, {"r": 1.5}, "r=1.5") for method in METHODS if method.name != "increlora"]
 

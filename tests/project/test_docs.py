@@ -130,6 +130,7 @@ ACCEPTED = {
     "layers_pattern": {"layers_pattern": "layer", "layers_to_transform": [0]},
     "rank_pattern": {"rank_pattern": {"query": 2}},
     "alpha_pattern": {"alpha_pattern": {"query": 32}},
+    "target_parameters": {"target_parameters": ["experts.down_proj"]},
     "init_r": {"init_r": 2},
     "tinit": {"tinit": 5},
     "deltaT": {"deltaT": 20},

@@ -84,6 +84,8 @@ class MethodConfig(LoraConfig):
             that PEFT takes for layers of fused experts in this base, whatever they are; None: not known.
         unlike_lora: Kept by the library, for the export: full names of the adapted convolutions that PEFT's
             LoRA would compute in another way, for it takes no ``dilation`` and no ``padding_mode``.
+        adapted_parameters: Kept by the library, for the export: the parameters of ``target_parameters`` in
+            model order, of each its full name and the number of matrices in it, 0 where it is one.
 
     The other arguments are LoraConfig's.
 
@@ -116,6 +118,11 @@ class MethodConfig(LoraConfig):
     unlike_lora: list[str] = field(
         default_factory=list,
         metadata={"help": "Kept by the library: modules that a LoRA would compute in another way."},
+    )
+    # Pairs: PEFT sorts the keys of dictionaries.
+    adapted_parameters: list[list[Any]] = field(
+        default_factory=list,
+        metadata={"help": "Kept by the library: parameters that are adapted, and their matrices."},
     )
 
     def __post_init__(self) -> None:
@@ -207,9 +214,8 @@ class MethodConfig(LoraConfig):
 
     def rank_at(self, module: str) -> int:
         """The rank of a module at the start, by its full name: ``rank_pattern``'s, else ``r``."""
-        key = get_pattern_key(self.rank_pattern.keys(), module)
         default: int = self.r
-        return self.rank_pattern.get(key, default)
+        return self.rank_pattern.get(self.pattern_key(self.rank_pattern, module), default)
 
     def check_rank(self, site: Site, rank: int) -> None:
         """Checks a module's size, and the rank that it begins with. One above min(in, out) says nothing more,
@@ -230,9 +236,22 @@ class MethodConfig(LoraConfig):
 
     def alpha_of(self, module: str) -> float:
         """``alpha_pattern``'s alpha for a full module name, else ``lora_alpha``."""
-        key = get_pattern_key(self.alpha_pattern.keys(), module)
         default: float = self.lora_alpha
-        return self.alpha_pattern.get(key, default)
+        return self.alpha_pattern.get(self.pattern_key(self.alpha_pattern, module), default)
+
+    def pattern_key(self, pattern: Mapping[str, Any], module: str) -> str:
+        """The key of ``pattern`` that a full module name matches; of an expert also one that its parameter
+        matches."""
+        key: str = get_pattern_key(pattern.keys(), module)
+        parameter, _, number = module.rpartition(".")
+        if key in pattern or not number.isdigit() or not self.targets_parameter(parameter):
+            return key
+        of_all: str = get_pattern_key(pattern.keys(), parameter)
+        return of_all
+
+    def targets_parameter(self, name: str) -> bool:
+        """Is the parameter of this full name one of ``target_parameters``, as PEFT reads them?"""
+        return any(name == one or name.endswith(f".{one}") for one in self.target_parameters or ())
 
     def kind_of(self, module: str) -> Kind:
         """What a module, by its full name, is: ``module_kinds``' kind, else "linear"."""
@@ -252,11 +271,19 @@ class MethodConfig(LoraConfig):
         """Does the scale of a module change with its rank?"""
         return False
 
-    def note(self, sites: Iterable[Site], *, unlike_lora: Iterable[str], experts: Iterable[str]) -> None:
+    def note(
+        self,
+        sites: Iterable[Site],
+        *,
+        unlike_lora: Iterable[str],
+        experts: Iterable[str],
+        parameters: Mapping[str, int],
+    ) -> None:
         """Takes down, for the export of a saved adapter, what is adapted."""
         self.module_kinds = module_kinds({site.name: site.kind for site in sites})
         self.expert_names = sorted(experts)
         self.unlike_lora = sorted(unlike_lora)
+        self.adapted_parameters = [list(pair) for pair in parameters.items()]
 
     def note_ranks(self, ranks: Mapping[str, int]) -> None:
         """Takes down the ranks of the modules, by full name, where they can be others than those that the
@@ -372,6 +399,13 @@ class MethodConfig(LoraConfig):
                 )
         arguments.collection("expert_names", self.expert_names, str, "a list of strings")
         arguments.collection("unlike_lora", self.unlike_lora, str, "a list of strings")
+        arguments.collection("target_parameters", self.target_parameters, str, "a list of strings")
+        for pair in self.adapted_parameters:
+            if [type(part) for part in pair] != [str, int]:
+                raise TypeError(
+                    f"adapted_parameters={self.adapted_parameters!r} must be a list of names, each with a "
+                    "number; leave it out: the library keeps it."
+                )
         tokens = self.trainable_token_indices
         for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
             arguments.collection(

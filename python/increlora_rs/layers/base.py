@@ -57,6 +57,8 @@ class AdaptedLayer(AdapterTensors, LoraLayer, ABC):
     kind: ClassVar[str]
     # The dimension of its output that is (out).
     channel: int = -1
+    # May there be steps in which nothing comes to it, as to an expert? They tell nothing of it.
+    may_be_idle: bool = False
 
     in_features: int
     out_features: int

@@ -19,6 +19,11 @@ def make_room(model: nn.Module, adapter_name: str) -> None:
     if not layers:
         return
     config = layers[0].configs[adapter_name]
+    if config.target_parameters:
+        raise ValueError(
+            "growth='capacity' is not supported with target_parameters="
+            f"{sorted(config.target_parameters)!r}, nor is FSDP1, which needs it; use DDP."
+        )
     sizes = [(layer.out_features, layer.in_features) for layer in layers]
     rooms = config.room(sizes, [layer.rank(adapter_name) for layer in layers])
     if rooms is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..contract.config import MethodConfig
 from ..contract.structure import SizeMismatchError
@@ -51,10 +52,10 @@ class SizedConfig(MethodConfig):
                 "leave module_sizes out."
             )
 
-    def note(self, sites: Iterable[Site], *, unlike_lora: Iterable[str], experts: Iterable[str]) -> None:
+    def note(self, sites: Iterable[Site], **beside: Any) -> None:
         """Takes down the sizes, too."""
         sites = list(sites)
-        super().note(sites, unlike_lora=unlike_lora, experts=experts)
+        super().note(sites, **beside)
         self.module_sizes = {site.name: [site.out, site.features] for site in sites}
 
     def size_of(self, module: str) -> tuple[int, int]:

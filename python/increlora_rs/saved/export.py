@@ -24,6 +24,7 @@ from ..support.names import rank_pattern
 from .dtypes import in_dtype
 from .lora_format import dora_tensor, lora_tensors
 from .reading import SavedAdapter, SavedModule, read
+from .stacked_format import matrices_of, stacked
 
 # What vLLM takes as --max-lora-rank; an adapter may have any rank up to it.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -109,7 +110,17 @@ def export_lora(
     _check_dtype(dtype)
     tensors = {key: _cast(key, tensor, dtype) for key, tensor in _others(adapter).items()}
     factors, errors, error = _cut(loras, rank)
+    parameters = dict(adapter.config.adapted_parameters)
+    of_parameters = stacked(factors, parameters, rank if layout == "uniform" else None)
+    ranks = {}
+    for one in of_parameters:
+        of_matrix = adapter.modules[one.matrices[0]].dtype
+        tensors |= {key: _cast(key, value, dtype or of_matrix) for key, value in one.tensors().items()}
+        ranks[one.name] = one.rank
+    matrices = {name for one in of_parameters for name in one.matrices}
     for name, (a, b) in factors.items():
+        if name in matrices:
+            continue
         if layout == "uniform":
             a, b = _padded(a, b, rank)
         module = adapter.modules[name]
@@ -119,8 +130,9 @@ def export_lora(
         if module.magnitude is not None:
             # In full: rounded to half precision it would scale whole outputs.
             tensors |= dora_tensor(name, module.magnitude.clone(), module.kind)
-    ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
-    taken = _taken_for_experts(adapter, list(ranks))
+        ranks[name] = a.shape[0]
+    names = [name for name in ranks if name in adapter.modules and name not in matrices]
+    taken = _taken_for_experts(adapter, names)
     if taken and adapter.config.use_dora:
         raise ValueError(
             f"model_or_adapter_dir: PEFT takes {taken} for fused experts of the base by their names, and "
@@ -246,28 +258,32 @@ def _taken_for_experts(adapter: SavedAdapter, modules: list[str]) -> list[str] |
 def _config(
     adapter: SavedAdapter, layout: str, ranks: dict[str, int], rank: int, taken: list[str] | None
 ) -> LoraConfig:
-    ours = adapter.config
-    targets, parameters = _target_modules(ours.target_modules), None
-    layers, left_out = ours.layers_to_transform, [name for name in adapter.modules if name not in ranks]
+    """That of modules and parameters of these ranks; ``taken`` are modules that are named as parameters."""
+    ours, every = adapter.config, matrices_of(dict(adapter.config.adapted_parameters))
+    targets = _target_modules(ours.target_modules)
+    known, parameters = set(taken or ()), [name for name in every if name in ranks]
+    names = [name for name in ranks if name not in known and name not in every]
+    matrices = {one for of_one in every.values() for one in of_one}
+    left_out = [name for name in adapter.modules if name not in ranks and name not in matrices]
+    layers = None if left_out else ours.layers_to_transform
     if left_out:
-        known = set(taken or ())
-        names = [name for name in ranks if name not in known]
         # PEFT takes a name in a list for the end of names, too.
         exact = taken is None and (isinstance(targets, str) or any(_adapts(name, left_out) for name in names))
-        targets, layers = "|".join(map(re.escape, names)) if exact else names, None
-        parameters = [f"{name}.weight" for name in taken or ()] or None
-        ranks = {f"{name}.weight" if name in known else name: rank for name, rank in ranks.items()}
+        targets = "|".join(map(re.escape, names)) if exact and names else names
     elif taken is not None:
         # A regular expression would be resolved to the last parts of names, and match more than it did.
-        known, taken_ends = set(taken), {name.rpartition(".")[2] for name in taken}
+        taken_ends = {name.rpartition(".")[2] for name in taken}
         if isinstance(targets, list):
             targets = [
-                name for name in targets if _adapts(name, ranks) and name.rpartition(".")[2] not in taken_ends
+                name for name in targets if _adapts(name, names) and name.rpartition(".")[2] not in taken_ends
             ]
         else:
-            targets = [name for name in ranks if name not in known]
-        parameters = [f"{name}.weight" for name in taken] or None
-        ranks = {f"{name}.weight" if name in known else name: rank for name, rank in ranks.items()}
+            targets = names
+    if parameters == list(every):
+        # In the user's words.
+        parameters = sorted(ours.target_parameters or ())
+    parameters += [f"{name}.weight" for name in taken or ()]
+    ranks = {f"{name}.weight" if name in known else name: rank for name, rank in ranks.items()}
     pattern = rank_pattern(ranks) if layout == "compact" else {}
     return LoraConfig(
         task_type=ours.task_type,
@@ -279,7 +295,7 @@ def _config(
         lora_dropout=0.0,
         fan_in_fan_out=ours.fan_in_fan_out,
         target_modules=targets,
-        target_parameters=parameters,
+        target_parameters=parameters or None,
         exclude_modules=_target_modules(ours.exclude_modules),
         layers_to_transform=layers,
         layers_pattern=None if left_out else ours.layers_pattern,

@@ -85,7 +85,9 @@ def _other_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.
         return
     yield path, module
     for name, child in module.named_children():
-        yield from _other_modules(child, f"{path}.{name}" if path else name)
+        # What holds adapted parameters stands around their module, and is none of the model's.
+        inner = path if name == "base_layer" else f"{path}.{name}" if path else name
+        yield from _other_modules(child, inner)
 
 
 def is_router(module: nn.Module) -> bool:
@@ -225,14 +227,20 @@ def _matches(config: Any, targets: Any, key: str) -> bool:
     return bool(check_target_module_exists(asked, key))
 
 
-def warn_of_left_out(parameters: list[Parameter]) -> None:
-    """Names parameters of experts and routers that are not adapted, and the way out."""
+def warn_of_left_out(parameters: list[Parameter], adapts_parameters: bool) -> None:
+    """Names parameters of experts and routers that are not adapted, and the way out.
+
+    Args:
+        adapts_parameters: Does the method take ``target_parameters``?
+    """
     # Two parts of a name: PEFT takes "experts" in modules_to_save for "shared_experts" too.
     modules = sorted({".".join(parameter.module.split(".")[-2:]) for parameter in parameters})
+    names = sorted({f"{'.'.join(one.module.split('.')[-2:])}.{one.name}" for one in parameters})
+    adapts = f"target_parameters={names}" if adapts_parameters else "IncreLoraConfig(target_parameters=...)"
     warn(
         "target_modules: experts and routers that are parameters, not linear layers, are not adapted and "
-        f"stay as they are: {', '.join(_collapsed(parameters))}. modules_to_save={modules} trains them, "
-        f"LoraConfig(target_parameters=...) adapts them, exclude_modules={modules} ends this warning."
+        f"stay as they are: {', '.join(_collapsed(parameters))}. {adapts} adapts them, modules_to_save="
+        f"{modules} trains them, exclude_modules={modules} ends this warning."
     )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.peft_types import PeftType
@@ -24,6 +26,7 @@ from ..layers.factor import Factor
 from ..layers.found import adapted_layers
 from ..layers.offload import onloaded
 from ..layers.operation import check_operation
+from ..layers.parameters import AdaptedMatrix, AdaptedParameters, Matrix
 from ..layers.parents import bar_fast_paths, check_parent, open_fast_paths
 from ..layers.room import make_room
 from ..ops.probe import Probe
@@ -36,6 +39,13 @@ from .magnitudes import (
     magnitude_to_save,
     saved_magnitude_key,
     settle_magnitudes,
+)
+from .parameters import (
+    adapted_parameters,
+    inject_parameters,
+    parameters_of,
+    patterns_for_modules,
+    set_aside,
 )
 from .weighted import WeightedSum, combined_config
 
@@ -83,10 +93,14 @@ class MethodModel(LoraModel):
                 "fan_in_fan_out=True is for Conv1D of transformers, of which the model has none; leave it "
                 "out: it is set by itself where it is needed."
             )
+        if config.target_modules is None and config.target_parameters and expert_layers(model):
+            # As PEFT has it for LoRA.
+            config.target_modules = set()
         if config.method.structure.shared:
             # Its keys name the first module alone.
             kwargs["state_dict"] = None
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with patterns_for_modules(config):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._shared.clear()
         given.target_modules = config.target_modules
         if given.task_type in _HEAD_NAMED_LATE:
@@ -99,6 +113,7 @@ class MethodModel(LoraModel):
             [layer.site for layer in layers.values()],
             unlike_lora=[short(name) for name, layer in layers.items() if not layer.is_lora],
             experts=expert_layers(model),
+            parameters=adapted_parameters(model, adapter_name, short),
         )
         if config.makes_room:
             make_room(model, adapter_name)
@@ -111,10 +126,13 @@ class MethodModel(LoraModel):
         _leave_out_routers(model, peft_config, out)
         if isinstance(peft_config.target_modules, (list, set, tuple)):
             _check_targets(model, peft_config.target_modules, out)
+        out = [one for one in out if not peft_config.targets_parameter(one.full_name)]
         told: set[Parameter] = self.__dict__.setdefault("_told_left_out", set())
         if set(out) - told and not peft_config.inference_mode:
-            warn_of_left_out(out)
+            warn_of_left_out(out, "target_parameters" in peft_config.supported)
             told.update(out)
+        # Before anything is changed: names of none raise.
+        parameters_of(model, peft_config)
         peft_config.prepare(self._targets(peft_config, model), getattr(model, "config", None))
 
     def _targets(self, config: MethodConfig, model: nn.Module) -> list[str]:
@@ -153,13 +171,19 @@ class MethodModel(LoraModel):
                     adapter_name, r, alpha, config=config, probe=self._probe, shared=self._shared
                 )
                 return
+            if isinstance(parent, AdaptedParameters):
+                raise ValueError(
+                    "an adapter has its weight in target_parameters already; name it in one of the two, by "
+                    "exclude_modules if need be."
+                )
             check_parent(parent, target_name, target)
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
             _check_not_split(base, self.model, current_key)
             if is_router(base):
                 raise ValueError(
                     f"a {type(base).__name__} gives out a choice of experts, to which no update can be "
-                    "added; name it in exclude_modules, or in modules_to_save."
+                    "added; name it in exclude_modules, in modules_to_save, or its weight in "
+                    "target_parameters."
                 )
             quantization = quantization_of(base, **get_quantization_kwargs(self.model))
             if quantization is None:
@@ -173,11 +197,41 @@ class MethodModel(LoraModel):
             module.requires_grad_(False)
         self._replace_module(parent, target_name, module, target)
 
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Puts the adapter on the parameters that ``target_parameters`` names; PEFT calls it for them."""
+        found = parameters_of(model, peft_config)
+        frozen = adapter_name not in self.active_adapters
+
+        def make(matrix: Matrix, name: str, r: int, alpha: float) -> AdaptedMatrix:
+            made = AdaptedMatrix(
+                matrix, adapter_name, peft_config, r, alpha, self._probe, None, name, self._shared
+            )
+            if frozen:
+                made.requires_grad_(False)
+            return made
+
+        def update(layer: AdaptedMatrix, r: int, alpha: float) -> None:
+            layer.update_layer(adapter_name, r, alpha, config=peft_config, probe=self._probe)
+
+        for one in found:
+            _check_not_trained_as_a_whole(peft_config, one.full_name)
+            _check_not_split(one.holder, self.model, one.module)
+            self._check_target_module_compatiblity(peft_config, model, one.module.rpartition(".")[2])
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            inject_parameters(model, found, peft_config, make, update)
+        set_aside(peft_config, found, map(short, adapted_layers(model, adapter_name)))
+        return [one.full_name for one in found]
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         settle_magnitudes(adapted_layers(self.model, adapter_name).values(), adapter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
+        if isinstance(child, AdaptedParameters):
+            setattr(parent, child_name, new_module)
+            return
         # It moves the adapter to where the weight is, which an offloaded one is not.
         with onloaded(child) if isinstance(new_module, AdaptedLayer) else nullcontext():
             super()._replace_module(parent, child_name, new_module, child)
@@ -191,16 +245,18 @@ class MethodModel(LoraModel):
         """Gives base layers that share their weight with another module, as tied embeddings do, one of
         their own: what is merged is the update of the layer alone."""
         used = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
+        for name, holder in self.model.named_modules():
+            names = holder.matrices() if isinstance(holder, AdaptedParameters) else ()
+            for parameter in names:
+                held = holder.base_layer._parameters[parameter]
+                if used[id(held)] > 1:
+                    holder.base_layer._parameters[parameter] = _own(held, f"{name}.{parameter}")
         for name, layer in self.model.named_modules():
             base: Any = layer.get_base_layer() if isinstance(layer, AdaptedLayer) else None
             weight = getattr(base, "weight", None)
             # In a quantised layer, the new weight is another object.
             if isinstance(weight, nn.Parameter) and used[id(weight)] > 1 and layer.quantization is None:
-                base.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
-                warn(
-                    f"the weight of {name!r} is tied to another module's, which the adapter leaves alone; to "
-                    "merge, the module gets a weight of its own"
-                )
+                base.weight = _own(weight, name)
 
     def add_weighted_adapter(
         self,
@@ -240,6 +296,11 @@ class MethodModel(LoraModel):
         for name in adapters:
             if name not in self.peft_config:
                 raise ValueError(f"adapters: there is no {name!r}; the model has {list(self.peft_config)}.")
+            if self.peft_config[name].target_parameters:
+                raise ValueError(
+                    f"adapters: {name!r} has target_parameters, of which no weighted sum is made; merge the "
+                    "adapters, or export them."
+                )
             # Of some methods there are no sums at all, whatever the other arguments are.
             self.peft_config[name].of_sum({"": 1})
         if adapter_name in self.peft_config:
@@ -287,6 +348,17 @@ class MethodModel(LoraModel):
                 "first."
             )
         super().delete_adapter(adapter_name)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        mixed = kwargs.get("adapter_names") is not None
+        if mixed and any(isinstance(module, AdaptedParameters) for module in self.model.modules()):
+            raise ValueError(
+                "adapter_names: adapters cannot be mixed within a batch where target_parameters are adapted, "
+                "for a parameter is one for all rows; call set_adapter(), and the model once for each."
+            )
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
 
     @classmethod
     def _get_adapter_state_dict(
@@ -411,6 +483,14 @@ def factor_keys(name: str, adapter_name: str, layer: AdaptedLayer) -> dict[str, 
     saved = layer.structure.saved_names(layer.configs[adapter_name])
     name = as_saved(name)
     return {factor: f"{name}.{factor}.{adapter_name}.weight" for factor in saved}
+
+
+def _own(weight: Any, name: str) -> nn.Parameter:
+    warn(
+        f"the weight of {name!r} is tied to another module's, which the adapter leaves alone; to "
+        "merge, the module gets a weight of its own"
+    )
+    return nn.Parameter(weight.detach().clone(), weight.requires_grad)
 
 
 def _check_not_split(base: nn.Module, model: nn.Module, name: str) -> None:

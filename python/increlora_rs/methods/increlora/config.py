@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from peft.utils.other import get_pattern_key
-
 from ...contract.config import WITH_DORA, MethodConfig
 from ...support import arguments
 from ...support.budget import Budget
@@ -89,7 +87,8 @@ class IncreLoraConfig(MethodConfig):
             (docs/distributed.md), and takes memory, with optimizer state, for min(``max_r``, in, out, budget)
             components a module: set ``max_r``. None: "resize", and "capacity" where Trainer uses FSDP1.
 
-    The other arguments are LoraConfig's: ``target_modules``, ``lora_alpha``, ``lora_dropout``,
+    The other arguments are LoraConfig's: ``target_modules``, ``target_parameters`` (of fused experts, each of
+    which has a rank of its own, and of routers; docs/models.md), ``lora_alpha``, ``lora_dropout``,
     ``bias``, ``use_rslora``, ``modules_to_save``, ``trainable_token_indices``, ``exclude_modules``,
     ``layers_to_transform``, ``layers_pattern``, ``rank_pattern`` (initial ranks; kept up to date as
     ranks grow), ``alpha_pattern``, ``use_dora`` (docs/dora.md), ``fan_in_fan_out`` (set by itself where it is
@@ -101,7 +100,7 @@ class IncreLoraConfig(MethodConfig):
         TypeError: an argument has a wrong type.
     """
 
-    supported: ClassVar[frozenset[str]] = WITH_DORA
+    supported: ClassVar[frozenset[str]] = WITH_DORA | {"target_parameters"}
     inits: ClassVar[tuple[Any, ...]] = (True, False, "gaussian", "svd")
 
     r: int | float = field(default=8, metadata={"help": "Average rank at the end, an integer or a fraction."})
@@ -258,8 +257,7 @@ class IncreLoraConfig(MethodConfig):
 
     def rank_at(self, module: str) -> int:
         """The rank of a module at the start: ``rank_pattern``'s, else ``init_r``."""
-        key = get_pattern_key(self.rank_pattern.keys(), module)
-        return self.rank_pattern.get(key, self.first_rank)
+        return self.rank_pattern.get(self.pattern_key(self.rank_pattern, module), self.first_rank)
 
     def check_rank(self, site: Site, rank: int) -> None:
         """No module grows past min(in, out), so none begins there."""
@@ -335,6 +333,22 @@ class IncreLoraConfig(MethodConfig):
         self._check_ranks()
         self._check_schedule()
         self._check_choices()
+        self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        """What there is for a layer that is called, and not for a parameter, is refused."""
+        if not self.target_parameters:
+            return
+        named = f"target_parameters={sorted(self.target_parameters)!r}"
+        for name, default in {"lora_dropout": 0.0, "use_dora": False, "fan_in_fan_out": False}.items():
+            value = getattr(self, name)
+            if value != default:
+                raise ValueError(
+                    f"{name}={value!r} does not apply to {named}: an update is added to a parameter, not to "
+                    f"what a layer gives; leave it at {default!r}."
+                )
+        if self.growth == "capacity":
+            raise ValueError(f"growth='capacity' is not supported with {named}; leave it out, and use DDP.")
 
     def check_r(self) -> None:
         """An integer, or a fraction."""

@@ -15,6 +15,7 @@ from ...contract.policy import AdaptedModule, Step
 from ...gauges import Sketches
 from ...training.distributed import from_first_, in_any_process
 from .config import IncreLoraConfig
+from .idle import Idle
 from .scores import Scores
 
 # Columns of G Omega beyond the components that a growth may ask for.
@@ -28,7 +29,8 @@ class GradientScores(Scores):
     """A module's score is sigma, the largest singular value of ``(1 - P_B) G (1 - P_A)``.
 
     G (out, in) is the gradient of the module's weight, the mean over the steps since the last growth, those
-    of the window at most; P_B and P_A project on the columns of B and the rows of A of its active components.
+    of the window at most, of an expert those in which a token came to it; P_B and P_A project on the columns
+    of B and the rows of A of its active components.
     What is projected off is what those can still learn by themselves, for ``B dA + dB A`` has no part outside
     the two spans. Of all new components ``dW = t u v^T``, u and v unit vectors, the one with the singular
     vectors of sigma lowers the loss fastest, to first order by sigma for each unit of t. So sigma is in units
@@ -56,6 +58,7 @@ class GradientScores(Scores):
         # One object for ever: the layers know it.
         self.gauge: Sketches = Sketches(torch.zeros(0, dtype=wide, device=self._device), sizes)
         self._directions: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._idle = Idle(modules)
 
     def start(self, seed: int, components: int) -> None:
         """Draws the sketches' random matrices, the same for the same seed; the sketches become 0."""
@@ -65,7 +68,14 @@ class GradientScores(Scores):
         self._sum = torch.zeros_like(self.gauge.total)
         self._steps = torch.zeros(1, dtype=torch.float64, device=self._device)
         self._sums = self.gauge.pairs(self._sum)
+        # Of the modules that may be idle: the steps that each took part in, and where these add to.
+        self._took_part = torch.zeros(len(self._modules), dtype=torch.float64, device=self._device)
+        pairs = self.gauge.pairs(self.gauge.total) if self._idle else []
+        self._parts = [pairs[k][0] for k in self._idle.may_be]
         self._sigma = np.zeros(len(self._modules))
+
+    def before_smoothing(self, step: Step) -> None:
+        """Nothing is smoothed."""
 
     def before_step(self, step: Step) -> None:
         """Takes the step's sketches into their sum; one that is not finite is left out."""
@@ -74,7 +84,12 @@ class GradientScores(Scores):
         scale, loss_scale = step.grad_scale, step.loss_scale
         if loss_scale is not None:
             scale = torch.tensor(loss_scale, dtype=torch.float64)
+        before = self._idle and (self._idle.in_gauge(self._parts), self._steps.clone())
         _core.take_sketches_(self.gauge.total, self._sum, self._steps, scale=scale, found_inf=step.found_inf)
+        if before:
+            took_part, steps = before
+            # A step that is not finite is none.
+            self._took_part += took_part * (self._steps - steps)
 
     def reached(self, optimizer: torch.optim.Optimizer) -> npt.NDArray[np.bool_]:
         """Which modules a gradient has reached since the last growth, in the window's steps."""
@@ -85,13 +100,14 @@ class GradientScores(Scores):
         """The scores for a growth, the same in every process; the sketches start anew."""
         count = self._components if self._keeps_directions else 1
         found = [self._triples(k, count) for k in range(len(self._modules))]
-        steps = self._steps.clamp(min=1.0)
+        steps = (self._took_part if self._idle else self._steps).clamp(min=1.0)
         sigma = torch.stack([values[0] for values, _, _ in found]).to(steps.device) / steps
         from_first_(sigma)
         self._sigma = sigma.cpu().numpy()
         self._directions = found if self._keeps_directions else []
         self._sum.zero_()
         self._steps.zero_()
+        self._took_part.zero_()
         return self._sigma
 
     def _triples(self, k: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,17 +137,21 @@ class GradientScores(Scores):
     def state(self) -> dict[str, Any]:
         """Copies for a checkpoint; of the sketches' sum if it holds anything."""
         held = {"sum": self._sum.clone()} if bool(self._sum.any()) else {}
+        if self._idle:
+            held["took_part"] = self._took_part.clone()
         return {"sigma": self._sigma.tolist(), "steps": self._steps.clone(), **held}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Takes what :meth:`state` gave."""
         self._sigma = np.array(saved["sigma"])
         self._steps.copy_(saved["steps"])
+        if "took_part" in saved:
+            self._took_part.copy_(saved["took_part"])
         if "sum" in saved:
             self._sum.copy_(saved["sum"])
 
     def finish(self) -> None:
         """Gives the sketches' memory back."""
         self.gauge.clear()
-        self._sums, self._directions = [], []
+        self._sums, self._directions, self._parts = [], [], []
         self._sum = self._sum.new_zeros(0)

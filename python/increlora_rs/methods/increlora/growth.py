@@ -91,6 +91,7 @@ class Growth(Allocation):
             # Asked for only to give the loss a gradient.
             self._scores.gauge.total.zero_()
             step = step._replace(armed=False)
+        self._scores.before_smoothing(step)
         self._orthogonality.before_step(step)
         self._scores.before_step(step)
         self.warmup.keep_old()

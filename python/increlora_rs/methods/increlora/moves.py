@@ -10,6 +10,9 @@ A first move is a trial: a few components go, and nothing else does until it is 
 be worth; and so on from move to move. Where what came is not worth enough more than what left, ranks stay
 where they are: all of them are needed alike, and what a component does fluctuates for other reasons.
 
+A step in which no token comes to an expert tells nothing of its components: their running means are those of
+the steps that they took part in, and what took part in fewer than some is not judged.
+
 Where training has settled, the mean of p says nothing, for what pulls a component up and down is in balance,
 and its variance is dW^T F dW with F the covariance of the gradients: Fisher's approximation of the curvature,
 so to second order what the loss would gain if the component were taken away.
@@ -32,6 +35,7 @@ from ...contract.policy import AdaptedModule, Event, Plan, Step
 from ...support.warning import warn
 from .allocation import Allocation
 from .config import IncreLoraConfig
+from .idle import Idle
 from .schedule import caps_of
 from .verdict import Verdict
 
@@ -53,6 +57,8 @@ _MARGIN = 3.0
 # Intervals between events until a component that came is judged, and until it speaks for its module: what
 # still learns is worth less than it will be, so a module would seem to have had enough when it got some.
 _JUDGED, _GROWN = 3, 6
+# Steps that a component has to have taken part in to be judged, where it may be idle: an expert's.
+_LEAST_SEEN = 5
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,9 @@ class Moves(Allocation):
         self._effects = _core.Fluctuation([module.factors[-1] for module in modules])
         self._first_spent = 0
         self._scores = np.zeros(len(modules))
+        self._idle = Idle(modules)
+        # Which modules took part in the step at hand; None: all do.
+        self._took_part: torch.Tensor | None = None
         self.verdict = Verdict()
         self._begin()
 
@@ -136,6 +145,8 @@ class Moves(Allocation):
 
     def before_step(self, step: Step) -> None:
         """The regulariser, and newborn rows as they are."""
+        if self._idle and step.number <= self.schedule.end:
+            self._took_part = self._idle.took_part()
         self._orthogonality.before_step(step)
         self.warmup.keep_old()
 
@@ -145,13 +156,7 @@ class Moves(Allocation):
         self.warmup.correct(step)
         if number > schedule.end:
             return None
-        self._effects.observe_(
-            self._mean,
-            self._squares,
-            self._steps,
-            mean_rate=_RATE,
-            square_rate=1.0 - _KEPT ** (1.0 / schedule.deltaT),
-        )
+        self._observe()
         return self._move(number) if self.decides(number) else None
 
     def resized(self) -> None:
@@ -180,19 +185,32 @@ class Moves(Allocation):
             torch.zeros(sum(self._ranks), dtype=torch.float64, device=self.plan.device) for _ in range(3)
         )
 
+    def _observe(self) -> None:
+        """Takes the step's effects in, of components that took part."""
+        known = self._mean, self._squares, self._steps
+        before = [vector.clone() for vector in known] if self._idle else []
+        self._effects.observe_(
+            *known, mean_rate=_RATE, square_rate=1.0 - _KEPT ** (1.0 / self.schedule.deltaT)
+        )
+        if before and self._took_part is not None:
+            ranks = torch.tensor(self._ranks, device=self._took_part.device)
+            seen = self._took_part.repeat_interleave(ranks, output_size=len(self._mean))
+            for vector, old in zip(known, before, strict=True):
+                vector.copy_(torch.where(seen, vector, old))
+
     # Moving.
 
     def _move(self, number: int) -> Event | None:
         worth, ranks = self._squares.cpu().numpy(), self._ranks
         starts = np.concatenate([[0], np.cumsum(ranks)])
         self._scores = np.array([worth[i:j].sum() for i, j in itertools.pairwise(starts)])
-        births = self._births()
+        births, seen = self._births(), self._seen_enough()
         shares = self._for_each_parameter(worth)
-        self._judge(number, shares, births)
+        self._judge(number, shares, births, seen)
         removed, gained = _core.choose_moves(
             worth,
-            (births == 0) | self._is_older(births, _JUDGED, number),
-            (births == 0) | self._is_older(births, _GROWN, number),
+            seen & ((births == 0) | self._is_older(births, _JUDGED, number)),
+            seen & ((births == 0) | self._is_older(births, _GROWN, number)),
             of_all := np.array(ranks, dtype=np.uint64),
             caps_of(self.config, self.modules, of_all),
             np.array(self._in_budget.costs, dtype=np.uint64),
@@ -233,11 +251,20 @@ class Moves(Allocation):
             over * (schedule.middle - number) / (schedule.middle - schedule.tinit + schedule.deltaT)
         )
 
-    def _judge(self, number: int, worth: _Vector, births: npt.NDArray[np.int64]) -> None:
+    def _seen_enough(self) -> npt.NDArray[np.bool_]:
+        """Which components took part in steps enough to be judged."""
+        seen: npt.NDArray[np.bool_] = self._steps.cpu().numpy() >= _LEAST_SEEN
+        may_be_idle = np.zeros(len(self.modules), dtype=bool)
+        may_be_idle[self._idle.may_be] = True
+        return seen | ~np.repeat(may_be_idle, self._ranks)
+
+    def _judge(
+        self, number: int, worth: _Vector, births: npt.NDArray[np.int64], seen: npt.NDArray[np.bool_]
+    ) -> None:
         """Judges what came and had time to learn; told, where it turns out not to pay."""
         verdict, before = self.verdict, self.verdict.pays
         for event in [event for event in verdict.waiting if self._is_older(event, _JUDGED, number)]:
-            verdict.judge(event, worth, births)
+            verdict.judge(event, worth[seen], births[seen])
         if verdict.pays is False and before is not False:
             logger.info(
                 "step %d: what came is worth %.2g times what left for it: ranks stay where they are",

@@ -48,6 +48,10 @@ class Scores(ABC):
         """Begins, or begins anew: draws what is random, for growths by so many components."""
 
     @abstractmethod
+    def before_smoothing(self, step: Step) -> None:
+        """Before the step's importances are smoothed: keeps what that must leave as it is."""
+
+    @abstractmethod
     def before_step(self, step: Step) -> None:
         """Before the optimizer acts: takes in what the smoothing does not."""
 

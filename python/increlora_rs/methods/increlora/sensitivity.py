@@ -8,18 +8,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from ...contract.policy import AdaptedModule, Step
 from ...gauges import Sensitivity
 from ...training.distributed import from_first_, in_any_process
 from ..smoothing import Smoothing
 from .config import IncreLoraConfig
+from .idle import Idle
 from .scores import Scores
 from .unreached import has_learned
 
 
 class SensitivityScores(Scores):
-    """Smoothed importances times their uncertainties, float64 vectors with a slot a module.
+    """Smoothed importances times their uncertainties, float64 vectors with a slot a module. Steps that leave
+    an expert idle are no steps to it.
 
     Args:
         modules, config: As for :class:`Scores`.
@@ -37,13 +40,27 @@ class SensitivityScores(Scores):
         )
         norm = 1.0 / (sizes.sqrt() if config.importance_norm == "sqrt" else sizes)
         self.smoothing = Smoothing(self.gauge.total, config.beta1, config.beta2, norm)
+        self._idle = Idle(modules)
+        self._left: tuple[Tensor, Tensor, Tensor] | None = None
 
     def start(self, seed: int, components: int) -> None:
         """Nothing has been smoothed."""
         self.smoothing.clear()
 
+    def before_smoothing(self, step: Step) -> None:
+        """Keeps what is smoothed of modules that the step left idle."""
+        self._left = None
+        if step.armed and self._idle:
+            parts = [self.gauge.total[k : k + 1] for k in self._idle.may_be]
+            idle, smoothing = ~self._idle.in_gauge(parts), self.smoothing
+            self._left = idle, smoothing.mean.clone(), smoothing.uncertainty.clone()
+
     def before_step(self, step: Step) -> None:
-        """Nothing: the smoothing takes the step in."""
+        """The smoothing took the step in; puts back what it had nothing to say of."""
+        if self._left is not None:
+            idle, mean, uncertainty = self._left
+            self.smoothing.mean.copy_(torch.where(idle, mean, self.smoothing.mean))
+            self.smoothing.uncertainty.copy_(torch.where(idle, uncertainty, self.smoothing.uncertainty))
 
     def at_growth(self) -> npt.NDArray[np.float64]:
         """The scores that a growth chooses by, the same in every process."""
