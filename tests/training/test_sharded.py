@@ -59,7 +59,7 @@ def test_a_training_that_one_process_saved_after_a_growth_goes_on_bit_for_bit(pr
 
 @slow
 def test_trainer_with_a_sharded_base_ends_as_under_ddp_and_resumes_bit_for_bit(tmp_path):
-    first, second = torchrun(2, "trainer_sharded.py", tmp_path)
+    first, second = torchrun(2, "trainer_sharded.py", tmp_path, "ddp", "fsdp", "state in shards")
     ours, like = first["fsdp"], first["ddp"]
     assert ours["sharded"] > like["sharded"] == 0
     assert [row[:3] for row in ours["history"]] == [row[:3] for row in like["history"]]
