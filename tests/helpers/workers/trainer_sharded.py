@@ -12,7 +12,7 @@ import peft
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from bert_trainer import WITHOUT_DROPOUT, arguments, classifier
 from growing import growing
 from increlora_rs import IncreLoraCallback
@@ -29,8 +29,7 @@ WAYS = {
     "ddp": {},
     "fsdp": {"fsdp": True, "fsdp_config": LAYERS},
     "state in shards": {"fsdp": True, "fsdp_config": LAYERS | {"state_dict_type": "SHARDED_STATE_DICT"}},
-    # To take the first process's values accelerate asks for an accelerator.
-    "fsdp1": {"fsdp": True, "fsdp_config": LAYERS | {"version": 1, "sync_module_states": False}},
+    "fsdp1": {"fsdp": True, "fsdp_config": LAYERS | {"version": 1}},
 }
 # How each goes on from its checkpoint: with the adapter of it, or with a fresh one.
 RESUMED = {
@@ -57,6 +56,14 @@ def allow_on_the_cpu():
             self.device = torch.device("cpu")
 
     AcceleratorState.__init__ = made
+    read = FullyShardedDataParallelPlugin.__post_init__
+
+    def without_sync(self):
+        # To send the first process's values it asks for an accelerator.
+        self.sync_module_states = False if self.fsdp_version == 1 else None
+        read(self)
+
+    FullyShardedDataParallelPlugin.__post_init__ = without_sync
     for config in (fsdp.FullStateDictConfig, fsdp.FullOptimStateDictConfig):
         # torch takes what is on the CPU for a copy of its own, and frees it.
         config.offload_to_cpu = property(lambda _: False, lambda *_: None)
