@@ -16,23 +16,12 @@ import torch
 import torch.distributed as dist
 from increlora_rs import attach
 from launches import gloo, keep
-from sharded import STEPS, STOP, loss_of, optimizer_of
+from sharded import STEPS, STOP, optimizer_of, part
+from torch import nn
+from zero_stages import ENGINES, SMALL
 
 # Else it compiles a communication of its own for processes of one machine, for minutes.
 deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
-# At stage 3 every parameter is cut into pieces, small ones too, or those alone that are not small.
-CUT = {"stage": 3, "stage3_param_persistence_threshold": 0}
-ENGINES = {
-    "ZeRO 0": {"stage": 0},
-    "ZeRO 1": {"stage": 1},
-    "ZeRO 2": {"stage": 2},
-    "ZeRO 3": CUT,
-    "ZeRO 3, small parameters whole": {"stage": 3},
-    "ZeRO 2, bfloat16": {"stage": 2},
-    "ZeRO 3, bfloat16": CUT,
-}
-# Buffers are made of this size, 2 GB by default.
-SMALL = {"reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000, "stage3_prefetch_bucket_size": 10_000}
 
 
 def begun(scenario, name):
@@ -41,7 +30,7 @@ def begun(scenario, name):
     config = {
         "train_micro_batch_size_per_gpu": 8,
         "gradient_clipping": 0.2,
-        "zero_optimization": ENGINES[name] | SMALL,
+        "zero_optimization": ENGINES[name][0] | SMALL,
         "bf16": {"enabled": "bfloat16" in name},
     }
     engine = deepspeed.initialize(model=model, optimizer=optimizer_of(model, scenario), config=config)[0]
@@ -50,7 +39,9 @@ def begun(scenario, name):
 
 def train(engine, scheduler, rank, last):
     for t in range(scheduler.step + 1, last + 1):
-        engine.backward(loss_of(engine, t, rank, 0))
+        x, y = part(t, rank, 0)
+        dtype = next(engine.module.parameters()).dtype
+        engine.backward(nn.functional.mse_loss(engine(x.to(dtype)).to(y.dtype), y))
         engine.step()
 
 
@@ -88,8 +79,8 @@ def main():
     with gloo() as rank:
         results = {}
         for name in sys.argv[2:] or ENGINES:
-            results[name] = {scenario: train_here(scenario, name, rank) for scenario in capacity.SCENARIOS}
-            for scenario in capacity.SCENARIOS:
+            results[name] = {scenario: train_here(scenario, name, rank) for scenario in ENGINES[name][1]}
+            for scenario in ENGINES[name][1]:
                 folder = out / f"{name} {scenario}".replace(" ", "_")
                 results[name][scenario]["resumed"] = train_in_two_parts(scenario, name, rank, folder)
         keep(results, rank)
