@@ -29,7 +29,7 @@ export TOKENIZERS_PARALLELISM := false
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo bench evidence conformance conformance-all docs test test-rust test-python test-isa test-gpu lint format clean
+.PHONY: help build demo bench evidence conformance conformance-all docs test test-rust test-python test-isa test-gpu deepspeed lint format clean
 
 help: ## list the targets
 	@sed -n -E 's/^([a-z-]+):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -81,6 +81,9 @@ test-isa: build ## the tests of numbers as on other processors, and on one core
 
 test-gpu: ## the kernels' tests, with the interpreter whose packages are at hand
 	$(PYTHON) -m pytest tests/cuda
+
+deepspeed: build ## install DeepSpeed, whose tests are skipped without it (make deepspeed test-python)
+	DS_BUILD_OPS=0 pip install --quiet --no-build-isolation deepspeed==0.19.8
 
 lint: build
 	cargo fmt --check

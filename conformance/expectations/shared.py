@@ -43,6 +43,9 @@ _SKIPS = (
     (r"^Test does not work with model ", "PEFT leaves the architecture out"),
     (r"^Combining Gemma adapters with SVD", "PEFT leaves the architecture out"),
     (r"^test requires a hardware accelerator", "needs a GPU"),
+    (r"^LoRA with multiple adapters with (target_parameters)", "PEFT has one adapter of LoRA with `{}`"),
+    (r"^Merging with (target_parameters)", "PEFT leaves out merging twice of `{}`"),
+    (r"^Skipping FSDP \+ target_paramters", "PEFT shards no model with `target_parameters`"),
 )
 
 # What several methods have in common.

@@ -23,15 +23,15 @@ def classifier(**changes):
 
 def arguments(out, steps, stop, **others):
     """Those of a training of so many steps that saves a checkpoint at ``stop``."""
-    return TrainingArguments(
-        output_dir=str(out),
-        max_steps=steps,
-        per_device_train_batch_size=4,
-        learning_rate=5e-3,
-        save_steps=stop,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        ddp_backend="gloo",
-        **others,
-    )
+    settings = {
+        "output_dir": str(out),
+        "max_steps": steps,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 5e-3,
+        "save_steps": stop,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "ddp_backend": "gloo",
+    }
+    return TrainingArguments(**settings | others)

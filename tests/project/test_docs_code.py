@@ -15,6 +15,7 @@ import transformers
 import unets
 from decoders import decoder
 from growing import growing
+from launches import WORKERS
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(?P<language>\w+)(?P<options>[^\n]*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
@@ -23,6 +24,8 @@ FILES = {
     'title="train.py"': "test_the_script_for_several_processes_runs_in_two",
     'title="train_sharded.py"': "test_the_script_for_several_processes_runs_in_two",
     'title="train_fsdp1.py"': "test_the_script_for_several_processes_runs_in_two",
+    'title="train_trainer.py"': "test_the_script_for_several_processes_runs_in_two",
+    'title="train_deepspeed.py"': "test_the_script_for_several_processes_runs_in_two",
     'title="resume.py"': "test_the_script_that_resumes_a_distributed_checkpoint_runs",
 }
 
@@ -262,7 +265,27 @@ def batches(rank, steps):
     for _ in range(steps):
         ids = torch.randint(5, 99, (4, 8), generator=generator)
         yield {{"input_ids": ids, "labels": ids[:, 0] % 3}}
+
+
+def rows():
+    return [{{k: v[0] for k, v in batch.items()}} for batch in batches(0, 64)]
 """
+# What a script's project begins with on the CPU: accelerate offers FSDP on accelerators only, and DeepSpeed
+# compiles a communication of its own for processes of one machine.
+ON_THE_CPU = {
+    "train_trainer.py": f"""
+import sys
+sys.path[:0] = {[str(WORKERS), str(WORKERS.parent)]!r}
+import torch
+from trainer_sharded import allow_on_the_cpu
+allow_on_the_cpu()
+torch.manual_seed(0)
+""",
+    "train_deepspeed.py": """
+import deepspeed
+deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
+""",
+}
 
 
 def script_of(text, name):
@@ -286,16 +309,21 @@ def test_the_script_that_resumes_a_distributed_checkpoint_runs(bert_dir, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["train.py", "train_sharded.py", "train_fsdp1.py"])
+@pytest.mark.parametrize(
+    "script", ["train.py", "train_sharded.py", "train_fsdp1.py", "train_trainer.py", "train_deepspeed.py"]
+)
 def test_the_script_for_several_processes_runs_in_two(script, bert_dir, tmp_path):
+    if script == "train_deepspeed.py":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     text = (ROOT / "docs" / "distributed.md").read_text()
     (tmp_path / script).write_text(script_of(text, script))
-    (tmp_path / "my_project.py").write_text(MY_PROJECT.format(model=str(bert_dir)))
+    project = ON_THE_CPU.get(script, "") + MY_PROJECT.format(model=str(bert_dir))
+    (tmp_path / "my_project.py").write_text(project)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, script],
         cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
         timeout=300,

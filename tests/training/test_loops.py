@@ -330,20 +330,20 @@ def test_a_run_stopped_inside_an_accumulation_goes_on_bit_for_bit():
         assert torch.equal(parameter, weights(model)[name]), name
 
 
-def test_an_optimizer_of_deepspeed_is_refused_with_the_reason():
+def test_an_optimizer_of_deepspeed_that_is_not_known_is_refused_with_the_reason():
     class ZeroOptimizer:
         pass
 
     ZeroOptimizer.__module__ = "deepspeed.runtime.zero.stage_1_and_2"
-    with pytest.raises(ValueError, match=r"DeepSpeed keeps flat copies.*Use DDP"):
+    with pytest.raises(ValueError, match=r"DeepSpeed keeps parameters in a form.*not known here.*Or use DDP"):
         attach(adapted(), ZeroOptimizer(), total_steps=STEPS)
 
 
-def test_parameters_partitioned_by_deepspeed_are_refused_with_the_reason():
+def test_parameters_partitioned_by_deepspeed_are_refused_without_its_optimizer():
     model = adapted()
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     trainable(model)[0].ds_id = 0
-    with pytest.raises(ValueError, match="partitioned by DeepSpeed ZeRO-3"):
+    with pytest.raises(ValueError, match=r"ZeRO has laid its parameters out.*give attach the engine"):
         attach(model, optimizer, total_steps=STEPS)
 
 

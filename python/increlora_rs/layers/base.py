@@ -308,8 +308,11 @@ class AdaptedLayer(AdapterTensors, LoraLayer, ABC):
                 continue
             if name in magnitudes:
                 return False
-            weight = held[name]._parameters.get("weight")
-            if weight is None or weight.numel() or asks(self.probes[name]):
+            parameters = held[name]._parameters
+            if "weight" not in parameters:
+                return False
+            # Taken by its name, for so DeepSpeed's ZeRO 3 notices that its numbers are needed.
+            if parameters["weight"].numel() or asks(self.probes[name]):
                 return False
             if not drops_plainly(dropouts[name]):
                 return False

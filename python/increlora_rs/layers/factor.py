@@ -104,10 +104,10 @@ class Factor(nn.Module):
         self.room, self.dim, self.rows = tuple(self.weight.shape), dim, rows
         self.whole_in_graphs = whole_in_graphs
 
-    def begin_work(self) -> None:
-        """Makes :attr:`work`, values undefined."""
-        weight = self.weight
-        self.__dict__["_work"] = nn.Parameter(weight.detach().new_zeros(self.counted().shape))
+    def begin_work(self, dtype: torch.dtype | None = None) -> None:
+        """Makes :attr:`work`, values undefined; of the weight's dtype, or another that it is trained in."""
+        weight = self.weight.detach()
+        self.__dict__["_work"] = nn.Parameter(weight.new_zeros(self.counted().shape, dtype=dtype))
 
     def end_work(self) -> None:
         """Lets it go."""
@@ -151,10 +151,12 @@ class Factor(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        weight = destination.get(f"{prefix}weight")
-        # What is saved is the same in both forms.
-        if self.room is not None and weight is not None and weight.shape == self.room:
-            destination[f"{prefix}weight"] = weight.narrow(self.dim, 0, self.rows)
+        if f"{prefix}weight" in destination:
+            destination[f"{prefix}weight"] = self.to_save(destination[f"{prefix}weight"])
+
+    def to_save(self, weight: Tensor) -> Tensor:
+        """What is saved of the weight: the same in both forms."""
+        return weight.narrow(self.dim, 0, self.rows) if weight.shape == self.room else weight
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         weight = state_dict.get(f"{prefix}weight")
@@ -195,22 +197,22 @@ class Factor(nn.Module):
 
     def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
         """As ``nn.Module``'s, with a warning: nothing calls the hook."""
-        _warn_of_hook()
+        _warn_of_hook(self)
         return super().register_forward_pre_hook(*args, **kwargs)
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
         """As ``nn.Module``'s, with a warning: nothing calls the hook."""
-        _warn_of_hook()
+        _warn_of_hook(self)
         return super().register_forward_hook(*args, **kwargs)
 
     def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
         """As ``nn.Module``'s, with a warning: nothing calls the hook."""
-        _warn_of_hook()
+        _warn_of_hook(self)
         return super().register_full_backward_pre_hook(*args, **kwargs)
 
     def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
         """As ``nn.Module``'s, with a warning: nothing calls the hook."""
-        _warn_of_hook()
+        _warn_of_hook(self)
         return super().register_full_backward_hook(*args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -218,7 +220,10 @@ class Factor(nn.Module):
         return f"{tuple(self.weight.shape)}"
 
 
-def _warn_of_hook() -> None:
+def _warn_of_hook(factor: Factor) -> None:
+    if hasattr(factor._parameters.get("weight"), "ds_id"):
+        # DeepSpeed's ZeRO 3, which hooks every module, and brings the numbers without it.
+        return
     # Not an error: what logs or counts hooks every module of a model.
     warn(
         "a hook on lora_A, lora_B or lora_E is not called, for the update is computed at once; put it on the "

@@ -29,7 +29,8 @@ class Assigned:
     def note(self) -> None:
         """Takes what is there now."""
         held = [module.layer.held_factors(module.adapter) for module in self._modules]
-        self._places = [factor._parameters for factors in held for factor in factors]
+        self._factors = [factor for factors in held for factor in factors]
+        self._places = [factor._parameters for factor in self._factors]
         self._parameters: list[nn.Parameter | None] = [place.get("weight") for place in self._places]
         self._were_replaced = False
         self.note_sizes()
@@ -54,7 +55,12 @@ class Assigned:
         return not all(map(is_, (place.get("weight") for place in self._places), self._parameters))
 
     def _sizes_now(self) -> list[int]:
-        return [0 if parameter is None else parameter.numel() for parameter in self._parameters]
+        pairs = zip(self._factors, self._parameters, strict=True)
+        # In the capacity form the size stays, and is nothing where ZeRO 3 has taken the numbers away.
+        return [
+            factor.room[factor.dim] if factor.room else 0 if parameter is None else parameter.numel()
+            for factor, parameter in pairs
+        ]
 
     def check_held(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises ValueError where a parameter was replaced, and ``optimizer`` does not hold the new one."""

@@ -15,6 +15,7 @@ from ..layers.found import all_adapted_layers
 from ..ops.probe import Probe
 from ..resizing.optimizer_starts import is_a, kinds
 from ..resizing.optimizer_state import note_wrapper
+from . import deepspeed
 from .modules import AdaptedModule
 from .sharding import refuse_sharded
 
@@ -80,11 +81,6 @@ def _inner(optimizer: Any) -> torch.optim.Optimizer | None:
 
 
 def _refuse(optimizer: Any) -> None:
-    if type(optimizer).__module__.startswith(("deepspeed.", "accelerate.utils.deepspeed")):
-        raise ValueError(
-            f"optimizer: a {type(optimizer).__name__} of DeepSpeed keeps flat copies of the parameters, "
-            "which cannot grow. Use DDP: leave out `deepspeed` in TrainingArguments."
-        )
     for kind in kinds(optimizer):
         if kind in _REFUSED:
             name = kind.partition(".")[2]
@@ -196,8 +192,11 @@ def schedulers_of(model: nn.Module) -> list[Any]:
     return [schedulers[probe] for probe in probes if probe in schedulers]
 
 
-def check_attachable(modules: Sequence[AdaptedModule], optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError unless the adapter can be trained by ``optimizer`` and can grow."""
+def check_attachable(
+    modules: Sequence[AdaptedModule], optimizer: torch.optim.Optimizer, zero: Any | None = None
+) -> None:
+    """Raises ValueError unless the adapter can be trained by ``optimizer`` and can grow; ``zero``: the
+    optimizer of DeepSpeed's around it, if there is one."""
     first = modules[0]
     if first.layer.probes[first.adapter].attached:
         raise ValueError(
@@ -206,7 +205,7 @@ def check_attachable(modules: Sequence[AdaptedModule], optimizer: torch.optim.Op
         )
     _refuse_computed_or_shared(modules)
     _refuse_frozen(modules, optimizer)
-    held = held_by(optimizer)
+    held = held_by(optimizer) if zero is None else deepspeed.held(zero)
     for module in modules:
         config = module.layer.configs[module.adapter]
         configured = config.scale(module.layer.lora_alpha[module.adapter], module.rank)
@@ -224,7 +223,8 @@ def check_attachable(modules: Sequence[AdaptedModule], optimizer: torch.optim.Op
             )
         parameters = [parameter for parameter, _, _ in module.parameters]
         for parameter in parameters:
-            refuse_sharded(parameter, has_room=module.layer.has_room(module.adapter))
+            has_room = module.layer.has_room(module.adapter)
+            refuse_sharded(parameter, has_room=has_room, by_zero=zero is not None)
         missing = [parameter for parameter in parameters if id(parameter) not in held]
         if missing:
             raise ValueError(

@@ -32,7 +32,7 @@ class InPlace:
     is_sharded = False
 
     def __init__(self, modules: Sequence[AdaptedModule], optimizer: torch.optim.Optimizer) -> None:
-        self._modules, self._optimizer = modules, optimizer
+        self._modules, self.optimizer = modules, optimizer
         for module in modules:
             module.state = self
 
@@ -53,6 +53,16 @@ class InPlace:
         """Is ``fact`` true in a process that has a part of the adapter?"""
         return fact
 
+    def trained_by(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Is a step of ``optimizer`` that begins or ends one of the adapter's parameters?"""
+        return True
+
+    def expect(self, births: Sequence[Sequence[Sequence[int]]]) -> None:
+        """A state is resumed in which the parameters' rows have these births."""
+
+    def share(self) -> None:
+        """What decides was at work outside of a step: has the model compute with its values."""
+
     def end(self) -> None:
         """The training is over."""
 
@@ -60,17 +70,17 @@ class InPlace:
 
     def start_anew(self, parameter: nn.Parameter, counted: int | None = None) -> None:
         """As :func:`increlora_rs.resizing.optimizer_state.start_anew`."""
-        start_anew(self._optimizer, parameter, counted)
+        start_anew(self.optimizer, parameter, counted)
 
     def resize_state(
         self, parameter: nn.Parameter, dim: int, rescaled: float, kept: Sequence[int] | None
     ) -> None:
         """As :func:`increlora_rs.resizing.optimizer_state.resize_state`."""
-        resize_state(self._optimizer, parameter, dim, rescaled, kept)
+        resize_state(self.optimizer, parameter, dim, rescaled, kept)
 
     def keep_state(self, parameter: nn.Parameter) -> None:
         """As :func:`increlora_rs.resizing.optimizer_state.keep_state`."""
-        keep_state(self._optimizer, parameter)
+        keep_state(self.optimizer, parameter)
 
 
 class InRoom(InPlace):
@@ -95,7 +105,7 @@ class InRoom(InPlace):
                 f"optimizer: a {type(optimizer).__name__} keeps weights of its own beside the parameters, "
                 "which cannot follow ranks in the capacity form; use AdamW, or growth='resize'."
             )
-        super().__init__(modules, optimizer)
+        super().__init__(modules, places.seen(optimizer))
         self._places, self.is_sharded = places, places.is_sharded
         self._probe = modules[0].layer.probes[modules[0].adapter]
         self._factors: list[Factor] = [
@@ -103,7 +113,7 @@ class InRoom(InPlace):
         ]
         self._depth = 0
         for factor in self._factors:
-            factor.begin_work()
+            factor.begin_work(places.dtype)
         self._of = {id(factor.work): factor for factor in self._factors}
         # Rows of the state that are to move when all are gathered.
         self._moves: list[tuple[Factor, list[int]]] = []
@@ -130,6 +140,21 @@ class InRoom(InPlace):
         """Is ``fact`` true in a process that has a part of the adapter?"""
         return self._places.in_any(fact)
 
+    def trained_by(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Is a step of ``optimizer`` that begins or ends one of the adapter's parameters?"""
+        return self._places.trained_by(optimizer)
+
+    def expect(self, births: Sequence[Sequence[Sequence[int]]]) -> None:
+        """A state is resumed: where it holds the values, the rows that count are its own."""
+        if self._places.values_in_state:
+            of_all = [steps for of_module in births for steps in of_module]
+            for factor, steps in zip(self._factors, of_all, strict=True):
+                factor.take_rows(factor.dim, len(steps))
+
+    def share(self) -> None:
+        """What decides was at work outside of a step: has the model compute with its values."""
+        self._places.share()
+
     def end(self) -> None:
         """The training is over: the rows that count are read off the model's parameters again."""
         for factor in self._factors:
@@ -139,8 +164,8 @@ class InRoom(InPlace):
     def _take(self) -> None:
         """Values and gradients from the model's parameters."""
         weights = [factor.weight for factor in self._factors]
-        values = self._places.gathered(weights, [weight.detach() for weight in weights])
-        gradients = self._places.gathered(weights, [weight.grad for weight in weights])
+        values = self._places.gathered(weights, list(map(self._places.value, weights)))
+        gradients = self._places.gathered(weights, list(map(self._places.gradient, weights)))
         for factor, value, gradient in zip(self._factors, values, gradients, strict=True):
             work = _work(factor)
             assert value is not None
@@ -165,11 +190,12 @@ class InRoom(InPlace):
             if factor.room is not None and work.shape[factor.dim] != before:
                 factor.take_rows(factor.dim, int(work.shape[factor.dim]))
             rows = max(before, factor.rows)
-            self._places.put(factor, weight.detach(), work.detach(), rows)
+            self._places.put(factor, self._places.value(weight), work.detach(), rows)
+            gradient = self._places.gradient(weight)
             if work.grad is None:
                 weight.grad = None
-            elif weight.grad is not None:
-                self._places.put(factor, weight.grad, work.grad, factor.rows)
+            elif gradient is not None:
+                self._places.put(factor, gradient, work.grad, factor.rows)
             elif not self.is_sharded:
                 weight.grad = _padded(factor, work.grad)
 
@@ -177,10 +203,7 @@ class InRoom(InPlace):
 
     def start_anew(self, parameter: nn.Parameter, counted: int | None = None) -> None:
         """Of the model's parameter."""
-        weight = self._of[id(parameter)].weight
-        # Where this process has no piece of it, there is no state.
-        if weight.numel():
-            start_anew(self._optimizer, weight, counted)
+        self._places.start_anew(self.optimizer, self._of[id(parameter)].weight, counted)
 
     def resize_state(
         self, parameter: nn.Parameter, dim: int, rescaled: float, kept: Sequence[int] | None
@@ -198,22 +221,23 @@ class InRoom(InPlace):
         if not moves:
             return
         weights = [factor.weight for factor, _ in moves]
-        states = [self._optimizer.state.get(weight, {}) for weight in weights]
+        pieces = list(map(self._places.value, weights))
+        states = [self.optimizer.state.get(weight, {}) for weight in weights]
         for key in self._places.all_of({key for state in states for key in state}):
-            values = [_of_rows(state.get(key), weight) for state, weight in zip(states, weights, strict=True)]
+            values = [_of_rows(state.get(key), piece) for state, piece in zip(states, pieces, strict=True)]
             wholes = self._places.gathered(weights, values)
             for (factor, kept), value, whole in zip(moves, values, wholes, strict=True):
                 if whole is not None and value is not None:
                     rows = moved(whole, factor.dim, kept)
                     self._places.put(factor, value, rows, rows.shape[factor.dim])
-        for weight, state in zip(weights, states, strict=True):
-            if any(_is_other(value, weight) for value in state.values()):
+        for weight, piece, state in zip(weights, pieces, states, strict=True):
+            if any(_is_other(value, piece) for value in state.values()):
                 warn(
-                    f"the state of {type(self._optimizer).__name__} has not a number for each of the "
+                    f"the state of {type(self.optimizer).__name__} has not a number for each of the "
                     "parameter's, and cannot follow components that move. The parameter's optimizer state "
                     "starts anew; docs/optimizers.md names optimizers that keep theirs"
                 )
-                start_anew(self._optimizer, weight)
+                self._places.start_anew(self.optimizer, weight, None)
 
 
 def _work(factor: Factor) -> nn.Parameter:
@@ -229,9 +253,9 @@ def _padded(factor: Factor, rows: Tensor) -> Tensor:
     return rows.clone() if factor.room is None else padded(rows, factor.dim, factor.room[factor.dim])
 
 
-def _of_rows(value: object, weight: Tensor) -> Tensor | None:
-    return value if isinstance(value, Tensor) and value.shape == weight.shape and value.dim() else None
+def _of_rows(value: object, piece: Tensor) -> Tensor | None:
+    return value if isinstance(value, Tensor) and value.shape == piece.shape and value.dim() else None
 
 
-def _is_other(value: object, weight: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and value.shape != weight.shape
+def _is_other(value: object, piece: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape != piece.shape

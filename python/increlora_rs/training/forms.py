@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from .deepspeed import ZeroPieces
 from .form import InPlace, InRoom
 from .modules import AdaptedModule
 from .pieces import Whole, pieces_of
@@ -14,9 +16,13 @@ from .sharding import flat_parameters
 
 
 def form_of(
-    model: nn.Module, modules: Sequence[AdaptedModule], optimizer: torch.optim.Optimizer
+    model: nn.Module,
+    modules: Sequence[AdaptedModule],
+    optimizer: torch.optim.Optimizer,
+    zero: Any | None,
 ) -> InPlace | InRoom:
-    """The form of the adapter of ``modules``.
+    """The form of the adapter of ``modules``; ``zero``: the optimizer of DeepSpeed's that has ``optimizer``
+    train pieces, if there is one.
 
     Raises:
         ValueError: it is in the capacity form, and the optimizer cannot train that.
@@ -24,9 +30,9 @@ def form_of(
     if not any(module.layer.has_room(module.adapter) for module in modules):
         return InPlace(modules, optimizer)
     parameters = [parameter for module in modules for parameter in module.trained]
-    flats = flat_parameters(model, parameters)
-    if not flats:
+    flats = [] if zero is not None else flat_parameters(model, parameters)
+    if zero is None and not flats:
         return InRoom(modules, optimizer, Whole())
-    pieces = pieces_of(flats, parameters)
+    pieces = pieces_of(flats, parameters) if zero is None else ZeroPieces(zero, parameters)
     pieces.know([factor for module in modules for factor in module.layer.held_factors(module.adapter)])
     return InRoom(modules, optimizer, pieces)

@@ -36,6 +36,9 @@ class Training(Protocol):
     def take_state(self) -> None:
         """It may have, without calling its hooks."""
 
+    def trained_by(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Is the step of it that begins or ends one of the adapter?"""
+
 
 class Hooks:
     """The hooks of one training on its optimizer.
@@ -43,31 +46,33 @@ class Hooks:
     Args:
         optimizer: The torch optimizer whose ``step`` moves the parameters.
         session: The training.
+        around: What loads the optimizer's state, and values that it holds, in its own ``load_state_dict``.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, session: Training) -> None:
-        self._optimizer, self._session = optimizer, session
+    def __init__(self, optimizer: torch.optim.Optimizer, session: Training, around: Any = None) -> None:
+        self._loads, self._session = optimizer if around is None else around, session
         self._depth = StepDepth()
         self._watched: Callable[..., Any] | None = None
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_state_dict_post_hook(self._save),
-            optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
+        if around is None:
+            self._handles.append(optimizer.register_load_state_dict_post_hook(self._after_load))
         self._watch_loading()
 
     def remove(self) -> None:
         """Takes them off; the optimizer is as it was."""
         for handle in self._handles:
             handle.remove()
-        if self._watched is not None and vars(self._optimizer).get("load_state_dict") is self._watched:
-            del self._optimizer.load_state_dict
+        if self._watched is not None and vars(self._loads).get("load_state_dict") is self._watched:
+            del self._loads.load_state_dict
 
     def _watch_loading(self) -> None:
         """Has a state taken in that the optimizer loads without calling hooks, as bitsandbytes' do."""
-        load = self._optimizer.load_state_dict
-        if type(self._optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict:
+        load = self._loads.load_state_dict
+        if type(self._loads).load_state_dict is torch.optim.Optimizer.load_state_dict:
             return
 
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -76,13 +81,13 @@ class Hooks:
             return result
 
         self._watched = watched
-        vars(self._optimizer)["load_state_dict"] = watched
+        vars(self._loads)["load_state_dict"] = watched
 
     @untraced
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not self._depth.enters(optimizer):
+        if not self._session.trained_by(optimizer) or not self._depth.enters(optimizer):
             return None
         self._session.begin_step()
         # args[0] is the optimizer.
@@ -104,8 +109,8 @@ class Hooks:
         return (args[0], then_take_gradients, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
 
     @untraced
-    def _after_step(self, *_: Any) -> None:
-        if self._depth.leaves():
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._session.trained_by(optimizer) and self._depth.leaves():
             self._session.end_step()
 
     @untraced

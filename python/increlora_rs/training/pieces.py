@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..layers.factor import Factor
+from ..resizing.optimizer_state import start_anew
 from ..resizing.room import padded
 
 
@@ -19,6 +20,35 @@ class Whole:
     """All numbers are in this process."""
 
     is_sharded = False
+    # Does a checkpoint of the optimizer hold the parameters' values, too?
+    values_in_state = False
+    # That of what is trained; None: the parameters'.
+    dtype: torch.dtype | None = None
+
+    def value(self, weight: nn.Parameter) -> Tensor:
+        """What this process has of a parameter, as it is trained."""
+        return weight.detach()
+
+    def gradient(self, weight: nn.Parameter) -> Tensor | None:
+        """Of the same numbers the gradient, if there is one."""
+        return weight.grad
+
+    def seen(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """``optimizer`` as one that holds the parameters."""
+        return optimizer
+
+    def trained_by(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Is a step of ``optimizer`` that begins or ends one of the parameters?"""
+        return True
+
+    def start_anew(self, optimizer: torch.optim.Optimizer, weight: nn.Parameter, counted: int | None) -> None:
+        """As :func:`increlora_rs.resizing.optimizer_state.start_anew`."""
+        # Where this process has no piece of it, there is no state.
+        if weight.numel():
+            start_anew(optimizer, weight, counted)
+
+    def share(self) -> None:
+        """Values were written outside of a step: has the model compute with them."""
 
     def gathered(self, weights: Sequence[Tensor], values: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Of each of ``values``, which belong to ``weights``, the whole; None where there is none."""

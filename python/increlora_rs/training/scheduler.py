@@ -16,6 +16,7 @@ from ..support import arguments
 from ..support.capacity import Capacity, data_of
 from ..support.untraced import untraced
 from ..support.warning import warn
+from . import deepspeed
 from .distributed import shared_seed
 from .events import GrowthEvent
 from .fit import ATTACHED, check_attachable, trainable_adapter, unwrapped_optimizer
@@ -84,10 +85,11 @@ def attach(
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel or torch.compile."""
+    """The model inside DistributedDataParallel, DataParallel, DeepSpeed's engine or torch.compile."""
     while True:
-        if isinstance(model, _WRAPPERS):
-            model = model.module
+        if isinstance(model, _WRAPPERS) or deepspeed.is_engine(model):
+            inner: Any = model.module
+            model = inner
         elif "_orig_mod" in model._modules:
             model = model.get_submodule("_orig_mod")
         else:
@@ -166,10 +168,11 @@ class RankScheduler:
         adapter_name: str | None,
         policy: PolicyMaker | None,
     ) -> None:
+        zero = deepspeed.zero_of(model, optimizer)
         model = _unwrapped(model)
-        optimizer = unwrapped_optimizer(optimizer)
+        optimizer = unwrapped_optimizer(optimizer if zero is None else zero.optimizer)
         modules = adapted_modules(model, trainable_adapter(model, adapter_name))
-        check_attachable(modules, optimizer)
+        check_attachable(modules, optimizer, zero)
         if hooked(optimizer):
             raise ValueError(
                 "optimizer: a scheduler is attached to it already, and its checkpoint has room for one; call "
@@ -182,7 +185,8 @@ class RankScheduler:
         seed = shared_seed(torch.initial_seed(), device)
         plan = Plan(seed, total_steps, lr_warmup_steps, lr_schedule, optimizer, device)
         self.method = config.method.name
-        self.session = Session(model, modules, policy or config.policy or Policy, plan, self.method, scaler)
+        make = policy or config.policy or Policy
+        self.session = Session(model, modules, make, plan, self.method, scaler, zero)
         ATTACHED[self] = self.session.probe
         self._loaded = model.register_load_state_dict_post_hook(_TakeSizes(self))
         self._attached = True

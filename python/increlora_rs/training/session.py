@@ -42,6 +42,7 @@ class Session:
         plan: What is known before the first step.
         method: Name of the adapter's method.
         scaler: The ``GradScaler`` of a float16 training, or None.
+        zero: The optimizer of DeepSpeed's that has the plan's train pieces, or None.
     """
 
     def __init__(
@@ -52,12 +53,19 @@ class Session:
         plan: Plan,
         method: str,
         scaler: Any | None,
+        zero: Any | None = None,
     ) -> None:
         self.model, self.modules, self.optimizer, self.method = model, modules, plan.optimizer, method
         layer, adapter = modules[0].layer, modules[0].adapter
         self.config, self.probe = layer.configs[adapter], layer.probes[adapter]
-        self._form = form_of(model, modules, plan.optimizer)
+        self._form = form_of(model, modules, plan.optimizer, zero)
+        saved = self._group.get(checkpoint.KEY, checkpoint.HELD)
+        # A state that the first process loads for all (broadcast_from_rank0) has unknown entries there alone.
+        saved = from_holder(None if saved == checkpoint.HELD else saved, plan.device)
+        # Before anything is at work on the parameters, for a state may say how many rows they have.
+        state = None if saved is None else self._read(saved, plan.total_steps)
         with self._form.at_work():
+            plan = dataclasses.replace(plan, optimizer=self._form.optimizer)
             self.policy = make_policy(modules, self.config, plan)
         self.step = 0
         self.restored = False
@@ -72,20 +80,18 @@ class Session:
         self._expected: list[tuple[int, int]] | None = None
         self._scaler = ScalerWatch(scaler, self._drop_gauge)
         self._replicas = Replicas(model, modules, self.optimizer, self._form.is_sharded)
-        saved = self._group.get(checkpoint.KEY, checkpoint.HELD)
-        # A state that the first process loads for all (broadcast_from_rank0) has unknown entries there alone.
-        saved = from_holder(None if saved == checkpoint.HELD else saved, plan.device)
-        if saved is None:
+        if state is None:
             with self._form.at_work():
                 self._start()
+            self._form.share()
         else:
-            self._restore(saved)
+            self._restore(state)
         self._group[checkpoint.KEY] = checkpoint.HELD
         self._attach()
         self.listeners = SizeListeners(model, modules)
         self._bystanders = Bystanders(model, modules)
         self._assigned = Assigned(modules)
-        self._hooks = Hooks(self.optimizer, self)
+        self._hooks = Hooks(self.optimizer, self, zero)
         self._arm()
 
     @property
@@ -100,7 +106,7 @@ class Session:
             module.start()
         # A parameter without rows has no state that counts.
         first = next((module for module in self.modules if module.rows), self.modules[0])
-        self._lead = steps_taken(self.optimizer, first.trained[0])
+        self._lead = steps_taken(self._form.optimizer, first.trained[0])
         self.policy.start()
         self._follow()
 
@@ -123,12 +129,17 @@ class Session:
                 self._take_loaded()
             self.policy.finish()
             self._follow()
+        self._form.share()
         self.probe.detach()
         self._group.pop(checkpoint.KEY, None)
         self._tell("detach")
         self._form.end()
 
     # One step.
+
+    def trained_by(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Is the step of ``optimizer`` that begins or ends one of the adapter?"""
+        return self._form.trained_by(optimizer)
 
     def begin_step(self) -> None:
         """The optimizer's ``step`` was called."""
@@ -286,7 +297,7 @@ class Session:
         # Without hooks, an optimizer's own `state_dict` gives what stands in the group.
         saved = self._group.get(checkpoint.KEY, checkpoint.HELD)
         if saved != checkpoint.HELD:
-            self._restore(saved)
+            self._restore(self._read(saved, self.policy.plan.total_steps))
             self._group[checkpoint.KEY] = checkpoint.HELD
             self._arm()
             return
@@ -298,14 +309,19 @@ class Session:
         if self._group.setdefault(checkpoint.KEY, checkpoint.HELD) != checkpoint.HELD:
             self.after_load()
 
-    def _restore(self, value: Any) -> None:
-        with self._form.at_work():
-            self._restore_from(value)
-
-    def _restore_from(self, value: Any) -> None:
+    def _read(self, value: Any, total_steps: int | None) -> dict[str, Any]:
+        """A state that was found, if it is of this training."""
         saved = checkpoint.unpack(value)
-        names = [module.name for module in self.modules]
-        checkpoint.check(saved, self.method, names, self.policy.plan.total_steps)
+        checkpoint.check(saved, self.method, [module.name for module in self.modules], total_steps)
+        self._form.expect(saved["births"])
+        return saved
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        with self._form.at_work():
+            self._restore_from(saved)
+        self._form.share()
+
+    def _restore_from(self, saved: dict[str, Any]) -> None:
         self.step, self._lead, self._skipped = saved["step"], saved["lead"], saved["skipped"]
         self.restored = True
         self.policy.plan = dataclasses.replace(self.policy.plan, seed=saved["seed"])

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..layers.found import all_adapted_layers
+from .deepspeed import is_trained_by_zero
 from .modules import AdaptedModule
 
 _WHOLE = (
@@ -49,11 +50,12 @@ def adapter_parameters(model: nn.Module) -> set[nn.Parameter]:
     return ours | {parameter for parameter in model.parameters() if parameter.requires_grad}
 
 
-def refuse_sharded(parameter: nn.Parameter, *, has_room: bool) -> None:
+def refuse_sharded(parameter: nn.Parameter, *, has_room: bool, by_zero: bool = False) -> None:
     """Raises ValueError for a parameter that is sharded over processes and so cannot grow in place.
 
     Args:
-        has_room: Is it of the capacity form, which FSDP1 may flatten?
+        has_room: Is it of the capacity form, which FSDP1 and ZeRO may flatten?
+        by_zero: Is the optimizer one of ZeRO's, that is known?
     """
     if isinstance(parameter, DTensor):
         raise ValueError(
@@ -67,10 +69,11 @@ def refuse_sharded(parameter: nn.Parameter, *, has_room: bool) -> None:
             "fully_shard (FSDP2), with the adapter left whole by "
             "ignored_params=increlora_rs.adapter_parameters(model); or DDP."
         )
-    if hasattr(parameter, "ds_id"):
+    if is_trained_by_zero(parameter) and not (has_room and by_zero):
         raise ValueError(
-            "model: its parameters are partitioned by DeepSpeed ZeRO-3, and a partitioned parameter cannot "
-            "grow. Use DDP: leave out `deepspeed` in TrainingArguments."
+            "model: DeepSpeed's ZeRO has laid its parameters out, in which form they cannot grow. Set "
+            'growth="capacity" in the configuration, and give attach the engine, or its optimizer; or take '
+            "stage 0; or use DDP: leave out `deepspeed` in TrainingArguments."
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.peft_types import PeftType
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
@@ -370,6 +371,7 @@ class MethodModel(LoraModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """The adapter's tensors, active components only; brings ``config.rank_pattern`` up to date."""
+        _fill_in_heads(model, adapter_name, state_dict)
         selected: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
@@ -395,6 +397,8 @@ class MethodModel(LoraModel):
                 if next(iter(factors.values())).is_meta:
                     present = layer.present(adapter_name)
                     factors = {factor: present[factor].detach() for factor in keys}
+                held = dict(zip(layer.structure.names, layer.held_factors(adapter_name), strict=True))
+                factors = {f: held[f].to_save(t) if f in held else t for f, t in factors.items()}
                 factors = layer.structure.to_save(short(name), factors)
                 selected.update({keys[factor]: tensor for factor, tensor in factors.items()})
                 ranks[short(name)] = int(layer.structure.rank_of(factors))
@@ -491,6 +495,17 @@ def _own(weight: Any, name: str) -> nn.Parameter:
         "merge, the module gets a weight of its own"
     )
     return nn.Parameter(weight.detach().clone(), weight.requires_grad)
+
+
+def _fill_in_heads(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """FSDP1 gives the state dict to the first process alone where it is told to (``rank0_only``), as
+    accelerate does, and PEFT asks for a head's in all: the others get what is there, which nobody saves."""
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            start = f"{as_saved(name)}.modules_to_save.{adapter_name}"
+            for key, value in module.modules_to_save[adapter_name].named_parameters():
+                if getattr(value, "_fsdp_flattened", False):
+                    state_dict.setdefault(f"{start}.{as_saved(key)}", value)
 
 
 def _check_not_split(base: nn.Module, model: nn.Module, name: str) -> None:

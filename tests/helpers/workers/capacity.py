@@ -13,7 +13,7 @@ import torch
 from growing import growing
 from increlora_rs import IncreLoraConfig, attach
 from launches import gloo, keep
-from sharded import STEPS, STOP, Block, Net, loss_of, trained
+from sharded import STEPS, STOP, Block, Net, loss_of, optimizer_of, trained
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
     FullStateDictConfig,
@@ -46,7 +46,7 @@ SCENARIOS = {
 def config_for(scenario, growth="capacity"):
     shared = {"r": 2, "lora_alpha": 4, "target_modules": ["up", "down", "first"], "growth": growth}
     if scenario == "moving":
-        return IncreLoraConfig(tinit=4, deltaT=4, **shared)
+        return IncreLoraConfig(tinit=3, deltaT=3, **shared)
     make = IncreLoraConfig.paper if scenario == "paper" else growing
     return make(top_h=2, tinit=3, deltaT=3, **shared | SCENARIOS[scenario])
 
@@ -77,7 +77,7 @@ def clip(model):
 
 def begun(scenario, engine):
     model = wrapped(model_for(scenario), engine)
-    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    optimizer = optimizer_of(model, scenario)
     return model, optimizer, attach(model, optimizer, total_steps=STEPS)
 
 
@@ -135,7 +135,7 @@ def train_in_two_parts(scenario, engine, rank):
 def train_alone(scenario, processes, growth="resize"):
     """One process that sees every process's batches, in the form ``growth``."""
     model = model_for(scenario, growth)
-    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    optimizer = optimizer_of(model, scenario)
     scheduler = attach(model, optimizer, total_steps=STEPS)
     for t in range(1, STEPS + 1):
         for rank in range(processes):

@@ -71,7 +71,7 @@ class Net(nn.Module):
 def config_for(scenario):
     targets = ["up", "down", "first"]
     if scenario == "moving":
-        return IncreLoraConfig(r=2, lora_alpha=4, target_modules=targets, tinit=4, deltaT=4)
+        return IncreLoraConfig(r=2, lora_alpha=4, target_modules=targets, tinit=3, deltaT=3)
     make = IncreLoraConfig.paper if scenario == "paper" else growing
     settings = {"r": 2, "lora_alpha": 4, "target_modules": targets, "top_h": 2, "tinit": 3, "deltaT": 3}
     if scenario == "with a head":
@@ -125,8 +125,9 @@ def result(model, scheduler):
     }
 
 
-def optimizer_of(model):
-    return torch.optim.AdamW(trained(model), lr=1e-2)
+def optimizer_of(model, scenario="plain"):
+    # What moves first, at step 3, is judged at step 12: it pays where it has learned by then, and more moves.
+    return torch.optim.AdamW(trained(model), lr=1e-1 if scenario == "moving" else 1e-2)
 
 
 def build(scenario, rank):
@@ -163,7 +164,7 @@ def train(scenario, model, optimizer, scheduler, rank, last):
 def train_here(scenario, rank):
     model = build(scenario, rank)
     assert all(isinstance(p, DTensor) for p in model.parameters() if not p.requires_grad)
-    optimizer = optimizer_of(model)
+    optimizer = optimizer_of(model, scenario)
     scheduler = attach(model, optimizer, total_steps=STEPS)
     train(scenario, model, optimizer, scheduler, rank, STEPS)
     scheduler.detach()
@@ -173,7 +174,7 @@ def train_here(scenario, rank):
 def train_in_two_parts(scenario, rank, folder):
     """The first process saves in the middle, while the others wait, and all go on from its files."""
     model = build(scenario, rank)
-    optimizer = optimizer_of(model)
+    optimizer = optimizer_of(model, scenario)
     train(scenario, model, optimizer, attach(model, optimizer, total_steps=STEPS), rank, STOP)
     if rank == 0:
         model.save_pretrained(folder)
@@ -182,7 +183,7 @@ def train_in_two_parts(scenario, rank, folder):
     torch.manual_seed(3)
     model = peft.PeftModel.from_pretrained(Net(), folder, is_trainable=True)
     shard(model, scenario)
-    optimizer = optimizer_of(model)
+    optimizer = optimizer_of(model, scenario)
     scheduler = attach(model, optimizer, total_steps=STEPS)
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt"))
     train(scenario, model, optimizer, scheduler, rank, STEPS)
@@ -193,7 +194,7 @@ def train_in_two_parts(scenario, rank, folder):
 def train_alone(scenario, processes):
     """One process that sees every process's batches, as micro-batches of the averaged loss."""
     model = model_for(scenario)
-    optimizer = optimizer_of(model)
+    optimizer = optimizer_of(model, scenario)
     scheduler = attach(model, optimizer, total_steps=STEPS)
     micro = micro_batches(scenario)
     for t in range(1, STEPS + 1):

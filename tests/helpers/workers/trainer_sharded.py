@@ -1,6 +1,7 @@
-"""Run by torchrun: Trainer with a base that FSDP2 shards, beside DistributedDataParallel.
+"""Run by torchrun: Trainer with a base that FSDP2 shards, or a model that FSDP1 does, beside
+DistributedDataParallel.
 
-Usage: trainer_sharded.py OUT, where OUT/rank<N>.pt receives what each process got.
+Usage: trainer_sharded.py OUT WAY ..., where OUT/rank<N>.pt receives what each process got.
 """
 
 import os
@@ -11,12 +12,14 @@ import peft
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from bert_trainer import WITHOUT_DROPOUT, arguments, classifier
 from growing import growing
 from increlora_rs import IncreLoraCallback
 from launches import keep
 from rows import Rows
+from safetensors.torch import load_file
+from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
@@ -26,6 +29,15 @@ WAYS = {
     "ddp": {},
     "fsdp": {"fsdp": True, "fsdp_config": LAYERS},
     "state in shards": {"fsdp": True, "fsdp_config": LAYERS | {"state_dict_type": "SHARDED_STATE_DICT"}},
+    "fsdp1": {"fsdp": True, "fsdp_config": LAYERS | {"version": 1}},
+}
+# How each goes on from its checkpoint: with the adapter of it, or with a fresh one.
+RESUMED = {
+    "its adapter": ("fsdp", False),
+    "a fresh adapter": ("fsdp", True),
+    "a fresh adapter, state in shards": ("state in shards", True),
+    "fsdp1, its adapter": ("fsdp1", False),
+    "fsdp1, a fresh adapter": ("fsdp1", True),
 }
 
 
@@ -40,8 +52,21 @@ def allow_on_the_cpu():
         # Each further look at the shared state puts the CPU's back.
         if self._shared_state.get("fsdp_plugin") is not None:
             self.distributed_type = DistributedType.FSDP
+            # It has a number in accelerate, and none in torch.
+            self.device = torch.device("cpu")
 
     AcceleratorState.__init__ = made
+    read = FullyShardedDataParallelPlugin.__post_init__
+
+    def without_sync(self):
+        # To send the first process's values it asks for an accelerator.
+        self.sync_module_states = False if self.fsdp_version == 1 else None
+        read(self)
+
+    FullyShardedDataParallelPlugin.__post_init__ = without_sync
+    for config in (fsdp.FullStateDictConfig, fsdp.FullOptimStateDictConfig):
+        # torch takes what is on the CPU for a copy of its own, and frees it.
+        config.offload_to_cpu = property(lambda _: False, lambda *_: None)
 
 
 def base():
@@ -61,6 +86,10 @@ def adapted():
     return peft.get_peft_model(base(), adapter)
 
 
+def is_sharded(parameter):
+    return isinstance(parameter, DTensor) or getattr(parameter, "_fsdp_flattened", False)
+
+
 def train(way, out, resume=False, fresh=True):
     callback = IncreLoraCallback()
     checkpoint = Path(out) / f"checkpoint-{STOP}"
@@ -72,12 +101,15 @@ def train(way, out, resume=False, fresh=True):
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
     trainer.save_model(str(Path(out) / "saved"))
-    sharded = [p for p in trainer.model.parameters() if isinstance(p, DTensor)]
+    dist.barrier()
+    saved = Path(out) / "saved" / "adapter_model.safetensors"
     return {
         "parameters": [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad],
+        # With the state in shards nothing is written that PEFT can load.
+        "saved": load_file(saved) if saved.is_file() else None,
         "history": callback.scheduler.history.tolist(),
         "ranks": callback.scheduler.ranks,
-        "sharded": len(sharded),
+        "sharded": sum(map(is_sharded, trainer.model.parameters())),
     }
 
 
@@ -86,11 +118,12 @@ def main():
     allow_on_the_cpu()
     out, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     # First, for what accelerate reads of the environment afterwards.
-    results = {way: train(way, out / way) for way in WAYS}
+    ways = sys.argv[2:]
+    results = {way: train(way, out / way) for way in ways}
     results["resumed"] = {
-        "its adapter": train("fsdp", out / "fsdp", resume=True, fresh=False),
-        "a fresh adapter": train("fsdp", out / "fsdp", resume=True),
-        "a fresh adapter, state in shards": train("state in shards", out / "state in shards", resume=True),
+        name: train(way, out / way, resume=True, fresh=fresh)
+        for name, (way, fresh) in RESUMED.items()
+        if way in ways
     }
     keep(results, rank)
     dist.barrier()

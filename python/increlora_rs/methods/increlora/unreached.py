@@ -69,9 +69,9 @@ def has_learned(module: AdaptedModule, optimizer: torch.optim.Optimizer) -> bool
     """
     for parameter in module.first_learners():
         state = optimizer.state.get(parameter, {}).values()
-        moments = [
-            value for value in state if isinstance(value, torch.Tensor) and value.shape == parameter.shape
-        ]
+        # Of what an engine has laid out otherwise the optimizer has a piece.
+        piece = getattr(optimizer, "piece_of", torch.Tensor.detach)(parameter)
+        moments = [value for value in state if isinstance(value, torch.Tensor) and value.shape == piece.shape]
         seen = moments if parameter.grad is None else [parameter.grad, *moments]
         if any(bool(value.any()) for value in seen):
             return True
