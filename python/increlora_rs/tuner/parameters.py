@@ -159,7 +159,9 @@ def adapted_parameters(model: nn.Module, adapter_name: str, short: Callable[[str
 def patterns_for_modules(config: Any) -> Iterator[None]:
     """PEFT tells of keys of ``rank_pattern`` and ``alpha_pattern`` that match no module, and counts no
     parameters: in the context they are without those that :func:`set_aside` took."""
-    kept = {name: getattr(config, name) for name in ("rank_pattern", "alpha_pattern")}
+    # Where nothing was set aside, a method may have written patterns of its own.
+    names = ("rank_pattern", "alpha_pattern") if config.target_parameters else ()
+    kept = {name: getattr(config, name) for name in names}
     try:
         yield
     finally:

@@ -93,8 +93,8 @@ def trained(scales, policy=Moves):
 class Vain(Moves):
     """What came turns out to be worth next to nothing."""
 
-    def _judge(self, number, worth, births):
-        super()._judge(number, np.where(births > 0, 1e-9, worth), births)
+    def _judge(self, number, worth, births, seen):
+        super()._judge(number, np.where(births > 0, 1e-9, worth), births, seen)
 
 
 def test_ranks_move_as_long_as_it_pays():
