@@ -212,10 +212,15 @@ class MethodConfig(LoraConfig):
             ValueError: the method cannot adapt them together.
         """
 
+    @property
+    def first_rank(self) -> int:
+        """The rank that modules begin with: ``r``."""
+        r: int = self.r
+        return r
+
     def rank_at(self, module: str) -> int:
-        """The rank of a module at the start, by its full name: ``rank_pattern``'s, else ``r``."""
-        default: int = self.r
-        return self.rank_pattern.get(self.pattern_key(self.rank_pattern, module), default)
+        """The rank of a module at the start, by its full name: ``rank_pattern``'s, else the first one."""
+        return self.rank_pattern.get(self.pattern_key(self.rank_pattern, module), self.first_rank)
 
     def check_rank(self, site: Site, rank: int) -> None:
         """Checks a module's size, and the rank that it begins with. One above min(in, out) says nothing more,
@@ -244,14 +249,15 @@ class MethodConfig(LoraConfig):
         matches."""
         key: str = get_pattern_key(pattern.keys(), module)
         parameter, _, number = module.rpartition(".")
-        if key in pattern or not number.isdigit() or not self.targets_parameter(parameter):
+        if key in pattern or not number.isdigit() or not self.parameter_targets(parameter):
             return key
         of_all: str = get_pattern_key(pattern.keys(), parameter)
         return of_all
 
-    def targets_parameter(self, name: str) -> bool:
-        """Is the parameter of this full name one of ``target_parameters``, as PEFT reads them?"""
-        return any(name == one or name.endswith(f".{one}") for one in self.target_parameters or ())
+    def parameter_targets(self, name: str) -> set[str]:
+        """Those of ``target_parameters`` that mean the parameter of this full name, as PEFT reads them."""
+        targets = self.target_parameters or ()
+        return {one for one in targets if name == one or name.endswith(f".{one}")}
 
     def kind_of(self, module: str) -> Kind:
         """What a module, by its full name, is: ``module_kinds``' kind, else "linear"."""

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from .. import _core
@@ -112,11 +111,6 @@ class AdaLoraRsConfig(MethodConfig):
         arguments.number("beta1", self.beta1, at_least=0.0, below=1.0)
         arguments.number("beta2", self.beta2, at_least=0.0, below=1.0)
         arguments.number("orth_reg_weight", self.orth_reg_weight, at_least=0.0)
-
-    def rank_at(self, module: str) -> int:
-        """The rank of a module at the start: ``rank_pattern``'s, else ``init_r``."""
-        key = get_pattern_key(self.rank_pattern.keys(), module)
-        return self.rank_pattern.get(key, self.first_rank)
 
     def divisor(self, rank: int) -> float:
         """What alpha is divided by: the authors' code adds 1e-5."""

@@ -127,7 +127,7 @@ class MethodModel(LoraModel):
         _leave_out_routers(model, peft_config, out)
         if isinstance(peft_config.target_modules, (list, set, tuple)):
             _check_targets(model, peft_config.target_modules, out)
-        out = [one for one in out if not peft_config.targets_parameter(one.full_name)]
+        out = [one for one in out if not peft_config.parameter_targets(one.full_name)]
         told: set[Parameter] = self.__dict__.setdefault("_told_left_out", set())
         if set(out) - told and not peft_config.inference_mode:
             warn_of_left_out(out, "target_parameters" in peft_config.supported)

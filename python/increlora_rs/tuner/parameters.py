@@ -49,7 +49,7 @@ def parameters_of(model: nn.Module, config: MethodConfig) -> list[Found]:
     for module, name, holder in _parameters(model):
         full = f"{module}.{name}" if module else name
         names.append(full)
-        targets = {one for one in wanted if full == one or full.endswith(f".{one}")}
+        targets = config.parameter_targets(full)
         if not targets:
             continue
         matched |= targets

@@ -255,10 +255,6 @@ class IncreLoraConfig(MethodConfig):
             return 0.1 if self.init_lora_weights == "svd" else 0.0
         return self.orth_reg_weight
 
-    def rank_at(self, module: str) -> int:
-        """The rank of a module at the start: ``rank_pattern``'s, else ``init_r``."""
-        return self.rank_pattern.get(self.pattern_key(self.rank_pattern, module), self.first_rank)
-
     def check_rank(self, site: Site, rank: int) -> None:
         """No module grows past min(in, out), so none begins there."""
         if rank > site.largest_rank:
