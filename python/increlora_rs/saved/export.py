@@ -22,7 +22,7 @@ from ..support.files import refuse_own_directory, staged
 from ..support.lowrank import svd_of_product
 from ..support.names import rank_pattern
 from .dtypes import in_dtype
-from .lora_format import dora_tensor, lora_tensors
+from .lora_format import dora_tensor, lora_tensors, padded
 from .reading import SavedAdapter, SavedModule, read
 from .stacked_format import matrices_of, stacked
 
@@ -122,7 +122,7 @@ def export_lora(
         if name in matrices:
             continue
         if layout == "uniform":
-            a, b = _padded(a, b, rank)
+            a, b = padded(a, b, rank)
         module = adapter.modules[name]
         for key, tensor in lora_tensors(name, a, b, module.kind).items():
             # Modules that share parameters may share what was made of them, and a file holds nothing twice.
@@ -150,7 +150,7 @@ def _factors(module: SavedModule) -> tuple[Tensor, Tensor]:
     """A and B; of a module that has nothing but a magnitude a component that does nothing, for no LoRA has
     rank 0."""
     a, b = module.lora()
-    return (a, b) if a.shape[0] else _padded(a, b, 1)
+    return (a, b) if a.shape[0] else padded(a, b, 1)
 
 
 def _refuse_unlike_lora(adapter: SavedAdapter, names: Iterable[str]) -> None:
@@ -221,11 +221,6 @@ def _cut(
             errors[name] = beyond / norm if norm else 0.0
             cut[name] = first.v, first.u * first.s
     return cut, errors, lost / whole if whole else 0.0
-
-
-def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    missing = rank - a.shape[0]
-    return nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
 
 
 def _cast(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

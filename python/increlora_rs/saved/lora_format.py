@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layers.dora import MAGNITUDE
 from ..support.sites import Kind
@@ -23,6 +23,12 @@ def lora_tensors(name: str, a: Tensor, b: Tensor, kind: Kind) -> dict[str, Tenso
         a = a.reshape(a.shape[0], -1, *kind)
         b = b.reshape(*b.shape, *(1 for _ in kind))
     return {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+
+
+def padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) with components of 0 up to ``rank``."""
+    missing = rank - a.shape[0]
+    return nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
 
 
 def dora_tensor(name: str, magnitude: Tensor, kind: Kind) -> dict[str, Tensor]:

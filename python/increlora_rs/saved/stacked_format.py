@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .lora_format import padded
 
 
 @dataclass(frozen=True)
@@ -71,26 +73,13 @@ def stacked(
     found = []
     for name, matrices in acting.items():
         of_all = rank or max(len(factors[one][0]) for one in matrices if one in factors)
-        pairs = [_padded(factors.get(one), factors, matrices, of_all) for one in matrices]
+        # All of a parameter are of one size.
+        a, b = next(factors[one] for one in matrices if one in factors)
+        pairs = [padded(*factors.get(one, (a[:0], b[:, :0])), of_all) for one in matrices]
         a = torch.cat([a for a, _ in pairs])
         b = torch.stack([b for _, b in pairs], dim=2).flatten(1)
         found.append(Stacked(name, _key(name, list(acting)), a, b, of_all, matrices))
     return found
-
-
-def _padded(
-    pair: tuple[Tensor, Tensor] | None,
-    factors: Mapping[str, tuple[Tensor, Tensor]],
-    matrices: list[str],
-    rank: int,
-) -> tuple[Tensor, Tensor]:
-    if pair is None:
-        # All of a parameter are of one size.
-        a, b = next(factors[one] for one in matrices if one in factors)
-        return a.new_zeros(rank, a.shape[1]), b.new_zeros(b.shape[0], rank)
-    a, b = pair
-    missing = rank - a.shape[0]
-    return nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
 
 
 def _key(name: str, names: list[str]) -> str:

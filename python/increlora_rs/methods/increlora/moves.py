@@ -130,8 +130,6 @@ class Moves(Allocation):
         self._first_spent = 0
         self._scores = np.zeros(len(modules))
         self._idle = Idle(modules)
-        # Which modules took part in the step at hand; None: all do.
-        self._took_part: torch.Tensor | None = None
         self.verdict = Verdict()
         self._begin()
 
@@ -145,8 +143,6 @@ class Moves(Allocation):
 
     def before_step(self, step: Step) -> None:
         """The regulariser, and newborn rows as they are."""
-        if self._idle and step.number <= self.schedule.end:
-            self._took_part = self._idle.took_part()
         self._orthogonality.before_step(step)
         self.warmup.keep_old()
 
@@ -188,13 +184,14 @@ class Moves(Allocation):
     def _observe(self) -> None:
         """Takes the step's effects in, of components that took part."""
         known = self._mean, self._squares, self._steps
-        before = [vector.clone() for vector in known] if self._idle else []
+        took_part = self._idle.took_part() if self._idle else None
+        before = [] if took_part is None else [vector.clone() for vector in known]
         self._effects.observe_(
             *known, mean_rate=_RATE, square_rate=1.0 - _KEPT ** (1.0 / self.schedule.deltaT)
         )
-        if before and self._took_part is not None:
-            ranks = torch.tensor(self._ranks, device=self._took_part.device)
-            seen = self._took_part.repeat_interleave(ranks, output_size=len(self._mean))
+        if took_part is not None:
+            ranks = torch.tensor(self._ranks, device=took_part.device)
+            seen = took_part.repeat_interleave(ranks, output_size=len(self._mean))
             for vector, old in zip(known, before, strict=True):
                 vector.copy_(torch.where(seen, vector, old))
 
