@@ -60,7 +60,7 @@ def test_a_base_that_is_split_over_processes_is_refused(make_plain):
 
 def test_the_oldest_peft_has_one_mark_of_such_a_base(make_plain, monkeypatch):
     # 0.21.0 has no function that looks for the other.
-    monkeypatch.setattr("increlora_rs.tuner.model.get_tp_plan_and_mesh", None)
+    monkeypatch.setattr("increlora_rs.tuner.checks.get_tp_plan_and_mesh", None)
     base = make_plain()
     get_peft_model(base, growing(r=2, target_modules=["lin0"]))
     base.lin1._hf_tp_plan = "colwise"

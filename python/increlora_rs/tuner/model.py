@@ -1,4 +1,4 @@
-"""PEFT's tuner: puts the layers into a model, saves active components only, loads any rank."""
+"""PEFT's tuner: puts the layers into a model, and its adapters in and out of files."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.peft_types import PeftType
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
@@ -22,7 +20,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ..contract.config import MethodConfig
 from ..layers import AdaptedLayer, TransposedLinear, layer_class, quantization_of
-from ..layers.dora import MAGNITUDE
 from ..layers.factor import Factor
 from ..layers.found import adapted_layers
 from ..layers.offload import onloaded
@@ -31,14 +28,17 @@ from ..layers.parameters import AdaptedMatrix, AdaptedParameters, Matrix
 from ..layers.parents import bar_fast_paths, check_parent, open_fast_paths
 from ..layers.room import make_room
 from ..ops.probe import Probe
-from ..support.experts import Parameter, expert_layers, is_router, left_out, names_one_of, warn_of_left_out
-from ..support.names import as_saved, short
+from ..support.experts import Parameter, expert_layers, is_router, left_out, warn_of_left_out
+from ..support.names import short
 from ..support.warning import warn
+from .checks import (
+    check_no_lora,
+    check_not_split,
+    check_not_trained_as_a_whole,
+    check_targets,
+    leave_out_routers,
+)
 from .magnitudes import (
-    check_magnitude,
-    magnitude_key,
-    magnitude_to_save,
-    saved_magnitude_key,
     settle_magnitudes,
 )
 from .parameters import (
@@ -48,12 +48,8 @@ from .parameters import (
     patterns_for_modules,
     set_aside,
 )
+from .state import fill_in_heads, select, take
 from .weighted import WeightedSum, combined_config
-
-try:
-    from peft.tuners.lora.model import get_tp_plan_and_mesh
-except ImportError:  # PEFT 0.21.0 knows the other mark of a base that is split, and has no such function.
-    get_tp_plan_and_mesh = None
 
 _PREFIX = "base_model.model."
 
@@ -120,13 +116,13 @@ class MethodModel(LoraModel):
             make_room(model, adapter_name)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        _check_no_lora(model)
+        check_no_lora(model)
         self._probe = Probe(peft_config.method.title, peft_config.policy is not None)
         self._shared: dict[str, Factor] = {}
         out = left_out(model, peft_config)
-        _leave_out_routers(model, peft_config, out)
+        leave_out_routers(model, peft_config, out)
         if isinstance(peft_config.target_modules, (list, set, tuple)):
-            _check_targets(model, peft_config.target_modules, out)
+            check_targets(model, peft_config.target_modules, out)
         out = [one for one in out if not peft_config.parameter_targets(one.full_name)]
         told: set[Parameter] = self.__dict__.setdefault("_told_left_out", set())
         if set(out) - told and not peft_config.inference_mode:
@@ -164,7 +160,7 @@ class MethodModel(LoraModel):
         parameter_name: str | None = None,
     ) -> None:
         config = lora_config
-        _check_not_trained_as_a_whole(config, current_key)
+        check_not_trained_as_a_whole(config, current_key)
         r, alpha = config.rank_at(current_key), config.alpha_of(current_key)
         try:
             if isinstance(target, AdaptedLayer):
@@ -179,7 +175,7 @@ class MethodModel(LoraModel):
                 )
             check_parent(parent, target_name, target)
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-            _check_not_split(base, self.model, current_key)
+            check_not_split(base, self.model, current_key)
             if is_router(base):
                 raise ValueError(
                     f"a {type(base).__name__} gives out a choice of experts, to which no update can be "
@@ -217,8 +213,8 @@ class MethodModel(LoraModel):
             layer.update_layer(adapter_name, r, alpha, config=peft_config, probe=self._probe)
 
         for one in found:
-            _check_not_trained_as_a_whole(peft_config, one.full_name)
-            _check_not_split(one.holder, self.model, one.module)
+            check_not_trained_as_a_whole(peft_config, one.full_name)
+            check_not_split(one.holder, self.model, one.module)
             self._check_target_module_compatiblity(peft_config, model, one.module.rpartition(".")[2])
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             inject_parameters(model, found, peft_config, make, update)
@@ -371,38 +367,11 @@ class MethodModel(LoraModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """The adapter's tensors, active components only; brings ``config.rank_pattern`` up to date."""
-        _fill_in_heads(model, adapter_name, state_dict)
+        fill_in_heads(model, adapter_name, state_dict)
         selected: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        ranks: dict[str, int] = {}
-        for name, layer in adapted_layers(model, adapter_name).items():
-            keys = factor_keys(name, adapter_name, layer)
-            # PEFT looks for those of a module in a checkpoint_wrapper by another name.
-            selected.update({key: state_dict[key] for key in keys.values() if key in state_dict})
-            if ranks and layer.structure.shared:
-                # They stand with the first module.
-                for key in keys.values():
-                    selected.pop(key, None)
-            if config.use_dora:
-                key = magnitude_key(name, adapter_name)
-                if key in state_dict:
-                    selected.pop(key, None)
-                    saved = magnitude_to_save(short(name), layer, adapter_name, state_dict[key])
-                    selected[saved_magnitude_key(name, adapter_name)] = saved
-            ranks[short(name)] = layer.rank(adapter_name)
-            # A state_dict that was handed over may hold a part of the modules.
-            if all(key in selected for key in keys.values()):
-                factors = {factor: selected[key] for factor, key in keys.items()}
-                if next(iter(factors.values())).is_meta:
-                    present = layer.present(adapter_name)
-                    factors = {factor: present[factor].detach() for factor in keys}
-                held = dict(zip(layer.structure.names, layer.held_factors(adapter_name), strict=True))
-                factors = {f: held[f].to_save(t) if f in held else t for f, t in factors.items()}
-                factors = layer.structure.to_save(short(name), factors)
-                selected.update({keys[factor]: tensor for factor, tensor in factors.items()})
-                ranks[short(name)] = int(layer.structure.rank_of(factors))
-        config.note_ranks(ranks)
+        config.note_ranks(select(model, config, adapter_name, state_dict, selected))
         return selected
 
     @classmethod
@@ -428,65 +397,7 @@ class MethodModel(LoraModel):
         mapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        layers = adapted_layers(model, adapter_name)
-        own = {name: factor_keys(name, adapter_name, layer) for name, layer in layers.items()}
-        # A model that names its modules in another order has another first one.
-        first = next((keys for keys in own.values() if mapped.keys() >= set(keys.values())), {})
-        first = first or next(iter(own.values()), {})
-        expected: set[str] = set()
-        filled: dict[str, Tensor] = {}
-        shapes: list[tuple[AdaptedLayer, dict[str, tuple[int, ...]]]] = []
-        for name, layer in layers.items():
-            structure = layer.structure
-            keys = first if structure.shared else own[name]
-            expected.update(keys.values())
-            missing = [key for key in keys.values() if key not in mapped]
-            if missing:
-                raise ValueError(
-                    f"the adapter has no tensor {missing[0]!r} for the adapted module {short(name)!r}; "
-                    "it was saved from another base model, or with another configuration."
-                )
-            if config.use_dora:
-                key = magnitude_key(name, adapter_name)
-                expected.add(key)
-                check_magnitude(short(name), layer, mapped.get(key), key)
-            factors = {factor: mapped[key] for factor, key in keys.items()}
-            filled.update({own[name][factor]: tensor for factor, tensor in factors.items()})
-            # PEFT leaves out, with a warning, what does not fit.
-            loose = ignores_mismatched_sizes.get()
-            site = config.site_of(short(name), factors) if loose else layer.site
-            rank = None if structure.growing or loose else layer.rank(adapter_name)
-            structure.check(short(name), factors, site, config, rank)
-            shapes.append((layer, {factor: tuple(tensor.shape) for factor, tensor in factors.items()}))
-        names = (*config.method.structure.names, *config.method.structure.kept_names, MAGNITUDE)
-        factor = re.compile(rf"\.({'|'.join(names)})(\.|$)")
-        # Another method's have others beside those that are called alike.
-        extra = sorted(
-            key
-            for key in mapped
-            if (factor.search(key) or key.partition(".lora_")[0] in own) and key not in expected
-        )
-        if extra:
-            raise ValueError(
-                f"the adapter has {len(extra)} tensors, {extra[0]!r} the first, that belong to no "
-                "adapted module of this model; it was saved from another base model, or with another "
-                "configuration."
-            )
-        # Only now that all is right: an adapter that the load was to replace must survive a refusal.
-        for layer, sizes in shapes:
-            layer.take_sizes(adapter_name, sizes)
-        return mapped | filled
-
-
-#: Is ``ignore_mismatched_sizes=True`` the wish of the load that runs? PEFT does not pass it on.
-ignores_mismatched_sizes: ContextVar[bool] = ContextVar("ignores_mismatched_sizes", default=False)
-
-
-def factor_keys(name: str, adapter_name: str, layer: AdaptedLayer) -> dict[str, str]:
-    """The keys of what is saved of module ``name`` in a model's ``state_dict``, by the tensors' names."""
-    saved = layer.structure.saved_names(layer.configs[adapter_name])
-    name = as_saved(name)
-    return {factor: f"{name}.{factor}.{adapter_name}.weight" for factor in saved}
+        return mapped | take(model, config, adapter_name, mapped)
 
 
 def _own(weight: Any, name: str) -> nn.Parameter:
@@ -495,84 +406,3 @@ def _own(weight: Any, name: str) -> nn.Parameter:
         "merge, the module gets a weight of its own"
     )
     return nn.Parameter(weight.detach().clone(), weight.requires_grad)
-
-
-def _fill_in_heads(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """FSDP1 gives the state dict to the first process alone where it is told to (``rank0_only``), as
-    accelerate does, and PEFT asks for a head's in all: the others get what is there, which nobody saves."""
-    for name, module in model.named_modules():
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            start = f"{as_saved(name)}.modules_to_save.{adapter_name}"
-            for key, value in module.modules_to_save[adapter_name].named_parameters():
-                if getattr(value, "_fsdp_flattened", False):
-                    state_dict.setdefault(f"{start}.{as_saved(key)}", value)
-
-
-def _check_not_split(base: nn.Module, model: nn.Module, name: str) -> None:
-    plan = getattr(base, "_hf_tp_plan", None)
-    if plan is None and get_tp_plan_and_mesh is not None:
-        plan, _ = get_tp_plan_and_mesh(model, name)
-    if plan is not None:
-        raise ValueError(
-            f"its weight is split over processes (tensor parallel, {plan!r}), and so would its adapter have "
-            "to be, which cannot grow; load the base model without tp_plan and use DDP."
-        )
-
-
-def _check_no_lora(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and not isinstance(module, AdaptedLayer):
-            raise ValueError(
-                f"the model has a plain LoRA already, at {name!r}; what is saved of both would not load. "
-                "Call merge_and_unload() on it first, or convert it by increlora_rs.convert_lora and load it "
-                "as a second adapter."
-            )
-
-
-def _check_not_trained_as_a_whole(config: MethodConfig, name: str) -> None:
-    """Raises where PEFT would wrap a module that holds the adapted one: it takes the end of any name."""
-    parts = name.split(".")
-    around = [".".join(parts[: k + 1]) for k in range(len(parts))]
-    for saved in config.modules_to_save or ():
-        for module in around:
-            if module.endswith(saved):
-                raise ValueError(
-                    f"modules_to_save: {saved!r} is the end of {module!r} too, in which {name!r} is adapted, "
-                    "and what is trained as a whole cannot be; give more of the name, or name the adapted "
-                    "one in exclude_modules."
-                )
-
-
-def _leave_out_routers(model: nn.Module, config: MethodConfig, out: list[Parameter]) -> None:
-    """Excludes, so that a saved adapter excludes them too, the routers that "all-linear" would take."""
-    routers = [parameter.module for parameter in out if is_router(model.get_submodule(parameter.module))]
-    given = config.exclude_modules
-    if routers and isinstance(given, str):
-        config.exclude_modules = "|".join([f"(?:{given})", *map(re.escape, routers)])
-    elif routers:
-        config.exclude_modules = [*(given or ()), *routers]
-
-
-def _check_targets(model: nn.Module, targets: Any, experts: list[Parameter]) -> None:
-    names = [name for name, _ in model.named_modules()]
-    unknown = sorted(
-        target
-        for target in targets
-        if not any(name == target or name.endswith(f".{target}") for name in names)
-    )
-    if len(unknown) < len(targets):
-        # Of experts there is a warning of its own.
-        unknown = [target for target in unknown if not names_one_of(experts, target, model)]
-    if unknown and len(unknown) < len(targets):
-        warn(f"target_modules: {unknown} match no module of the base model; the other names do.")
-    elif unknown:
-        linear = {
-            name.rsplit(".", 1)[-1]
-            for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D))
-        }
-        fused = "".join(f", only fused experts, {first.full_name!r} the first" for first in experts[:1])
-        raise ValueError(
-            f"target_modules: {unknown} match no module of the base model{fused}; its linear layers are "
-            f"called {sorted(linear)}."
-        )

@@ -27,8 +27,9 @@ from ..methods.increlora.config import IncreLoraConfig
 from ..reports.card import write_section
 from ..saved.history_file import write_history
 from ..support.files import check_weights_file, staged
-from .model import MethodModel, ignores_mismatched_sizes
+from .model import MethodModel
 from .same_adapter import check_same_adapter
+from .state import ignores_mismatched_sizes
 
 
 class IncreLoraModel(MethodModel):
