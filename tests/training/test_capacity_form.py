@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from capacity_ends import assert_bit_for_bit, assert_resumed, assert_same
 from increlora_rs import keep_average
 from launches import WORKERS, torchrun
 from torch._dynamo.testing import CompileCounter
@@ -13,15 +14,6 @@ sys.path.insert(0, str(WORKERS))
 import capacity
 
 slow = pytest.mark.slow
-
-
-def assert_same(one, other):
-    assert one["ranks"] == other["ranks"]
-    assert [row[:3] for row in one["history"]] == [row[:3] for row in other["history"]]
-    assert one["history"]
-    assert one["adapter"].keys() == other["adapter"].keys()
-    for key, value in one["adapter"].items():
-        assert (value - other["adapter"][key]).norm() <= 1e-5 * value.norm()
 
 
 @pytest.mark.parametrize("scenario", capacity.SCENARIOS)
@@ -44,8 +36,7 @@ def test_under_an_engine_it_ends_as_one_process_with_the_averaged_loss(processes
     first, *others = (result[engine][scenario] for result in results)
     assert_same(capacity.train_alone(scenario, number), first)
     for other in others:
-        assert other["history"] == first["history"]
-        assert all(torch.equal(value, first["adapter"][key]) for key, value in other["adapter"].items())
+        assert_bit_for_bit(other, first)
 
 
 @slow
@@ -53,12 +44,7 @@ def test_under_an_engine_it_ends_as_one_process_with_the_averaged_loss(processes
 @pytest.mark.parametrize("engine", capacity.RESUMED)
 def test_a_checkpoint_after_a_growth_goes_on_bit_for_bit(processes, engine, scenario):
     _, results = processes
-    first = results[0][engine][scenario]
-    resumed = first["resumed"]
-    steps = [row[0] for row in first["history"]]
-    assert steps[0] <= capacity.STOP < steps[-1]
-    assert resumed["history"] == first["history"]
-    assert all(torch.equal(value, first["adapter"][key]) for key, value in resumed["adapter"].items())
+    assert_resumed(results[0][engine][scenario], capacity.STOP)
 
 
 @pytest.mark.parametrize("scenario", ["growing", "moving", "paper"])

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from capacity_ends import assert_bit_for_bit, assert_resumed, assert_same
 from flat_zero import DeepSpeedZeroOptimizer
 from increlora_rs import attach
 from launches import WORKERS, torchrun
@@ -20,14 +21,6 @@ needs_deepspeed = pytest.mark.skipif(
     reason="DeepSpeed is not installed: `make deepspeed` does so",
 )
 slow = pytest.mark.slow
-
-
-def assert_same(one, other):
-    assert one["ranks"] == other["ranks"]
-    assert [row[:3] for row in one["history"]] == [row[:3] for row in other["history"]] != []
-    assert one["adapter"].keys() == other["adapter"].keys()
-    for key, value in one["adapter"].items():
-        assert (value - other["adapter"][key]).norm() <= 1e-5 * value.norm()
 
 
 CASES = [(name, scenario) for name, (_, scenarios) in ENGINES.items() for scenario in scenarios]
@@ -54,10 +47,8 @@ def test_an_engine_ends_as_one_process_with_the_averaged_loss(processes, stage, 
 def test_all_processes_of_an_engine_are_alike_bit_for_bit(processes, stage, scenario):
     _, results = processes
     first, *others = (result[stage][scenario] for result in results)
-    assert first["history"]
     for other in others:
-        assert other["history"] == first["history"]
-        assert all(torch.equal(value, first["adapter"][key]) for key, value in other["adapter"].items())
+        assert_bit_for_bit(other, first)
 
 
 @slow
@@ -65,12 +56,7 @@ def test_all_processes_of_an_engine_are_alike_bit_for_bit(processes, stage, scen
 @pytest.mark.parametrize(("stage", "scenario"), CASES)
 def test_its_checkpoint_goes_on_bit_for_bit(processes, stage, scenario):
     _, results = processes
-    first = results[0][stage][scenario]
-    resumed = first["resumed"]
-    steps = [row[0] for row in first["history"]]
-    assert steps[0] <= capacity.STOP < steps[-1]
-    assert resumed["history"] == first["history"]
-    assert all(torch.equal(value, first["adapter"][key]) for key, value in resumed["adapter"].items())
+    assert_resumed(results[0][stage][scenario], capacity.STOP)
 
 
 @slow
@@ -134,9 +120,7 @@ def test_what_the_optimizer_saved_goes_on_in_a_fresh_adapter(scenario, first, gr
         zero.load_state_dict(saved)
     train(other, zero, resumed, capacity.STEPS)
     resumed.detach()
-    one, two = capacity.result(model, scheduler), capacity.result(other, resumed)
-    assert one["history"] == two["history"]
-    assert all(torch.equal(value, two["adapter"][key]) for key, value in one["adapter"].items())
+    assert_bit_for_bit(capacity.result(model, scheduler), capacity.result(other, resumed))
 
 
 def test_a_head_in_a_group_of_its_own_is_trained_beside_the_adapter(group_of_one):
