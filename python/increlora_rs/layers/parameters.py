@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NoReturn
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -22,7 +21,7 @@ from ..support.untraced import untraced
 from .base import AdaptedLayer
 from .offload import hook_of
 from .requantised import Former
-from .weight import is_plain
+from .weight import check_finite_sum, is_plain
 
 
 class Matrix(nn.Module):
@@ -107,16 +106,13 @@ class AdaptedMatrix(AdaptedLayer):
                 f"on {weight.device.type!r}; load the base model unquantised, and whole, to merge."
             )
         delta = self.get_delta_weight(name).to(weight.device) * sign
-        if safe and not torch.isfinite(weight + delta).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {name} seems to be broken: some of "
-                "them are not finite. Merge without it, or load an earlier checkpoint of it."
-            )
+        if safe:
+            check_finite_sum(weight, delta, name)
         weight += delta.to(weight.dtype)
         return None
 
     def _added(self, y: Tensor, x: Tensor, name: str, *, inplace: bool) -> NoReturn:
-        raise NotImplementedError(f"{self.site.name!r} is a part of a parameter, and is not called.")
+        self.forward()
 
     def forward(self, *_: Any, **__: Any) -> NoReturn:
         """It is not called.
@@ -124,7 +120,10 @@ class AdaptedMatrix(AdaptedLayer):
         Raises:
             NotImplementedError: always.
         """
-        self._added(torch.empty(0), torch.empty(0), "", inplace=False)
+        raise NotImplementedError(
+            f"{self.site.name!r} is a part of a parameter, and is not called; call the module that holds it, "
+            "which has the updates of all parts."
+        )
 
 
 class AdaptedParameters(nn.Module):

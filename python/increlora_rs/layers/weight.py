@@ -92,6 +92,15 @@ def changed_weight(
     return _change(quantization, base, delta, adapter_name, check_finite=check_finite)
 
 
+def check_finite_sum(weight: Tensor, delta: Tensor, adapter_name: str) -> None:
+    """Raises ValueError where ``weight`` with ``delta`` of an adapter in it would not be finite."""
+    if not torch.isfinite(weight + delta.to(weight.device)).all():
+        raise ValueError(
+            f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: some of "
+            "them are not finite. Merge without it, or load an earlier checkpoint of it."
+        )
+
+
 def _change(
     quantization: QuantizationBackend | None,
     base: nn.Module,
@@ -121,11 +130,8 @@ def _change(
         )
     restore_layout(base)
     old = weight.data if backend is None else weight_of(backend, base)
-    if check_finite and not torch.isfinite(old + delta.to(old.device)).all():
-        raise ValueError(
-            f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: some of "
-            "them are not finite. Merge without it, or load an earlier checkpoint of it."
-        )
+    if check_finite:
+        check_finite_sum(old, delta, adapter_name)
     if backend is None:
         weight.data += delta.to(weight.dtype)
         if in_full:
