@@ -14,16 +14,14 @@ _AMPLE = 4
 def make_room(model: nn.Module, adapter_name: str) -> None:
     """Puts adapter ``adapter_name`` of ``model`` into the capacity form, if its ranks can change; before its
     parameters are given to an optimizer, or to what shards them. Where it is in it already, nothing is done.
+
+    Raises:
+        ValueError: its configuration has what cannot take that form.
     """
     layers = [one for one in adapted_layers(model, adapter_name).values() if not one.has_room(adapter_name)]
     if not layers:
         return
     config = layers[0].configs[adapter_name]
-    if config.target_parameters:
-        raise ValueError(
-            "growth='capacity' is not supported with target_parameters="
-            f"{sorted(config.target_parameters)!r}, nor is FSDP1, which needs it; use DDP."
-        )
     sizes = [(layer.out_features, layer.in_features) for layer in layers]
     rooms = config.room(sizes, [layer.rank(adapter_name) for layer in layers])
     if rooms is None:

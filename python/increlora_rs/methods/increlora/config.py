@@ -315,6 +315,7 @@ class IncreLoraConfig(MethodConfig):
 
     def room(self, sizes: Sequence[tuple[int, int]], ranks: Sequence[int]) -> list[int]:
         """min(``max_r``, in, out), and with nothing in reserve what the budget pays for."""
+        self._check_room()
         budget = self.budget(sizes, ranks)
         # Ranks that move may begin above the budget.
         total = max(budget.total, budget.spent(ranks))
@@ -344,7 +345,15 @@ class IncreLoraConfig(MethodConfig):
                     f"what a layer gives; leave it at {default!r}."
                 )
         if self.growth == "capacity":
-            raise ValueError(f"growth='capacity' is not supported with {named}; leave it out, and use DDP.")
+            self._check_room()
+
+    def _check_room(self) -> None:
+        if self.target_parameters:
+            raise ValueError(
+                "growth='capacity' is not supported with target_parameters="
+                f"{sorted(self.target_parameters)!r}, nor are FSDP1 and ZeRO, which need it; leave growth "
+                "out, and use DDP."
+            )
 
     def check_r(self) -> None:
         """An integer, or a fraction."""
