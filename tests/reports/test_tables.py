@@ -8,6 +8,7 @@ import pytest
 import torch
 from growing import growing
 from increlora_rs import module_table, rank_table
+from increlora_rs.reports.tables import RankTable
 from peft import get_peft_model
 from rich.console import Console
 from torch import nn
@@ -163,6 +164,23 @@ def test_wide_table_is_printed_with_all_its_ranks(grow, kinds):
     grow(adapted, {f"layers.0.{name}": 1 + k for k, name in enumerate(names)})
     ranks = list(range(1, kinds + 1))
     assert numbers(str(rank_table(adapted))) == [[0, *ranks, sum(ranks)]]
+
+
+def test_more_kinds_than_a_line_can_hold_go_down(grow):
+    names = [f"expert_{k:02}" for k in range(60)]
+    layers = [nn.ModuleDict({name: nn.Linear(8, 8) for name in names}) for _ in range(2)]
+    adapted = get_peft_model(nn.ModuleDict({"layers": nn.ModuleList(layers)}), growing(target_modules=names))
+    grow(adapted, {f"layers.{n}.{name}": 1 + (k + n) % 7 for k, name in enumerate(names) for n in range(2)})
+    lines = [line.split() for line in str(rank_table(adapted)).splitlines() if "expert_" in line]
+    rows = {words[1]: [int(word) for word in words if word.isdigit()] for words in lines}
+    firsts, seconds = [1 + k % 7 for k in range(60)], [1 + (k + 1) % 7 for k in range(60)]
+    wanted = {name: [a, b, a + b] for name, a, b in zip(names, firsts, seconds, strict=True)}
+    assert rows == wanted
+
+
+def test_a_parameter_is_called_as_its_module():
+    ranks = {f"layers.{k}.mlp.{name}": 1 for k in range(2) for name in ("gate.weight", "experts.down_proj.0")}
+    assert RankTable.of(ranks, 4).kinds == ["gate.weight", "down_proj.0"]
 
 
 # The modules.

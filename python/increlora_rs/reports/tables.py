@@ -17,14 +17,18 @@ from ..saved.reading import SavedModule, read
 from ..support.budget import told
 from ..support.sites import in_order, places
 
+# More kinds go down, and layers across: the experts of a mixture make hundreds.
+_MOST_COLUMNS = 48
+
 
 @dataclass
 class RankTable:
-    """Ranks by layer (rows) and kind of module (columns). ``print`` and rich both show it.
+    """Ranks by layer (rows) and kind of module (columns), or, where kinds are many, by kind and layer.
+    ``print`` and rich both show it.
 
     Args:
-        layers: Names of the rows: the layer numbers, "-" for modules outside of layers.
-        kinds: Names of the columns: module names without their layer.
+        layers: The layer numbers, "-" for modules outside of layers.
+        kinds: Module names without their layer.
         ranks: Rank by (layer, kind).
         budget: Total rank that the training aimed at, or number of parameters.
         parameters: Those of the components, where the budget is in parameters; else None.
@@ -50,20 +54,19 @@ class RankTable:
         return sum(self.ranks.values())
 
     def __rich__(self) -> Table:
-        table = Table(title=f"ranks, total {told(self.total_rank, self.budget, self.parameters)}")
-        table.add_column("layer", justify="right")
-        for kind in self.kinds:
-            table.add_column(kind, justify="right", overflow="fold", min_width=3)
-        table.add_column("sum", justify="right", style="bold")
-        for layer in self.layers:
-            cells = [self.ranks.get((layer, kind)) for kind in self.kinds]
-            shown = ["" if cell is None else str(cell) for cell in cells]
-            table.add_row(layer, *shown, str(sum(cell or 0 for cell in cells)))
-        return table
+        title = f"ranks, total {told(self.total_rank, self.budget, self.parameters)}"
+        if self._kinds_go_down():
+            by_kind = {(kind, layer): rank for (layer, kind), rank in self.ranks.items()}
+            return _crossed(title, "module", self.kinds, self.layers, by_kind)
+        return _crossed(title, "layer", self.layers, self.kinds, self.ranks)
+
+    def _kinds_go_down(self) -> bool:
+        return len(self.kinds) > max(_MOST_COLUMNS, len(self.layers))
 
     def __str__(self) -> str:
         # Wide enough for every column at its least width: rich drops those that do not fit.
-        return _plain(self.__rich__(), max(160, 7 * len(self.kinds) + 30))
+        columns = len(self.layers if self._kinds_go_down() else self.kinds)
+        return _plain(self.__rich__(), max(160, 7 * columns + 30))
 
 
 @dataclass
@@ -194,6 +197,21 @@ def singular_values(module: SavedModule) -> list[float]:
     right = torch.linalg.qr(a.T, mode="r").R
     values: list[float] = torch.linalg.svdvals(left @ right.T).tolist()
     return values
+
+
+def _crossed(
+    title: str, first: str, rows: list[str], columns: list[str], ranks: dict[tuple[str, str], int]
+) -> Table:
+    table = Table(title=title)
+    table.add_column(first, justify="right")
+    for column in columns:
+        table.add_column(column, justify="right", overflow="fold", min_width=3)
+    table.add_column("sum", justify="right", style="bold")
+    for row in rows:
+        cells = [ranks.get((row, column)) for column in columns]
+        shown = ["" if cell is None else str(cell) for cell in cells]
+        table.add_row(row, *shown, str(sum(cell or 0 for cell in cells)))
+    return table
 
 
 def _leading(values: list[float]) -> str:

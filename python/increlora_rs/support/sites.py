@@ -9,6 +9,7 @@ from typing import Literal
 
 OUTSIDE = "-"
 _LAYER = re.compile(r"\.(\d+)\.")
+_NO_NAME = re.compile(r"(\d+|weight)$")
 # A convolution's kind is the size of its kernel.
 Kind = Literal["linear", "embedding"] | tuple[int, ...]
 
@@ -104,6 +105,8 @@ def _shortest(kinds: list[str]) -> dict[str, str]:
     for kind in distinct:
         parts = kind.split(".")
         endings = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+        # An expert's number, and "weight", a router's parameter, are no names by themselves.
+        endings = [ending for ending in endings if not _NO_NAME.match(ending)] or endings
         others = [f".{other}" for other in distinct if other != kind]
         unique = (e for e in endings if not any(other.endswith(f".{e}") for other in others))
         short[kind] = next(unique, kind)
