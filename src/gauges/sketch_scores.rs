@@ -17,11 +17,8 @@ use crate::kernels::rows::{add_sums, inner};
 
 /// A row of a sketch of which less than this share of the longest is outside the span of those before it is in it.
 const IN_SPAN: f64 = 1e-11;
-/// The same of a factor's row, each counted alike: what rounding in float32 leaves.
-const DEPENDENT: f64 = 1e-7;
-/// The share of their largest singular value above which the smallest of factors has to be, a little more than that from
-/// which on [`sketch::triples`] counts directions.
-const INDEPENDENT: f64 = 1.01 * sketch::NEGLIGIBLE;
+/// The same of a factor's row, each counted alike: far below what counts as a direction.
+const DEPENDENT: f64 = 1e-9;
 /// The least share of the whole matrix that a sigma of squares may be.
 const LEFT: f64 = 1e-3;
 
@@ -170,8 +167,8 @@ fn orthonormal(rows: &[f64], n: usize, least: f64) -> Option<(Vec<f64>, Vec<f64>
     Some((basis, padded.collect()))
 }
 
-/// Inner products of the projections of the rows of `y` on the span of `factors`, both of `n` numbers a row; None where
-/// it is not sure that [`sketch::triples`] has the same span, or a number is not finite.
+/// Inner products of the projections of the rows of `y` on the span of `factors`, both of `n` numbers a row, as
+/// [`sketch::triples`] counts its directions; None where a number is not finite.
 fn projections(factors: &[f64], y: &[f64], n: usize) -> Option<Vec<f64>> {
     let m = y.len() / n;
     let mut rows = Vec::with_capacity(factors.len());
@@ -188,15 +185,12 @@ fn projections(factors: &[f64], y: &[f64], n: usize) -> Option<Vec<f64>> {
     }
     let (basis, lower) = orthonormal(&rows, n, DEPENDENT)?;
     let r = basis.len() / n;
-    // One over the norm of the inverse is at most the smallest singular value.
-    let square: f64 = inverse(&lower, r).iter().map(|value| value * value).sum();
-    let largest = largest_eigenvalue(product(&lower, &transposed(&lower, r), r), r).max(0.0);
-    if (square * largest).sqrt() * INDEPENDENT > 1.0 {
-        return None;
-    }
     let (mut shared, mut found) = (vec![0.0; r * m], vec![0.0; m * m]);
     inner(&basis, y, n, &mut shared);
-    for row in shared.chunks_exact(m) {
+    let directions = directions(lower, r);
+    let mut along = vec![0.0; directions.len() / r.max(1) * m];
+    add_sums(&directions, &shared, m, &mut along);
+    for row in along.chunks_exact(m) {
         for i in 0..m {
             for j in 0..m {
                 found[i * m + j] += row[i] * row[j];
@@ -204,6 +198,49 @@ fn projections(factors: &[f64], y: &[f64], n: usize) -> Option<Vec<f64>> {
         }
     }
     Some(found)
+}
+
+/// The right singular vectors of a matrix, as rows, but for those of negligible singular values: by rotations of its rows
+/// until all are orthogonal, which keeps the digits of the small ones.
+fn directions(mut rows: Vec<f64>, n: usize) -> Vec<f64> {
+    let dot = |rows: &[f64], p: usize, q: usize| -> f64 {
+        (0..n).map(|k| rows[p * n + k] * rows[q * n + k]).sum()
+    };
+    for _ in 0..SWEEPS {
+        let mut rotated = false;
+        for p in 0..n {
+            for q in p + 1..n {
+                let (x, y, at) = (dot(&rows, p, p), dot(&rows, q, q), dot(&rows, p, q));
+                if at.abs() <= f64::EPSILON * (x * y).sqrt() {
+                    continue;
+                }
+                rotated = true;
+                let (cos, sin) = rotation(x, y, at);
+                for k in 0..n {
+                    let (x, y) = (rows[p * n + k], rows[q * n + k]);
+                    rows[p * n + k] = cos * x - sin * y;
+                    rows[q * n + k] = sin * x + cos * y;
+                }
+            }
+        }
+        if !rotated {
+            break;
+        }
+    }
+    let lengths: Vec<f64> = (0..n).map(|i| dot(&rows, i, i).sqrt()).collect();
+    let longest = lengths.iter().copied().fold(0.0, f64::max);
+    let kept = (0..n).filter(|&i| lengths[i] > sketch::NEGLIGIBLE * longest);
+    kept.flat_map(|i| rows[i * n..][..n].iter().map(move |value| (i, value)))
+        .map(|(i, value)| value / lengths[i])
+        .collect()
+}
+
+/// Cosine and sine that make two rows orthogonal of which `x` and `y` are the squares, `at` the product.
+fn rotation(x: f64, y: f64, at: f64) -> (f64, f64) {
+    let theta = (y - x) / (2.0 * at);
+    let t = theta.signum() / (theta.abs() + theta.mul_add(theta, 1.0).sqrt());
+    let cos = 1.0 / t.mul_add(t, 1.0).sqrt();
+    (cos, t * cos)
 }
 
 /// The inverse of a lower triangle.
@@ -291,10 +328,7 @@ fn rotate(s: &mut [f64], n: usize, p: usize, q: usize) {
     if at == 0.0 {
         return;
     }
-    let theta = (s[q * n + q] - s[p * n + p]) / (2.0 * at);
-    let t = theta.signum() / (theta.abs() + theta.mul_add(theta, 1.0).sqrt());
-    let cos = 1.0 / t.mul_add(t, 1.0).sqrt();
-    let sin = t * cos;
+    let (cos, sin) = rotation(s[p * n + p], s[q * n + q], at);
     for k in 0..n {
         let (x, y) = (s[k * n + p], s[k * n + q]);
         s[k * n + p] = cos * x - sin * y;
@@ -370,6 +404,10 @@ mod tests {
         let alike = of(&random(60, 40), random(4, 40), signs(Kind::Float), Kind::Float);
         assert!(by_squares(&alike, &plain(&alike.psi).unwrap()).unwrap().is_some());
         assert!(distance(&[alike]) < 1e-6);
+        // One direction of two is too short to count.
+        let short = random(60, 1).matmul(&Tensor::ones([1, 2], (Kind::Double, Device::Cpu)));
+        let short = short + random(60, 2) * 1e-6;
+        assert!(distance(&[of(&random(60, 40), random(4, 40), short, Kind::Double)]) < 1e-6);
         // And after some more.
         let near = random(60, 1) * 1e3 + random(60, 4);
         let near = of(&random(60, 40), random(4, 40), near, Kind::Double);
