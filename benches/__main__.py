@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from . import blocks, depth, floor, host, layer, machine, memory, nothing, results, scheduler, step
+from . import blocks, depth, floor, host, layer, machine, memory, nothing, results, scheduler, step, training
 from .sizes import NAMED, Size
 from .timing import QUIET, prepare, watch_others
 
@@ -23,6 +23,7 @@ _ELSEWHERE = _HERE.parent / "target" / "benches"
 _SECTIONS: dict[str, Callable[[Size], Any]] = {
     "step": step.measure,
     "layer": layer.measure,
+    "training": training.measure,
     "memory": memory.measure,
     "scheduler": scheduler.measure,
     "depth": depth.measure,

@@ -8,13 +8,16 @@ from typing import Any
 
 from .blocks import PAIRS
 from .depth import DENSE, LORTA, PRILORA
+from .floor import Rates
 from .layer import NOT_SLOWER
 from .memory import adapters_bytes
 from .methods import ADALORA, FROZEN, LITERAL, LORA, OUR_ADALORA, OURS
 from .nothing import EMPTY, UPPER
 from .scheduler import GROWTH
+from .sizes import NAMED, Size
 from .step import ARMED, UNARMED
 from .timing import Samples, median, overhead, ratio
+from .training import added_memory, least
 
 DROPOUT = 0.1
 # Overhead over the frozen step, ours over PEFT LoRA's, by kind of precision and dropout.
@@ -35,6 +38,9 @@ _AS_PUBLISHED, _OVER_LORA = {"MELoRA": 0.5, "MoRA": 0.7}, 1.1
 
 # A layer without components over the frozen one, a step with all of them in the upper third over PEFT LoRA's.
 _EMPTY, _UPPER = 1.02, 0.5
+# A whole training over PEFT LoRA's, its overhead over the analytic floor, and what it adds to the frozen
+# model's peak of memory over what PEFT LoRA's adds, by precision.
+_TRAINING = {"float32": (0.70, 1.3, 0.12), "bfloat16": (0.40, 1.8, 0.03)}
 # What the process takes for small adapted layers over the frozen ones, ours over PEFT LoRA's.
 _HOST = 0.5
 
@@ -69,6 +75,8 @@ def bars(figures: Mapping[str, Any]) -> list[Bar]:
     if "step" in figures:
         found += _overheads(figures["step"]["passes"])
         found += _steps(figures["step"]["steps"])
+    if "training" in figures:
+        found += _training(figures["training"], NAMED[figures["size"]])
     if "memory" in figures:
         found += _saved(figures["memory"]["model"])
     if "scheduler" in figures:
@@ -84,6 +92,25 @@ def bars(figures: Mapping[str, Any]) -> list[Bar]:
     if "host" in figures:
         found += _host(figures["host"])
     return found
+
+
+def _training(figures: Mapping[str, Any], size: Size) -> Iterator[Bar]:
+    rates = Rates.from_json(figures["floor"])
+    for record in figures["steps"]:
+        samples, kind, dropout = record["ms"], record["precision"], record["dropout"]
+        if kind not in _TRAINING or dropout != DROPOUT:
+            continue
+        where, (whole, over_floor, _) = f"{kind}, dropout {dropout:g}", _TRAINING[kind]
+        value = sum(samples[OURS]) / sum(samples[LORA])
+        yield Bar(f"whole training in the default form over PEFT LoRA's, {where}", value, whole)
+        value = overhead(samples, OURS) / least(size, rates, kind, dropout)
+        yield Bar(f"its overhead over the floor, {where}", value, over_floor)
+    for (kind, dropout), adds in added_memory(figures["peak"]).items():
+        if kind in _TRAINING and dropout == DROPOUT:
+            where, limit = f"{kind}, dropout {dropout:g}", _TRAINING[kind][2]
+            yield Bar(
+                f"memory that such a training adds over PEFT LoRA's, {where}", adds[OURS] / adds[LORA], limit
+            )
 
 
 def _nothing(figures: Mapping[str, Any]) -> Iterator[Bar]:

@@ -3,6 +3,7 @@ machine at which they are turned into time."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -80,22 +81,22 @@ def saved_bytes(
     return element * tokens * features + layers * (element * tokens * rank + mask)
 
 
-def measure(size: Size) -> Rates:
-    """This machine's rates, as far as torch reaches them."""
+def measure(size: Size, clock: Callable[[], float] = time.perf_counter) -> Rates:
+    """This machine's rates by ``clock``, as far as torch reaches them."""
     n, features, out = size.batch * size.tokens, size.width, 4 * size.width
     gemm = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, weight = (torch.randn(rows, features).to(size.device, dtype) for rows in (n, out))
-        seconds = _seconds(lambda x=x, weight=weight: x @ weight.T, size)  # type: ignore[misc]
+        seconds = _seconds(lambda x=x, weight=weight: x @ weight.T, size, clock)  # type: ignore[misc]
         gemm[dtype.itemsize] = 2.0 * n * features * out / seconds
     source = torch.zeros(size.large_bytes // 4, device=size.device)
     target = torch.empty_like(source)
     copied = 2.0 * source.nbytes
-    return Rates(gemm, copied / _seconds(lambda: target.copy_(source), size))
+    return Rates(gemm, copied / _seconds(lambda: target.copy_(source), size, clock))
 
 
-def _seconds(call: Callable[[], object], size: Size) -> float:
-    return median(interleave({"": call}, seconds=1.0, rounds=size.rounds)[""]) / 1e3
+def _seconds(call: Callable[[], object], size: Size, clock: Callable[[], float]) -> float:
+    return median(interleave({"": call}, seconds=1.0, rounds=size.rounds, clock=clock)[""]) / 1e3
 
 
 def layers_of_step(size: Size) -> list[tuple[int, int]]:

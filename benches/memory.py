@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.progress import track
@@ -21,6 +21,7 @@ from .sizes import NAMED, LayerCase, Size
 from .step import forward_backward
 
 Batch = tuple[Tensor, Tensor]
+_Prepared = TypeVar("_Prepared")
 
 _PASSES = 3
 _ROOT = Path(__file__).parent.parent
@@ -119,12 +120,18 @@ def peak(size: Size, method: str, precision: str, dropout: float) -> dict[str, i
     """With the model built, and at most in its training passes: resident bytes of a new process; on a GPU
     bytes of tensors there."""
     if size.device == "cuda":
-        return _peak_of_device(size, method, precision, dropout)
+        return of_device(
+            lambda: _prepared(size, method, precision, dropout), lambda prepared: _train(*prepared)
+        )
     name = next(name for name, known in NAMED.items() if known is size)
-    arguments = [name, method, precision, str(dropout)]
+    return in_new_process("benches.memory", [name, method, precision, str(dropout)])
+
+
+def in_new_process(module: str, arguments: list[str]) -> dict[str, int]:
+    """What ``python -m module`` prints at last."""
     path = os.pathsep.join([str(_ROOT), *(entry for entry in sys.path if entry)])
     answer = subprocess.run(
-        [sys.executable, "-m", "benches.memory", *arguments],
+        [sys.executable, "-m", module, *arguments],
         check=True,
         capture_output=True,
         text=True,
@@ -134,13 +141,14 @@ def peak(size: Size, method: str, precision: str, dropout: float) -> dict[str, i
     return result
 
 
-def _peak_of_device(size: Size, method: str, precision: str, dropout: float) -> dict[str, int]:
+def of_device(prepare: Callable[[], _Prepared], train: Callable[[_Prepared], None]) -> dict[str, int]:
+    """As :func:`peak`, of tensors on a GPU."""
     gc.collect()
     before = torch.cuda.memory_allocated()
-    model, data = _prepared(size, method, precision, dropout)
+    prepared = prepare()
     built = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    _train(model, data)
+    train(prepared)
     return {"built": built - before, "peak": torch.cuda.max_memory_allocated() - before}
 
 
@@ -154,16 +162,17 @@ def _train(model: nn.Module, data: Batch) -> None:
         forward_backward(model, data)
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """Bytes that the system says this process has, of a ``field`` of its status."""
     with open("/proc/self/status", encoding="ascii") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
 def _main(name: str, method: str, precision: str, dropout: str) -> None:
     model, data = _prepared(NAMED[name], method, precision, float(dropout))
-    built = _resident("VmRSS")
+    built = resident("VmRSS")
     _train(model, data)
-    print(json.dumps({"built": built, "peak": _resident("VmHWM")}))
+    print(json.dumps({"built": built, "peak": resident("VmHWM")}))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ from .memory import adapters_bytes
 from .methods import ADALORA, FROZEN, LITERAL, LORA, METHODS, OUR_ADALORA, OURS
 from .nothing import EMPTY, UPPER
 from .scheduler import STATES
-from .sizes import NAMED
+from .sizes import NAMED, Size
 from .step import ARMED, SPENT, UNARMED
 from .tables import Table, number
 from .timing import QUIET, median, overhead, ratio, spread
+from .training import added_memory, least
 
 Figures = Mapping[str, Any]
 _ADAPTED = tuple(method for method in METHODS if method != FROZEN)
@@ -32,6 +33,8 @@ def tables(figures: Figures) -> list[Table]:
     found = [_bars(figures)]
     if "step" in figures:
         found += [_passes(figures), _steps(figures)]
+    if "training" in figures:
+        found += _training(figures["training"], NAMED[figures["size"]])
     if "memory" in figures:
         found += [_saved(figures), _peak(figures)]
     if "scheduler" in figures:
@@ -231,6 +234,41 @@ def _scheduler(figures: Figures) -> Table:
         added = [median(took) if (took := record["hooks"][state]) else "" for state in STATES]
         table.add(record["modules"], record["form"], median(record["plain"]), *added)
     return table
+
+
+def _training(figures: Figures, size: Size) -> list[Table]:
+    rates = Rates.from_json(figures["floor"])
+    of_steps = Table(
+        "Whole training in the default form",
+        ["precision", "dropout", FROZEN, LORA, OURS, "/ LoRA", "+ LoRA", "+ ours", "floor", "ours / floor"],
+        "Milliseconds of processor time of a step, the mean of all of a training, with forward, backward, "
+        "AdamW and the scheduler, whose events come as close to one another as its schedule for so few steps "
+        "allows. Columns with + are over the frozen model; the floor is what the adapters' arithmetic and "
+        "traffic take at rates that were measured in processor time, too.",
+    )
+    for record in figures["steps"]:
+        samples = record["ms"]
+        means = {name: sum(values) / len(values) for name, values in samples.items()}
+        floor_ms = least(size, rates, record["precision"], record["dropout"])
+        over = {name: overhead(samples, name) for name in (LORA, OURS)}
+        of_steps.add(
+            record["precision"],
+            f"{record['dropout']:g}",
+            *means.values(),
+            means[OURS] / means[LORA],
+            *over.values(),
+            floor_ms,
+            over[OURS] / floor_ms,
+        )
+    of_memory = Table(
+        "Memory that such a training adds to the frozen model's peak",
+        ["precision", "dropout", f"{LORA} MB", f"{OURS} MB", "ours / LoRA"],
+        "Of new processes, a training each, with AdamW's state.",
+    )
+    for (precision, dropout), adds in added_memory(figures["peak"]).items():
+        both = adds[LORA] / _MB, adds[OURS] / _MB
+        of_memory.add(precision, f"{dropout:g}", *both, both[1] / both[0])
+    return [of_steps, of_memory]
 
 
 def _nothing(figures: Figures) -> list[Table]:

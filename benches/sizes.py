@@ -27,6 +27,7 @@ class Size:
         seconds: Time that one comparison of layers may take, warm-up aside.
         rounds: Rounds of one comparison, at least and at most.
         step_seconds, step_warmup: Time that one comparison of steps may take, rounds thrown away.
+        training_steps: Those of a whole training.
         events: Growth events that are timed.
         width, layers, batch, tokens, rank: The model of the training step, and its adapters.
         modules: Numbers of modules for the scheduler.
@@ -44,6 +45,7 @@ class Size:
     rounds: tuple[int, int] = (5, 25)
     step_seconds: float = 35.0
     step_warmup: int = 2
+    training_steps: int = 50
     events: int = 3
     width: int = 768
     layers: int = 3
@@ -77,6 +79,7 @@ QUICK = Size(
     step_seconds=5.0,
     layers=1,
     step_warmup=1,
+    training_steps=12,
     events=1,
     modules=(10, 100),
     intervals=2,
@@ -87,6 +90,7 @@ SMOKE = Size(
     seconds=0.0,
     rounds=(2, 2),
     step_seconds=0.0,
+    training_steps=4,
     events=1,
     width=24,
     layers=1,

@@ -56,6 +56,7 @@ __all__ = [
     "prune_",
     "restart_",
     "shrink_gates_",
+    "sketch_scores",
     "sketched_triples",
     "smooth_",
     "square_backward",
@@ -310,13 +311,25 @@ def add_orthogonality_gradient_(
     """Adds ``factor`` (a scalar tensor) times the gradient of :func:`orthogonality` to ``grad_a`` and
     ``grad_b`` in place; returns the value."""
 
-def add_to_sketch_(left: Tensor, right: Tensor, omega: Tensor, psi: Tensor, gy: Tensor, x: Tensor) -> None:
+def add_to_sketch_(
+    left: Tensor,
+    right: Tensor,
+    omega: Tensor,
+    psi: Tensor,
+    gy: Tensor,
+    x: Tensor,
+    taken: tuple[Tensor, Tensor] | None = None,
+) -> bool:
     """Adds the gradient ``G = gy^T x`` (out, in), which is not formed, to a sketch of it, in place.
 
     Args:
         left: ``(G Omega)^T``, (k, out). right: ``Psi G``, (l, in).
         omega: Omega^T, (k, in). psi: Psi, (l, out). All four have one dtype.
         gy: (tokens, out). x: (tokens, in). Of any floating dtypes; the products are of the sketch's.
+        taken: Sums that left and right are added to before; G comes in their place.
+
+    Returns:
+        Are left and right finite? On a GPU nobody looks, and it is True.
     """
 
 def take_sketches_(
@@ -334,6 +347,21 @@ def take_sketches_(
         step, sum: Vectors of one dtype and length: sketches of one optimizer step, and of several.
         steps: float64, one number.
         scale: What the loss was multiplied by, one number. found_inf: One number.
+    """
+
+def sketch_scores(
+    sketches: Sequence[tuple[Tensor, Tensor]],
+    psis: Sequence[Tensor],
+    factors: Sequence[tuple[Tensor, Tensor]],
+) -> Tensor:
+    """The first singular value of :func:`sketched_triples` for many modules at once, float64 (modules), on
+    the CPU.
+
+    Args:
+        sketches: left and right of each module. psis: Its psi. factors: Its a and b.
+
+    Raises:
+        ValueError: the lists are not of one length.
     """
 
 def sketched_triples(

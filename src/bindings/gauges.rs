@@ -4,6 +4,7 @@ use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
 
 use super::detached;
+use crate::gauges::sketch_scores::{self, Sketched};
 use crate::gauges::{energy, sketch};
 use crate::kernels::cuda;
 use crate::ops::low_rank::{self, LowRank};
@@ -37,6 +38,8 @@ fn add_energy_(py: Python<'_>, total: PyTensor, gy: PyTensor, x: PyTensor) -> Py
 
 /// Adds the gradient `gy^T x` of one backward pass to a sketch, in place.
 #[pyfunction]
+#[pyo3(signature = (left, right, omega, psi, gy, x, taken=None))]
+#[allow(clippy::too_many_arguments)]
 fn add_to_sketch_(
     py: Python<'_>,
     left: PyTensor,
@@ -45,10 +48,15 @@ fn add_to_sketch_(
     psi: PyTensor,
     gy: PyTensor,
     x: PyTensor,
-) -> PyResult<()> {
+    taken: Option<(PyTensor, PyTensor)>,
+) -> PyResult<bool> {
     let (mut left, mut right, omega, psi) = (left.0, right.0, omega.0, psi.0);
     let (gy, x) = (gy.0, x.0);
-    detached(py, move || sketch::accumulate(&mut left, &mut right, &omega, &psi, &gy, &x))
+    let mut taken = taken.map(|(left, right)| (left.0, right.0));
+    detached(py, move || {
+        let taken = taken.as_mut().map(|(left, right)| [left, right]);
+        sketch::accumulate(&mut left, &mut right, &omega, &psi, &gy, &x, taken)
+    })
 }
 
 /// Takes the sketches of one optimizer step into their sum, in place.
@@ -88,11 +96,42 @@ fn sketched_triples(
     })
 }
 
+/// The scores of many sketched gradients, float64: the first singular value of each outside the span of A and B.
+#[pyfunction]
+#[pyo3(name = "sketch_scores")]
+fn scores_of_sketches(
+    py: Python<'_>,
+    sketches: Vec<(PyTensor, PyTensor)>,
+    psis: Vec<PyTensor>,
+    factors: Vec<(PyTensor, PyTensor)>,
+) -> PyResult<PyTensor> {
+    if sketches.len() != psis.len() || sketches.len() != factors.len() {
+        return Err(pyo3::exceptions::PyValueError::new_err(format!(
+            "sketches, psis and factors are {}, {} and {}; give one of each for a module",
+            sketches.len(),
+            psis.len(),
+            factors.len()
+        )));
+    }
+    let of_all = sketches.into_iter().zip(psis).zip(factors);
+    let modules: Vec<_> = of_all
+        .map(|(((left, right), psi), (a, b))| Sketched {
+            left: left.0,
+            right: right.0,
+            psi: psi.0,
+            a: a.0,
+            b: b.0,
+        })
+        .collect();
+    detached(py, move || sketch_scores::scores(&modules).map(PyTensor))
+}
+
 /// Adds everything to the module.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(module_importance, module)?)?;
     module.add_function(wrap_pyfunction!(add_energy_, module)?)?;
     module.add_function(wrap_pyfunction!(add_to_sketch_, module)?)?;
     module.add_function(wrap_pyfunction!(take_sketches_, module)?)?;
+    module.add_function(wrap_pyfunction!(scores_of_sketches, module)?)?;
     module.add_function(wrap_pyfunction!(sketched_triples, module)?)
 }

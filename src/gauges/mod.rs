@@ -3,3 +3,4 @@
 pub mod energy;
 pub mod sensitivity;
 pub mod sketch;
+pub mod sketch_scores;

@@ -19,7 +19,7 @@ const SCRATCH_OF_DEVICE: i64 = 256 << 20;
 /// Tokens of such a block, at least.
 const LEAST_TOKENS: i64 = 16;
 /// Directions of a factor shorter than this share of its longest count as none.
-const NEGLIGIBLE: f64 = 1e-5;
+pub(super) const NEGLIGIBLE: f64 = 1e-5;
 /// Singular values below this share of the sketched matrix's norm are what rounding left.
 const ROUNDING: f64 = 1e-6;
 /// Entries of a vector nearer to its largest than this share of it count as large as that.
@@ -30,6 +30,10 @@ const NEAR: f64 = 1e-5;
 /// `gy` (tokens, out) and `x` (tokens, in) may have another dtype than the sketch: they are copied to it
 /// block by block. What the sketch holds before has no part in the products, nor has where it lies in
 /// memory or how gy and x are strided: a BLAS rounds otherwise where it adds to a full matrix.
+///
+/// `taken`: sums, of left and right, that take in what the sketch holds of a step before, and in whose place comes what
+/// is added. Gives whether what the sketch holds is finite, which would make a GPU be waited for and is not looked at
+/// there.
 pub fn accumulate(
     left: &mut Tensor,
     right: &mut Tensor,
@@ -37,7 +41,8 @@ pub fn accumulate(
     psi: &Tensor,
     gy: &Tensor,
     x: &Tensor,
-) -> Result<()> {
+    taken: Option<[&mut Tensor; 2]>,
+) -> Result<bool> {
     let kind = check(left, right, omega, psi)?;
     for (name, tensor) in [("gy", gy), ("x", x)] {
         checks::float(name, tensor)?;
@@ -68,11 +73,36 @@ pub fn accumulate(
         }
         first += n;
     }
-    if let Some((to_left, to_right)) = added {
-        let _ = left.f_add_(&to_left)?;
-        let _ = right.f_add_(&to_right)?;
+    let added = match added {
+        Some((to_left, to_right)) => [Some(to_left), Some(to_right)],
+        None => [None, None],
+    };
+    let mut sums = taken.into_iter().flatten();
+    for (held, added) in [&mut *left, &mut *right].into_iter().zip(added) {
+        let was_taken = match sums.next() {
+            Some(sum) => {
+                checks::kind("the sum", sum, kind)?;
+                let _ = sum.f_add_(held)?;
+                true
+            }
+            None => false,
+        };
+        match added {
+            Some(added) if was_taken => held.f_copy_(&added)?,
+            Some(added) => drop(held.f_add_(&added)?),
+            None if was_taken => drop(held.f_zero_()?),
+            None => {}
+        }
     }
-    Ok(())
+    Ok(left.device() != Device::Cpu || (is_finite(left)? && is_finite(right)?))
+}
+
+fn is_finite(matrix: &Tensor) -> Result<bool> {
+    match Plain::of(matrix) {
+        Some(plain) if plain.kind == Kind::Float => Ok(take::is_finite::<f32>(&plain)),
+        Some(plain) => Ok(take::is_finite::<f64>(&plain)),
+        None => Ok(bool::try_from(matrix.f_isfinite()?.f_all()?)?),
+    }
 }
 
 /// Fails unless the four matrices fit together; gives their dtype.
@@ -309,7 +339,7 @@ mod tests {
 
         fn add(&mut self, gy: &Tensor, x: &Tensor) {
             let Self { left, right, omega, psi } = self;
-            accumulate(left, right, omega, psi, gy, x).unwrap();
+            accumulate(left, right, omega, psi, gy, x, None).unwrap();
         }
 
         fn triples(&self, a: &Tensor, b: &Tensor, count: i64) -> Triples {
@@ -388,6 +418,26 @@ mod tests {
         twice.add(&gy.tr().contiguous().tr(), &x.tr().contiguous().tr());
         assert_eq!(twice.left, once.left * 2.0);
         assert_eq!(twice.right, once.right * 2.0);
+    }
+
+    #[test]
+    fn what_was_taken_makes_room_for_what_is_added() {
+        let mut held = sketch(6, 5, Kind::Float);
+        held.add(&random(3, 6), &random(3, 5));
+        let (before, mut sum) = (held.copy(), held.copy());
+        let mut alone = sketch(6, 5, Kind::Float);
+        (alone.omega, alone.psi) = (held.omega.copy(), held.psi.copy());
+        let (gy, x) = (random(3, 6), random(3, 5));
+        alone.add(&gy, &x);
+        let mut add = |gy: &Tensor| {
+            let Sketch { left, right, omega, psi } = &mut held;
+            let taken = Some([&mut sum.left, &mut sum.right]);
+            accumulate(left, right, omega, psi, gy, &x, taken).unwrap()
+        };
+        assert!(add(&gy));
+        assert!(!add(&(&gy * f64::NAN)));
+        assert_eq!(sum.left, &before.left * 2.0 + &alone.left);
+        assert_eq!(sum.right, &before.right * 2.0 + &alone.right);
     }
 
     #[test]

@@ -12,6 +12,7 @@ pub mod plain;
 pub mod pool;
 mod real;
 pub mod rounds;
+pub mod rows;
 pub mod score;
 pub mod simd;
 pub mod smooth;

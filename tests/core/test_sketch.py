@@ -256,3 +256,30 @@ def test_a_step_that_is_not_finite_is_left_out(step):
 
 def test_a_step_that_overflowed_is_left_out():
     assert take([4.0, 8.0], found_inf=torch.tensor(1.0)) == ([1.0, 1.0], 1.0)
+
+
+def test_scores_of_many_are_the_first_singular_values_of_each():
+    sketches, factors = [], []
+    for rank, rows in ((1, 0), (8, 3), (40, 4)):
+        sketches.append(sketch_of(of_rank(rank), dtype=F64))
+        factors.append((normal(rows, 40, seed=7), normal(60, rows, seed=8)))
+    want = [triples_of(sketch, 1, *own)[0] for sketch, own in zip(sketches, factors, strict=True)]
+    pairs = [(sketch["left"], sketch["right"]) for sketch in sketches]
+    found = _core.sketch_scores(pairs, [sketch["psi"] for sketch in sketches], factors)
+    torch.testing.assert_close(found, torch.cat(want), rtol=1e-9, atol=0.0)
+    with pytest.raises(ValueError, match="3, 3 and 2"):
+        _core.sketch_scores(pairs, [sketch["psi"] for sketch in sketches], factors[:2])
+
+
+def test_what_was_taken_makes_room_in_the_sketch():
+    parts, sums = new_sketch(dtype=F64), (torch.ones(K, 60, dtype=F64), torch.ones(ROWS, 40, dtype=F64))
+    first, second = ((normal(5, 60, seed=s), normal(5, 40, seed=s + 1)) for s in (3, 5))
+    assert _core.add_to_sketch_(**parts, gy=first[0], x=first[1])
+    before = parts["left"].clone(), parts["right"].clone()
+    assert _core.add_to_sketch_(**parts, gy=second[0], x=second[1], taken=sums)
+    alone = new_sketch(dtype=F64)
+    _core.add_to_sketch_(**alone, gy=second[0], x=second[1])
+    for total, old, name in zip(sums, before, ("left", "right"), strict=True):
+        assert torch.equal(total, old + 1.0)
+        assert torch.equal(parts[name], alone[name])
+    assert not _core.add_to_sketch_(**parts, gy=second[0] * float("nan"), x=second[1])

@@ -8,7 +8,7 @@ from increlora_rs import IncreLoraConfig, attach
 from peft import get_peft_model
 from torch import nn
 
-from benches import blocks, depth, floor, literal, memory, results, sizes, step, timing
+from benches import blocks, depth, floor, literal, memory, results, sizes, step, timing, training
 from benches.__main__ import main
 from benches.bars import Bar, bars, whole_step
 from benches.methods import (
@@ -310,6 +310,32 @@ def test_bars_of_small_layers_are_over_the_frozen_ones():
     record = {"precision": "float32", "dropout": 0.1, "ms": {FROZEN: [1.0], LORA: [3.0], OURS: [2.5]}}
     (found,) = bars({"host": [record]})
     assert (found.value, found.limit, found.passed) == (0.75, 0.5, False)
+
+
+def test_bars_of_a_whole_training_are_computed_from_the_figures():
+    place = {"precision": "float32", "dropout": 0.1}
+    samples = {FROZEN: [1.0, 1.0, 1.0], LORA: [2.0, 2.0, 2.0], OURS: [1.2, 1.2, 1.5]}
+    peaks = {FROZEN: 100, LORA: 300, OURS: 130}
+    rates = floor.Rates({4: 1e12, 2: 1e12}, 1e9)
+    figures = {
+        "floor": rates.to_json(),
+        "steps": [place | {"ms": samples}],
+        "peak": [place | {"method": method, "built": 50, "peak": peak} for method, peak in peaks.items()],
+    }
+    found = bars({"size": "smoke", "training": figures})
+    # The event in the third step counts in the whole, and in the median overhead not.
+    least = training.least(sizes.SMOKE, rates, "float32", 0.1)
+    assert [bar.value for bar in found] == pytest.approx([0.65, 0.2 / least, 0.15])
+    assert [bar.limit for bar in found] == [0.7, 1.3, 0.12]
+
+
+def test_a_whole_training_has_events():
+    whole = training.Whole(OURS, sizes.SMOKE, "float32", 0.1, 12)
+    for _ in range(12):
+        whole.step()
+    assert whole.scheduler.step == 12
+    assert len(whole.scheduler.history) > 0
+    assert whole.scheduler.spent <= whole.scheduler.budget
 
 
 def test_a_clock_may_be_given():

@@ -26,14 +26,17 @@ class Gauge(ABC):
     # ``total`` is float64, a number a module. Else they show what the frozen weight's gradient is made of.
     fused: ClassVar[bool] = False
 
-    total: Tensor
-
     def __init__(self, total: Tensor, lengths: Sequence[int] = ()) -> None:
         self._hold(total, lengths)
 
     def _hold(self, total: Tensor, lengths: Sequence[int] = ()) -> None:
-        self.total = total
+        self._total = total
         self._collectors = [_leaf(part) for part in total.split(list(lengths))] if lengths else []
+
+    @property
+    def total(self) -> Tensor:
+        """What was added since it was last made 0."""
+        return self._total
 
     def add(self, slot: int, gy: Tensor, x: Tensor) -> None:
         """A linear layer's pass: gy (tokens, out) and x (tokens, in), before dropout."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -47,9 +47,10 @@ class AdapterTensors(nn.Module):
 
     def rank(self, adapter_name: str) -> int:
         """The rank, as the parameters' sizes tell it; in the capacity form their rows that count."""
-        tensors: Sequence[Tensor] = self.factors(adapter_name)
-        if self.has_room(adapter_name) and not self.probes[adapter_name].at_work:
-            tensors = [one.outline() for one in self.held_factors(adapter_name)]
+        held = self.held_factors(adapter_name)
+        tensors: list[Tensor] = [_weight(one) if (work := one.work) is None else work for one in held]
+        if any(one.room is not None for one in held) and not self.probes[adapter_name].at_work:
+            tensors = [one.outline() for one in held]
         return int(self.structure.rank_of(dict(zip(self.structure.names, tensors, strict=True))))
 
     def acting_rank(self, adapter_name: str) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ... import _core
 from ...contract.policy import AdaptedModule, Step
 from ...gauges import Sketches
+from ...ops.update import LowRank
 from ...training.distributed import from_first_, in_any_process
 from .config import IncreLoraConfig
 from .idle import Idle
@@ -57,7 +58,8 @@ class GradientScores(Scores):
         sizes = [(module.layer.out_features, module.layer.in_features) for module in modules]
         # One object for ever: the layers know it.
         self.gauge: Sketches = Sketches(torch.zeros(0, dtype=wide, device=self._device), sizes)
-        self._directions: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._sums: list[tuple[Tensor, Tensor]] = []
+        self._psis: list[Tensor] = []
         self._idle = Idle(modules)
 
     def start(self, seed: int, components: int) -> None:
@@ -65,9 +67,12 @@ class GradientScores(Scores):
         k = _OVERSAMPLING + components
         self._components = components
         self.gauge.draw((k, _ROWS_A_COLUMN * k + 1), seed)
-        self._sum = torch.zeros_like(self.gauge.total)
         self._steps = torch.zeros(1, dtype=torch.float64, device=self._device)
-        self._sums = self.gauge.pairs(self._sum)
+        self._sums = self.gauge.pairs(self.gauge.sum)
+        self._psis = [self.gauge.given(k)[1] for k in range(len(self._modules))]
+        # One number of each module's sum: where it is not 0, nothing else need be looked at.
+        places = [left.storage_offset() for left, _ in self._sums]
+        self._firsts = torch.tensor(places, dtype=torch.int64, device=self._device)
         # Of the modules that may be idle: the steps that each took part in, and where these add to.
         self._took_part = torch.zeros(len(self._modules), dtype=torch.float64, device=self._device)
         pairs = self.gauge.pairs(self.gauge.total) if self._idle else []
@@ -84,47 +89,62 @@ class GradientScores(Scores):
         scale, loss_scale = step.grad_scale, step.loss_scale
         if loss_scale is not None:
             scale = torch.tensor(loss_scale, dtype=torch.float64)
-        before = self._idle and (self._idle.in_gauge(self._parts), self._steps.clone())
-        _core.take_sketches_(self.gauge.total, self._sum, self._steps, scale=scale, found_inf=step.found_inf)
-        if before:
-            took_part, steps = before
-            # A step that is not finite is none.
-            self._took_part += took_part * (self._steps - steps)
+        if not self._idle:
+            self.gauge.take_(self._steps, scale=scale, found_inf=step.found_inf)
+            return
+        # Asking for it leaves there what this step added alone.
+        assert len(self.gauge.total)
+        took_part, steps = self._idle.in_gauge(self._parts), self._steps.clone()
+        self.gauge.take_(self._steps, scale=scale, found_inf=step.found_inf)
+        # A step that is not finite is none.
+        self._took_part += took_part * (self._steps - steps)
 
     def reached(self, optimizer: torch.optim.Optimizer) -> npt.NDArray[np.bool_]:
         """Which modules a gradient has reached since the last growth, in the window's steps."""
-        held = torch.stack([left.any() | right.any() for left, right in self._sums])
-        return in_any_process(held.cpu(), self._device)
+        held = (self.gauge.sum[self._firsts] != 0.0).cpu()
+        for k in torch.nonzero(~held).flatten().tolist():
+            left, right = self._sums[k]
+            held[k] = left.any() | right.any()
+        return in_any_process(held, self._device)
 
     def at_growth(self) -> npt.NDArray[np.float64]:
-        """The scores for a growth, the same in every process; the sketches start anew."""
-        count = self._components if self._keeps_directions else 1
-        found = [self._triples(k, count) for k in range(len(self._modules))]
+        """The scores for a growth, the same in every process."""
         steps = (self._took_part if self._idle else self._steps).clamp(min=1.0)
-        sigma = torch.stack([values[0] for values, _, _ in found]).to(steps.device) / steps
+        factors = [self._factors(module) for module in self._modules]
+        sums = self.gauge.pairs(self.gauge.sum)
+        sigma = _core.sketch_scores(sums, self._psis, factors).to(steps.device) / steps
         from_first_(sigma)
         self._sigma = sigma.cpu().numpy()
-        self._directions = found if self._keeps_directions else []
-        self._sum.zero_()
-        self._steps.zero_()
-        self._took_part.zero_()
         return self._sigma
 
-    def _triples(self, k: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        module = self._modules[k]
-        update: Any = module.layer.update(module.adapter)
-        a, b = update.a.detach(), update.b.detach()
-        return _core.sketched_triples(*self._sums[k], self.gauge.given(k)[1], a, b, count)
+    def after_growth(self) -> None:
+        """The sketches start anew."""
+        self.gauge.sum.zero_()
+        self._steps.zero_()
+        self._took_part.zero_()
+
+    def _factors(self, module: AdaptedModule) -> tuple[Tensor, Tensor]:
+        """A and B of the active components."""
+        layer, tensors = module.layer, dict(zip(module.structure.names, module.factors, strict=True))
+        if module.factors[0].is_meta:
+            tensors = layer.present(module.adapter)
+        update: LowRank = module.structure.update(
+            tensors, layer.site, layer.configs[module.adapter], 1.0, training=False
+        )
+        return update.a.detach(), update.b.detach()
 
     def directions(self, k: int, components: int) -> tuple[Tensor, Tensor] | None:
         """Unit vectors for new components of module ``k``, as columns (out, n) of B and rows (n, in) of A,
         signed so that a positive E lowers the loss; n may be less than ``components``.
 
-        After :meth:`at_growth`; None where new components start from random numbers.
+        Between :meth:`at_growth` and :meth:`after_growth`, and before the module grows; None where new
+        components start from random numbers.
         """
-        if not self._directions:
+        if not self._keeps_directions:
             return None
-        sigma, u, v = (part.to(self._device) for part in self._directions[k])
+        factors = self._factors(self._modules[k])
+        found = _core.sketched_triples(*self._sums[k], self._psis[k], *factors, self._components)
+        sigma, u, v = (part.to(self._device) for part in found)
         for part in (sigma, u, v):
             from_first_(part)
         n = min(components, int((sigma > 0.0).sum()))
@@ -136,7 +156,7 @@ class GradientScores(Scores):
 
     def state(self) -> dict[str, Any]:
         """Copies for a checkpoint; of the sketches' sum if it holds anything."""
-        held = {"sum": self._sum.clone()} if bool(self._sum.any()) else {}
+        held = {"sum": self.gauge.sum.clone()} if bool(self.gauge.sum.any()) else {}
         if self._idle:
             held["took_part"] = self._took_part.clone()
         return {"sigma": self._sigma.tolist(), "steps": self._steps.clone(), **held}
@@ -148,10 +168,9 @@ class GradientScores(Scores):
         if "took_part" in saved:
             self._took_part.copy_(saved["took_part"])
         if "sum" in saved:
-            self._sum.copy_(saved["sum"])
+            self.gauge.sum.copy_(saved["sum"])
 
     def finish(self) -> None:
         """Gives the sketches' memory back."""
         self.gauge.clear()
-        self._sums, self._directions, self._parts = [], [], []
-        self._sum = self._sum.new_zeros(0)
+        self._sums, self._psis, self._parts = [], [], []

@@ -140,6 +140,7 @@ class Growth(Allocation):
             self.modules[k].grow(
                 components, self.generator(number, k, "grow"), self._scores.directions(k, components)
             )
+        self._scores.after_growth()
         grown = self.ranks()
         self._update_may_grow(grown)
         if self._may_grow:

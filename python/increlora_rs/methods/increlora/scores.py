@@ -59,6 +59,10 @@ class Scores(ABC):
     def at_growth(self) -> npt.NDArray[np.float64]:
         """The scores that a growth chooses by, the same in every process."""
 
+    def after_growth(self) -> None:
+        """The growth is over, and has asked for all directions."""
+        return None
+
     @abstractmethod
     def reached(self, optimizer: torch.optim.Optimizer) -> npt.NDArray[np.bool_]:
         """Which modules a gradient has reached, the same in every process; before :meth:`at_growth`."""
