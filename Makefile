@@ -4,8 +4,8 @@
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 INSTALLED := $(VENV)/.installed
-# What pyproject.toml needs for a build, installed once instead of in an isolated environment.
-BUILD_REQUIRES := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | sed 's/", "/" "/g')
+# What a build needs, installed once instead of in an isolated environment: the oldest torch that the package runs with.
+BUILD_REQUIRES := "maturin>=1.8,<2" "torch==2.13.0" setuptools
 
 # Switches by which torch, our loops, oneDNN and MKL take the kernels of other processors, a run of the tests each;
 # what a processor lacks or a library does not know is left as it is. Inductor's cache does not know that the first
@@ -29,7 +29,8 @@ export TOKENIZERS_PARALLELISM := false
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo bench evidence conformance conformance-all docs test test-rust test-python test-isa test-gpu deepspeed lint format clean
+.PHONY: help build wheel demo bench evidence conformance conformance-all docs test test-rust test-python test-torches \
+	test-isa test-gpu deepspeed lint format clean
 
 help: ## list the targets
 	@sed -n -E 's/^([a-z-]+):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -42,6 +43,15 @@ $(INSTALLED): pyproject.toml
 
 build: $(INSTALLED) ## make .venv and build the extension into it
 	maturin develop --release --skip-install
+
+# One wheel for every torch of python/increlora_rs/torches.json.
+wheel: ## the file to install elsewhere, in dist; TORCH=2.11.0 or 2.12.0 for one of these versions of torch
+ifdef TORCH
+	PYTHON=$(PYTHON) torches/older.sh $(TORCH)
+else
+	$(MAKE) $(INSTALLED)
+	maturin build --release --out dist
+endif
 
 demo: build ## fine-tune MiniLM on BBC news with growing ranks, beside plain LoRA
 	increlora-rs demo --out demo
@@ -62,7 +72,7 @@ conformance-all: build ## run PEFT's own tests on every method
 docs: $(INSTALLED) ## build the site into target/site; a warning is an error
 	mkdocs build --strict
 
-test: lint docs test-rust test-python conformance ## everything that CI runs
+test: lint docs test-rust test-python conformance test-torches ## everything that CI runs
 
 test-rust: $(INSTALLED)
 	$(WITH_TORCH) cargo test --release --quiet
@@ -71,6 +81,9 @@ test-rust: $(INSTALLED)
 # of one file stay together, for what they share, until a process would have nothing left to do.
 test-python: build
 	pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+
+test-torches: build ## this build under the newest torch that it may run with, which is fetched
+	python -m torches
 
 test-isa: build ## the tests of numbers as on other processors, and on one core
 	@set -e; for switch in $(INSTRUCTION_SETS); do \
@@ -92,6 +105,7 @@ lint: build
 	ruff check --quiet .
 	mypy
 	python -m mypy.stubtest increlora_rs._core
+	actionlint .github/workflows/*.yml
 
 format: $(INSTALLED) ## format Rust and Python
 	cargo fmt

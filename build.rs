@@ -4,6 +4,7 @@
 use std::process::Command;
 
 const CPP: &str = "src/bindings/autograd.cpp";
+const HEADER: &str = "src/bindings/torch_versions.h";
 const ASK: &str = "
 import sysconfig, torch
 from torch.utils.cpp_extension import include_paths
@@ -13,6 +14,7 @@ print(*include_paths(), sysconfig.get_path('include'), sep='\\n')";
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed={CPP}");
+    println!("cargo:rerun-if-changed={HEADER}");
     println!("cargo:rerun-if-env-changed=VIRTUAL_ENV");
     println!("cargo:rerun-if-env-changed=PATH");
     let python = if cfg!(windows) {
@@ -34,12 +36,11 @@ fn main() {
     let answer = String::from_utf8_lossy(&output.stdout);
     let mut lines = answer.lines();
     println!("cargo:rustc-env=INCRELORA_TORCH_VERSION={}", lines.next().unwrap_or_default());
-    // The C++ version and the flags that torch-sys compiles its own part with.
+    // The C++ version, as torch-sys's, is in .cargo/config.toml.
     cc::Build::new()
         .cpp(true)
         .pic(true)
         .warnings(false)
-        .std("c++17")
         .includes(lines)
         .file(CPP)
         .compile("increlora_autograd");

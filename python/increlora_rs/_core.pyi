@@ -14,6 +14,7 @@ from torch import Tensor
 
 __all__ = [
     "BUILT_FOR",
+    "DIRECT",
     "RESERVE_E",
     "Fluctuation",
     "Newborns",
@@ -69,6 +70,9 @@ RESERVE_E: float
 
 BUILT_FOR: str
 """The mark in the extension's file that names the torch it was built for."""
+
+DIRECT: bool
+"""Are linear layers called by a node of autograd's in C++? Only under the minor torch built for."""
 
 def adapter_forward(
     y: Tensor,

@@ -1,17 +1,24 @@
-"""Refuses a torch that the extension was not built for, before the extension is loaded.
+"""Refuses a torch that the extension cannot run with, before the extension is loaded.
 
-An extension built for another torch may load without complaint and crash later, so its version is
-read from the bytes of its file.
+An extension may load under a torch whose tensors lie otherwise in memory, without complaint, and
+compute nonsense. So the version that it was built for is read from the bytes of its file, and
+``torches.json`` says with which others such a build was tried.
 """
 
+import json
 import mmap
 import os
 import re
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 _MARK = re.compile(rb"increlora_rs built for torch ([0-9.]+);")
+# Made by `python -m torches`, a row a trial that passed.
+_TRIALS = Path(__file__).with_name("torches.json")
+# Of these the source can be built by older bindings.
+_OLDER = ((2, 11), (2, 12))
 
 
 def built_for() -> str:
@@ -40,14 +47,51 @@ def built_for() -> str:
     return version
 
 
+def runs_with(built: str) -> list[tuple[int, int]]:
+    """Minor versions of torch, in order, under which a build for ``built`` may run: its own, and those of
+    trials of a build for the same minor version.
+    """
+    trials = json.loads(_TRIALS.read_text(encoding="utf-8"))
+    tried = {_minor(trial["torch"]) for trial in trials if _minor(trial["built_for"]) == _minor(built)}
+    return sorted({_minor(built), *tried})
+
+
 def require_matching_torch() -> None:
-    """Raises ImportError unless the installed torch has the major.minor version built for."""
+    """Raises ImportError unless the extension may run with the installed torch."""
     built = built_for()
-    want, have = built.split(".")[:2], torch.__version__.split(".")[:2]
-    if want != have:
-        minor = ".".join(want)
-        raise ImportError(
-            f"increlora_rs was built for torch {minor} but torch {torch.__version__} is installed. "
-            f'Install the matching one, `pip install "torch=={minor}.*"`, or rebuild increlora_rs '
-            "in this environment from its source."
-        )
+    accepted = runs_with(built)
+    if _minor(torch.__version__) in accepted:
+        return
+    others = [_text(minor) for minor in accepted if minor != _minor(built)]
+    tried = f" and tried with {', '.join(others)}" if others else ""
+    raise ImportError(
+        f"increlora_rs was built for torch {_text(_minor(built))}{tried}, but torch {torch.__version__} is "
+        f'installed. Install one that it runs with, `pip install "{_range(accepted)}"`'
+        f"{_rebuild(_minor(torch.__version__))}."
+    )
+
+
+def _range(accepted: list[tuple[int, int]]) -> str:
+    major, last = accepted[-1]
+    if len(accepted) == 1:
+        return f"torch=={major}.{last}.*"
+    return f"torch>={_text(accepted[0])},<{major}.{last + 1}"
+
+
+def _rebuild(have: tuple[int, int]) -> str:
+    """How to build for a torch, if that may work: headers tell a compiler what a loaded library does not."""
+    if have < min(_OLDER):
+        return ""
+    command = "pip install --no-build-isolation --no-deps ."
+    if have in _OLDER:
+        command = f"make wheel TORCH={_text(have)}.0"
+    return f", or build increlora_rs for that torch in the folder of its source: `{command}`"
+
+
+def _minor(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _text(minor: tuple[int, int]) -> str:
+    return ".".join(map(str, minor))

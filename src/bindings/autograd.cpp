@@ -5,6 +5,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/version.h>
@@ -78,13 +79,21 @@ struct State {
 std::mutex known_mutex;
 std::map<int64_t, std::weak_ptr<State>> known;
 
-// As torch's once_differentiable: the gradient of what is given is refused.
-struct Once : Function<Once> {
-  static at::Tensor forward(AutogradContext *, const at::Tensor &gradient) { return gradient.alias(); }
-  static variable_list backward(AutogradContext *, const variable_list &) {
-    TORCH_CHECK(false, "trying to differentiate twice a function that was marked with @once_differentiable");
-  }
-};
+template <class N, class... A> auto new_node(A &&...arguments) {
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
+  return c10::make_intrusive<N>(std::forward<A>(arguments)...);
+#else
+  return std::shared_ptr<N>(new N(std::forward<A>(arguments)...), torch::autograd::deleteNode);
+#endif
+}
+
+// As torch's once_differentiable: the gradient of what is given is refused. By torch's own node: what Function::apply
+// calls takes other arguments from torch 2.15 on, and the same build is to run there.
+at::Tensor once(const at::Tensor &gradient) {
+  const auto refused = new_node<torch::autograd::DelayedError>(
+      "trying to differentiate twice a function that was marked with @once_differentiable", 1);
+  return refused->apply(variable_list{gradient.detach().requires_grad_()})[0];
+}
 
 variable_list gradients(const State &state, const at::Tensor &gy, const variable_list &saved,
                         const Needed &needed) {
@@ -97,7 +106,7 @@ variable_list gradients(const State &state, const at::Tensor &gy, const variable
   }
   for (size_t i = 0; again && i < found.size(); i++) {
     if (found[i].defined()) {
-      found[i] = Once::apply(found[i].detach().requires_grad_());
+      found[i] = once(found[i]);
     }
   }
   return found;
@@ -160,14 +169,6 @@ struct LowRankLinearBackward final : CppNode<Replayed> {
     CppNode::compiled_args(args);
   }
 };
-
-auto new_node() {
-#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
-  return c10::make_intrusive<LowRankLinearBackward>();
-#else
-  return std::shared_ptr<LowRankLinearBackward>(new LowRankLinearBackward(), torch::autograd::deleteNode);
-#endif
-}
 
 // Set difference takes no backend away.
 bool within(c10::DispatchKeySet keys, c10::DispatchKeySet bounds) {
@@ -232,7 +233,7 @@ bool increlora_record(at::Tensor *y, const at::Tensor *const *inputs, const at::
                       const Operation *operation, const void *held) {
   HANDLE_TH_ERRORS
   auto state = std::make_shared<State>(operation, held);
-  auto node = new_node();
+  auto node = new_node<LowRankLinearBackward>();
   node->state = std::move(state);
   torch::autograd::edge_list edges;
   edges.reserve(operation->inputs);

@@ -6,6 +6,7 @@ use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pyo3::ffi::PyObject as RawObject;
 use pyo3::prelude::*;
@@ -35,6 +36,23 @@ extern "C" {
         operation: *const Table,
         held: *const c_void,
     ) -> bool;
+}
+
+/// May nodes be made? One is laid out as the headers had it that it was compiled against, and libtorch of another
+/// minor version may have a field more in it.
+static OWN_TORCH: AtomicBool = AtomicBool::new(false);
+
+/// Looks once, when the module is loaded, whether libtorch is of the minor version that this was compiled against.
+pub fn look_at_torch(py: Python<'_>) -> PyResult<bool> {
+    let installed: String = py.import("torch")?.getattr("__version__")?.str()?.extract()?;
+    let own = minor(&installed) == minor(env!("INCRELORA_TORCH_VERSION"));
+    OWN_TORCH.store(own, Ordering::Relaxed);
+    Ok(own)
+}
+
+/// "2.13" of "2.13.0+cpu".
+fn minor(version: &str) -> &str {
+    version.match_indices('.').nth(1).map_or(version, |(end, _)| &version[..end])
 }
 
 /// A tensor that somebody else keeps alive.
@@ -67,10 +85,14 @@ impl Deref for Borrowed<'_> {
 }
 
 /// The tensors of Python objects (None: none), if an operation may read them directly: float32 or bfloat16, in plain
-/// memory of the CPU, and nobody else takes part in the call: no mode, transform, tracer or autocast.
+/// memory of the CPU, and nobody else takes part in the call: no mode, transform, tracer or autocast. None under a
+/// torch of another minor version than this was compiled against.
 pub fn plain<'a, const N: usize>(
     objects: [&Bound<'a, PyAny>; N],
 ) -> Option<[Option<Borrowed<'a>>; N]> {
+    if !OWN_TORCH.load(Ordering::Relaxed) {
+        return None;
+    }
     let raw = objects.map(Bound::as_ptr);
     let mut tensors = [std::ptr::null_mut(); N];
     // SAFETY: N objects and N places; a bound object means that the GIL is held.
@@ -222,4 +244,18 @@ unsafe extern "C" fn raise(error: *mut c_void) {
 unsafe extern "C" fn drop_held<B>(held: *mut c_void) {
     // SAFETY: what `record` gave, once.
     drop(unsafe { Box::from_raw(held.cast::<B>()) });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_minor_version_is_what_comes_before_the_second_dot() {
+        for (version, wanted) in
+            [("2.13.0", "2.13"), ("2.13.1+cu130", "2.13"), ("2.14.0a0+git1", "2.14"), ("3", "3")]
+        {
+            assert_eq!(minor(version), wanted);
+        }
+    }
 }

@@ -68,6 +68,7 @@ fn named(py: Python<'_>, name: &str, error: &PyErr) -> PyErr {
 /// Adds everything to the module.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("BUILT_FOR", BUILT_FOR)?;
+    module.add("DIRECT", autograd::look_at_torch(module.py())?)?;
     ops::register(module)?;
     gauges::register(module)?;
     policies::register(module)?;

@@ -21,6 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+pytestmark = pytest.mark.skipif(
+    not _core.DIRECT, reason=f"{_core.BUILT_FOR} under torch {torch.__version__} nothing is called directly"
+)
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
 
 

@@ -221,10 +221,20 @@ def test_gradients_and_importance_are_those_of_eager_mode(case):
 
 @pytest.mark.slow
 def test_inductor_recomputes_a_checkpointed_block_with_the_same_mask():
-    kept = gradients(compiled=True, backend="inductor")
-    recomputed = gradients(compiled=True, backend="inductor", checkpointed=True)
-    for ours, theirs in zip(recomputed, kept, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    # Against differences of the loss, whose masks are those of forward passes: inductor's random numbers are
+    # others without the checkpoint from torch 2.14 on.
+    model = adapted(checkpointed=True, lora_dropout=0.5, init_lora_weights=False).double()
+    net = torch.compile(model, backend="inductor", fullgraph=True)
+
+    def loss(x):
+        torch.manual_seed(9)
+        return net(x).square().mean()
+
+    torch.manual_seed(10)
+    x = torch.randn(40, 9, dtype=torch.float64).requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(x), x)
+    ahead, behind = (loss((x + way * gradient).detach().requires_grad_()).item() for way in (1e-5, -1e-5))
+    torch.testing.assert_close((ahead - behind) / 2e-5, gradient.square().sum().item(), rtol=1e-5, atol=0.0)
 
 
 def test_autocast_inside_the_compiled_function_is_obeyed():

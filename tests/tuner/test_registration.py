@@ -1,4 +1,4 @@
-"""The method's place in PEFT, the check of torch's version, and a save that leaves the old adapter whole."""
+"""The method's place in PEFT, and a save that leaves the old adapter whole."""
 
 import copy
 import json
@@ -8,14 +8,13 @@ import signal
 import stat
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import peft
 import peft.peft_model
 import pytest
 import torch
 from growing import growing
-from increlora_rs import IncreLoraConfig, IncreLoraModel, _core, _torch_check
+from increlora_rs import IncreLoraConfig, IncreLoraModel
 from increlora_rs.tuner.registration import register
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -88,59 +87,6 @@ def python(code):
 def test_import_in_a_new_process_registers_the_method():
     done = python("import increlora_rs, peft; print(peft.get_peft_config({'peft_type': 'INCRELORA'}).r)")
     assert (done.returncode, done.stdout.split()) == (0, ["8"])
-
-
-# The check of torch's version.
-
-
-def test_extension_says_the_torch_it_was_built_for():
-    assert f"torch {_torch_check.built_for()};" in _core.BUILT_FOR
-
-
-@pytest.mark.parametrize("version", ["2.13.0", "2.13.7", "2.13.1+cu130", "2.13.0a0+git123"])
-def test_torch_of_the_minor_version_built_for_is_accepted(monkeypatch, version):
-    monkeypatch.setattr(_torch_check, "built_for", lambda: "2.13.0")
-    monkeypatch.setattr(torch, "__version__", version)
-    assert _torch_check.require_matching_torch() is None
-
-
-@pytest.mark.parametrize("version", ["2.12.1", "2.14.0+cpu", "2.1.3", "3.13.0", "2.130.0"])
-def test_other_torch_is_refused_with_the_line_that_installs_the_right_one(monkeypatch, version):
-    monkeypatch.setattr(_torch_check, "built_for", lambda: "2.13.0")
-    monkeypatch.setattr(torch, "__version__", version)
-    with pytest.raises(ImportError) as error:
-        _torch_check.require_matching_torch()
-    assert f"torch {version} is installed" in str(error.value)
-    assert 'pip install "torch==2.13.*"' in str(error.value)
-
-
-def test_other_torch_is_refused_before_the_extension_is_loaded():
-    done = python(
-        "import sys, torch\n"
-        "torch.__version__ = '2.1.0'\n"
-        "try:\n"
-        "    import increlora_rs\n"
-        "except ImportError as error:\n"
-        "    print('pip install' in str(error), 'increlora_rs._core' in sys.modules)\n"
-    )
-    assert done.stdout.split() == ["True", "False"]
-
-
-@pytest.mark.parametrize("content", [b"", b"\x7fELF" + bytes(5000), b"increlora_rs built for torch "])
-def test_extension_file_without_its_mark_is_refused_by_path(monkeypatch, tmp_path, content):
-    path = tmp_path / "_core.so"
-    path.write_bytes(content)
-    monkeypatch.setattr(_torch_check, "find_spec", lambda name: SimpleNamespace(origin=str(path)))
-    with pytest.raises(ImportError) as error:
-        _torch_check.require_matching_torch()
-    assert str(path) in str(error.value)
-
-
-@pytest.mark.parametrize("spec", [None, SimpleNamespace(origin=None)])
-def test_missing_extension_is_refused_with_the_line_that_builds_it(monkeypatch, spec):
-    monkeypatch.setattr(_torch_check, "find_spec", lambda name: spec)
-    with pytest.raises(ImportError, match=r"_core is missing.*pip install \."):
-        _torch_check.require_matching_torch()
 
 
 # Saving.
