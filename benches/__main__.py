@@ -7,6 +7,8 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +66,29 @@ def measure(size: str, only: Sequence[str] = (), raw: Path | None = None) -> dic
     prepare()
     rates = floor.measure(NAMED[size]).to_json()
     figures: dict[str, Any] = {"size": size, "machine": machine.describe(), "floor": rates, "others": {}}
-    with warnings.catch_warnings():
+    for name in _SECTIONS:
+        if only and name not in only:
+            continue
+        # Each in a process of its own: what one leaves in memory is not there for the next.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            figures[name], others = process.submit(section, name, size).result()
+        figures["others"][name] = others
+        if raw is not None:
+            raw.parent.mkdir(parents=True, exist_ok=True)
+            raw.write_text(json.dumps(figures) + "\n", encoding="utf-8")
+        if others is not None and others > QUIET:
+            print(f"{name}: others took {others:.0%} of the machine's time", file=sys.stderr)
+    return figures
+
+
+def section(name: str, size: str) -> tuple[Any, float | None]:
+    """The figures of one section, and the share of the machine's time that others took meanwhile."""
+    prepare()
+    with warnings.catch_warnings(), watch_others() as busy:
         # Layers timed by themselves have no scheduler, nor can they need one.
         warnings.filterwarnings("ignore", message=".*backward passes through an IncreLoRA adapter.*")
-        for name, section in _SECTIONS.items():
-            if only and name not in only:
-                continue
-            with watch_others() as busy:
-                figures[name] = section(NAMED[size])
-            figures["others"][name] = busy.others
-            if raw is not None:
-                raw.parent.mkdir(parents=True, exist_ok=True)
-                raw.write_text(json.dumps(figures) + "\n", encoding="utf-8")
-            if busy.others is not None and busy.others > QUIET:
-                print(f"{name}: others took {busy.others:.0%} of the machine's time", file=sys.stderr)
-    return figures
+        figures = _SECTIONS[name](NAMED[size])
+    return figures, busy.others
 
 
 def _parser() -> argparse.ArgumentParser:
