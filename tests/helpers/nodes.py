@@ -1,7 +1,7 @@
 """Two nodes on one machine, a launcher on each: two network namespaces that a cable joins, or the loopback.
 
-A namespace lives as long as the process that holds it, which ends when its input does: whatever becomes of the
-tests, the system takes namespaces and cable away.
+A namespace lives as long as the process that holds it, which ends when its input does: whatever becomes of
+the tests, the system takes namespaces and cable away.
 """
 
 import os
@@ -81,22 +81,25 @@ def torchrun_on(nodes, rendezvous, script, out, *arguments, timeout=600):
     addresses = ADDRESSES if nodes[0][0] else ("127.0.0.1", "127.0.0.1")
     # In a namespace every port is free.
     port = 29500 if nodes[0][0] else _free_port()
-    started, told = [], [tempfile.TemporaryFile("w+") for _ in nodes]
-    for k, (inside, own) in enumerate(nodes):
-        command = [*inside, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
-        command += [f"--node-rank={k}", f"--local-addr={addresses[k]}", f"--rdzv-backend={rendezvous}"]
-        if rendezvous == "static":
-            command += [f"--master-addr={addresses[0]}", f"--master-port={port}"]
-        else:
-            command += [f"--rdzv-endpoint={addresses[0]}:{port}", "--rdzv-id=nodes"]
-            command += [f"--rdzv-conf=is_host={int(k == 0)}"]
-        command += [str(WORKERS / script), str(out), *map(str, arguments)]
-        started.append(subprocess.Popen(command, env=environment() | own, stderr=told[k]))
-    try:
-        codes = [process.wait(timeout=timeout) for process in started]
-    finally:
-        for process in started:
-            process.kill()
+    started = []
+    with ExitStack() as stack:
+        told = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in nodes]
+        for k, (inside, own) in enumerate(nodes):
+            command = [*inside, sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
+            command += ["--nproc-per-node=1", f"--node-rank={k}", f"--local-addr={addresses[k]}"]
+            command += [f"--rdzv-backend={rendezvous}"]
+            if rendezvous == "static":
+                command += [f"--master-addr={addresses[0]}", f"--master-port={port}"]
+            else:
+                command += [f"--rdzv-endpoint={addresses[0]}:{port}", "--rdzv-id=nodes"]
+                command += [f"--rdzv-conf=is_host={int(k == 0)}"]
+            command += [str(WORKERS / script), str(out), *map(str, arguments)]
+            started.append(subprocess.Popen(command, env=environment() | own, stderr=told[k]))
+        try:
+            codes = [process.wait(timeout=timeout) for process in started]
+        finally:
+            for process in started:
+                process.kill()
         for file in told:
             file.seek(0)
         texts = [file.read() for file in told]
