@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 INSTALLED := $(VENV)/.installed
+DEEPSPEED := $(CURDIR)/target/deepspeed
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 # What pyproject.toml needs for a build, installed once instead of in an isolated environment.
 BUILD_REQUIRES := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | sed 's/", "/" "/g')
 
@@ -29,7 +31,7 @@ export TOKENIZERS_PARALLELISM := false
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo bench evidence conformance conformance-all docs test test-rust test-python test-isa test-gpu deepspeed lint format clean
+.PHONY: help build demo bench evidence conformance conformance-all docs test test-rust test-python test-isa test-gpu test-deepspeed lint format clean
 
 help: ## list the targets
 	@sed -n -E 's/^([a-z-]+):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -82,8 +84,16 @@ test-isa: build ## the tests of numbers as on other processors, and on one core
 test-gpu: ## the kernels' tests, with the interpreter whose packages are at hand
 	$(PYTHON) -m pytest tests/cuda
 
-deepspeed: build ## install DeepSpeed, whose tests are skipped without it (make deepspeed test-python)
-	DS_BUILD_OPS=0 pip install --quiet --no-build-isolation deepspeed==0.19.8
+# What .venv has, and DeepSpeed, which .venv is left without.
+$(DEEPSPEED)/.installed: $(INSTALLED)
+	python -m venv $(DEEPSPEED)
+	echo "import site; site.addsitedir('$$(python -c '$(SITE)')')" > "$$($(DEEPSPEED)/bin/python -c '$(SITE)')/venv.pth"
+	$(DEEPSPEED)/bin/pip install --quiet wheel
+	DS_BUILD_OPS=0 $(DEEPSPEED)/bin/pip install --quiet --no-build-isolation deepspeed==0.19.8
+	touch $@
+
+test-deepspeed: build $(DEEPSPEED)/.installed ## the tests under DeepSpeed, in an environment of their own
+	$(DEEPSPEED)/bin/python -m pytest tests/training/test_zero.py tests/project/test_docs_code.py -k "zero or deepspeed"
 
 lint: build
 	cargo fmt --check

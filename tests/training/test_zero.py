@@ -8,8 +8,9 @@ import pytest
 import torch
 from capacity_ends import assert_bit_for_bit, assert_resumed, assert_same
 from flat_zero import DeepSpeedZeroOptimizer
-from increlora_rs import attach
+from increlora_rs import attach, keep_average
 from launches import WORKERS, torchrun
+from torch.optim.swa_utils import AveragedModel
 from zero_stages import ENGINES
 
 sys.path.insert(0, str(WORKERS))
@@ -18,7 +19,7 @@ import capacity
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
-    reason="DeepSpeed is not installed: `make deepspeed` does so",
+    reason="DeepSpeed is not installed: `make test-deepspeed` has it",
 )
 slow = pytest.mark.slow
 
@@ -176,6 +177,12 @@ def test_what_cannot_work_is_refused_by_name(name, value, told, group_of_one):
     setattr(zero, name, value)
     with pytest.raises(ValueError, match=told):
         attach(model, zero, total_steps=capacity.STEPS)
+
+
+def test_an_average_of_pieces_is_refused_by_name(group_of_one):
+    model, _, scheduler = begun("growing")
+    with pytest.raises(NotImplementedError, match="FSDP1 or ZeRO gives each process a piece"):
+        keep_average(scheduler, AveragedModel(model))
 
 
 def test_an_adapter_that_changes_its_size_is_refused_with_the_way_out(group_of_one):
