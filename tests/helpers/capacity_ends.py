@@ -13,6 +13,14 @@ def assert_same(one, other):
         assert (value - other["adapter"][key]).norm() <= 1e-5 * value.norm()
 
 
+def assert_same_average(one, other):
+    """The averages that followed them are the same but for rounding."""
+    assert one["average"].keys() == other["average"].keys() == one["adapter"].keys()
+    for key, value in one["average"].items():
+        assert value.shape == one["adapter"][key].shape
+        torch.testing.assert_close(other["average"][key], value, rtol=1e-5, atol=1e-6)
+
+
 def assert_bit_for_bit(one, other):
     """They are of processes of one training, or of one training in one piece and in two."""
     assert one["history"] == other["history"]

@@ -16,11 +16,20 @@ def torchrun(processes, script, out, *arguments, timeout=600, weights_only=True)
     """Runs ``workers/script out arguments`` in so many processes; what each of them saved in ``out``."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={processes}", str(WORKERS / script), str(out), *map(str, arguments)]
-    paths = os.pathsep.join([str(WORKERS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
     # The first lines name the error of the process that failed first, the last ones torchrun's own.
     assert done.returncode == 0, f"{done.stderr[:3000]}\n...\n{done.stderr[-3000:]}"
+    return kept(out, processes, weights_only=weights_only)
+
+
+def environment():
+    """That of a worker's process."""
+    paths = os.pathsep.join([str(WORKERS.parent), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
+
+
+def kept(out, processes, *, weights_only=True):
+    """What each process saved in ``out``."""
     return [torch.load(out / f"rank{k}.pt", weights_only=weights_only) for k in range(processes)]
 
 

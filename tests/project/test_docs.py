@@ -13,6 +13,8 @@ from increlora_rs._core import Schedule
 from increlora_rs.compare.results import read_results
 from peft import AdaLoraConfig, LoraConfig
 
+from benches import traffic
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 NAMED = sorted(set(re.findall(r"`([\w/]+\.py)::(\w+)`", (DOCS / "guarantees.md").read_text())))
@@ -51,6 +53,16 @@ RUST = sorted({file for page in PAGES for file in re.findall(r"\bsrc/[\w/]+\.rs\
 @pytest.mark.parametrize("file", RUST)
 def test_each_file_of_rust_that_is_named_exists(file):
     assert (ROOT / file).exists()
+
+
+def test_the_tables_of_what_is_communicated_are_those_of_the_formulas():
+    page = (DOCS / "distributed.md").read_text()
+    for table in (traffic.steps(), traffic.holdings()):
+        assert traffic.rendered(table) in page
+
+
+def test_the_models_of_those_tables_have_the_sizes_that_they_are_known_for():
+    assert [model.parameters for model in traffic.MODELS] == [8_030_261_248, 70_553_706_496]
 
 
 # The evidence.

@@ -330,3 +330,26 @@ def test_the_script_for_several_processes_runs_in_two(script, bert_dir, tmp_path
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert increlora_rs.rank_table(tmp_path / "adapter").total_rank == 16
+
+
+@pytest.mark.slow
+def test_the_quick_starts_script_is_started_by_accelerate_in_two_processes(bert_dir, tmp_path):
+    page = (ROOT / "docs" / "quickstart.md").read_text()
+    script = next(m["code"] for m in BLOCK.finditer(page) if "trainer.train()" in m["code"])
+    seen = "import torch.distributed\nassert torch.distributed.get_world_size() == 2\n"
+    script = script.replace('"my-model"', repr(str(bert_dir))) + seen
+    (tmp_path / "train.py").write_text(f"from my_project import rows\n\ndata = rows()\n{script}")
+    (tmp_path / "my_project.py").write_text(MY_PROJECT.format(model=str(bert_dir)))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    # For processes on a CPU alone accelerate asks for mpirun; so it takes torchrun.
+    command += ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = subprocess.run(
+        [*command, "--main_process_port", "0", "train.py"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert increlora_rs.rank_table(tmp_path / "adapter").total_rank == 16

@@ -1,10 +1,13 @@
 """The capacity form: parameters of a fixed size, of which the rank says how many rows count."""
 
+import copy
 import sys
 
+import peft
 import pytest
 import torch
-from capacity_ends import assert_bit_for_bit, assert_resumed, assert_same
+from capacity_ends import assert_bit_for_bit, assert_resumed, assert_same, assert_same_average
+from diffusers.training_utils import EMAModel
 from increlora_rs import keep_average
 from launches import WORKERS, torchrun
 from torch._dynamo.testing import CompileCounter
@@ -18,7 +21,9 @@ slow = pytest.mark.slow
 
 @pytest.mark.parametrize("scenario", capacity.SCENARIOS)
 def test_it_ends_as_the_growing_form(scenario):
-    assert_same(capacity.train_alone(scenario, 1), capacity.train_alone(scenario, 1, "capacity"))
+    grown, ours = capacity.train_alone(scenario, 1), capacity.train_alone(scenario, 1, "capacity")
+    assert_same(grown, ours)
+    assert_same_average(grown, ours)
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -34,7 +39,10 @@ def processes(request, tmp_path_factory):
 def test_under_an_engine_it_ends_as_one_process_with_the_averaged_loss(processes, engine, scenario):
     number, results = processes
     first, *others = (result[engine][scenario] for result in results)
-    assert_same(capacity.train_alone(scenario, number), first)
+    alone = capacity.train_alone(scenario, number)
+    assert_same(alone, first)
+    if engine == "DDP":
+        assert_same_average(alone, first)
     for other in others:
         assert_bit_for_bit(other, first)
 
@@ -93,12 +101,115 @@ def test_an_adapter_without_room_for_the_ranks_of_another_refuses_it_by_name(tmp
         small.load_adapter(tmp_path, "default")
 
 
-def test_what_cannot_train_it_is_refused_by_name():
-    model = capacity.model_for("growing")
-    optimizer = torch.optim.AdamW(capacity.trained(model), lr=1e-2)
+def parameters_by_name(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def rows_by_name(model):
+    return {name: value.clone() for name, value in peft.get_peft_model_state_dict(model).items()}
+
+
+@torch.no_grad()
+def updated(average, of):
+    """``average`` and what ``of`` the model is now, a fifth of the way."""
+    pairs = zip(average.values(), of.values(), strict=True)
+    return {name: old.lerp(new, 0.2) for name, (old, new) in zip(average, pairs, strict=True)}
+
+
+class Followed:
+    """An average in a dictionary, replaced at each update."""
+
+    def __init__(self, of):
+        self.of = of
+
+    def begin(self, scheduler, model):
+        self.model, self.tensors = model, self.of(model)
+        keep_average(scheduler, lambda: self.tensors)
+
+    def update(self):
+        self.tensors = updated(self.tensors, self.of(self.model))
+
+
+class Shadows(Followed):
+    """One in a list, as diffusers' EMAModel has it."""
+
+    def __init__(self):
+        self.of = parameters_by_name
+
+    def begin(self, scheduler, model):
+        self.model, self.ema = model, EMAModel(capacity.trained(model), decay=0.8, min_decay=0.8)
+        keep_average(scheduler, self.ema)
+
+    def update(self):
+        self.ema.step(capacity.trained(self.model))
+
+    @property
+    def tensors(self):
+        return dict(zip(self.of(self.model), self.ema.shadow_params, strict=True))
+
+
+HOLDERS = {
+    "parameters by name": lambda: Followed(parameters_by_name),
+    "PEFT's state dict": lambda: Followed(rows_by_name),
+    "EMAModel": Shadows,
+}
+
+
+def averaged(growth, scenario, holder):
+    """What an average came to, by PEFT's names, and the trained model."""
+    model = capacity.model_for(scenario, growth)
+    optimizer = capacity.optimizer_of(model, scenario)
     scheduler = capacity.attach(model, optimizer, total_steps=capacity.STEPS)
-    with pytest.raises(NotImplementedError, match="capacity form"):
-        keep_average(scheduler, torch.optim.swa_utils.AveragedModel(model))
+    average = HOLDERS[holder]()
+    average.begin(scheduler, model)
+    capacity.train(model, optimizer, scheduler, 0, capacity.STEPS, average)
+    scheduler.detach()
+    assert scheduler.history.tolist()
+    return list(average.tensors.values()), model
+
+
+@pytest.mark.parametrize("scenario", ["growing", "moving", "paper"])
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_an_average_of_any_kind_is_that_of_the_growing_form(scenario, holder):
+    ours, model = averaged("capacity", scenario, holder)
+    wanted, _ = averaged("resize", scenario, holder)
+    for one, value in zip(ours, wanted, strict=True):
+        if one.shape != value.shape:
+            # All that it has room for.
+            assert holder != "PEFT's state dict"
+            dim = int(one.shape[0] == value.shape[0])
+            rest = one.narrow(dim, value.shape[dim], one.shape[dim] - value.shape[dim])
+            one = one.narrow(dim, 0, value.shape[dim])
+            assert not rest.any()
+        torch.testing.assert_close(one, value, rtol=1e-5, atol=1e-6)
+    if holder != "PEFT's state dict":
+        assert [one.shape for one in ours] == [p.shape for p in capacity.trained(model)]
+
+
+@pytest.mark.parametrize("scenario", ["growing", "moving"])
+def test_an_average_that_is_saved_with_its_training_goes_on_bit_for_bit(scenario):
+    def begun():
+        model = capacity.model_for(scenario)
+        optimizer = capacity.optimizer_of(model, scenario)
+        return model, optimizer, capacity.attach(model, optimizer, total_steps=capacity.STEPS)
+
+    model, optimizer, scheduler = begun()
+    average = capacity.Average(scheduler, model)
+    capacity.train(model, optimizer, scheduler, 0, capacity.STOP, average)
+    holders = (model, average.model, optimizer)
+    saved = copy.deepcopy([holder.state_dict() for holder in holders])
+    capacity.train(model, optimizer, scheduler, 0, capacity.STEPS, average)
+    scheduler.detach()
+    whole = capacity.result(model, scheduler, average)
+    model, optimizer, scheduler = begun()
+    average = capacity.Average(scheduler, model)
+    for holder, state in zip((model, average.model, optimizer), saved, strict=True):
+        holder.load_state_dict(state)
+    capacity.train(model, optimizer, scheduler, 0, capacity.STEPS, average)
+    scheduler.detach()
+    resumed = capacity.result(model, scheduler, average)
+    assert_bit_for_bit(resumed, whole)
+    assert all(torch.equal(value, resumed["average"][key]) for key, value in whole["average"].items())
 
 
 def test_room_for_far_more_than_the_budget_is_told():

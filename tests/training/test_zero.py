@@ -8,8 +8,9 @@ import pytest
 import torch
 from capacity_ends import assert_bit_for_bit, assert_resumed, assert_same
 from flat_zero import DeepSpeedZeroOptimizer
-from increlora_rs import attach
+from increlora_rs import attach, keep_average
 from launches import WORKERS, torchrun
+from torch.optim.swa_utils import AveragedModel
 from zero_stages import ENGINES
 
 sys.path.insert(0, str(WORKERS))
@@ -18,45 +19,60 @@ import capacity
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
-    reason="DeepSpeed is not installed: `make deepspeed` does so",
+    reason="DeepSpeed is not installed: `make test-deepspeed` has it",
 )
 slow = pytest.mark.slow
 
 
-CASES = [(name, scenario) for name, (_, scenarios) in ENGINES.items() for scenario in scenarios]
+# All of them in two processes; in three, into which nothing divides evenly, one of each way to lay out.
+OF_THREE = ("ZeRO 1", "ZeRO 3")
+LAUNCHES = {2: tuple(ENGINES), 3: OF_THREE}
+CASES = [
+    (number, name, scenario)
+    for number, names in LAUNCHES.items()
+    for name in names
+    for scenario in ENGINES[name][1]
+]
 
 
-@pytest.fixture(scope="module", params=[2])
-def processes(request, tmp_path_factory):
-    """(number, results of every process) of one launch for all stages."""
-    return request.param, torchrun(request.param, "zero.py", tmp_path_factory.mktemp("zero"))
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """``launched(number)``: the results of so many processes, of one launch for all their stages."""
+    known = {}
+
+    def run(number):
+        if number not in known:
+            out = tmp_path_factory.mktemp("zero")
+            known[number] = torchrun(number, "zero.py", out, *LAUNCHES[number], timeout=1200)
+        return known[number]
+
+    return run
 
 
 @slow
 @needs_deepspeed
 # Of bfloat16 one process has no like: what it multiplies is rounded.
-@pytest.mark.parametrize(("stage", "scenario"), [case for case in CASES if "bfloat16" not in case[0]])
-def test_an_engine_ends_as_one_process_with_the_averaged_loss(processes, stage, scenario):
-    number, results = processes
-    assert_same(capacity.train_alone(scenario, number), results[0][stage][scenario])
+@pytest.mark.parametrize(
+    ("number", "stage", "scenario"), [case for case in CASES if "bfloat16" not in case[1]]
+)
+def test_an_engine_ends_as_one_process_with_the_averaged_loss(launched, number, stage, scenario):
+    assert_same(capacity.train_alone(scenario, number), launched(number)[0][stage][scenario])
 
 
 @slow
 @needs_deepspeed
-@pytest.mark.parametrize(("stage", "scenario"), CASES)
-def test_all_processes_of_an_engine_are_alike_bit_for_bit(processes, stage, scenario):
-    _, results = processes
-    first, *others = (result[stage][scenario] for result in results)
+@pytest.mark.parametrize(("number", "stage", "scenario"), CASES)
+def test_all_processes_of_an_engine_are_alike_bit_for_bit(launched, number, stage, scenario):
+    first, *others = (result[stage][scenario] for result in launched(number))
     for other in others:
         assert_bit_for_bit(other, first)
 
 
 @slow
 @needs_deepspeed
-@pytest.mark.parametrize(("stage", "scenario"), CASES)
-def test_its_checkpoint_goes_on_bit_for_bit(processes, stage, scenario):
-    _, results = processes
-    assert_resumed(results[0][stage][scenario], capacity.STOP)
+@pytest.mark.parametrize(("number", "stage", "scenario"), CASES)
+def test_its_checkpoint_goes_on_bit_for_bit(launched, number, stage, scenario):
+    assert_resumed(launched(number)[0][stage][scenario], capacity.STOP)
 
 
 @slow
@@ -161,6 +177,12 @@ def test_what_cannot_work_is_refused_by_name(name, value, told, group_of_one):
     setattr(zero, name, value)
     with pytest.raises(ValueError, match=told):
         attach(model, zero, total_steps=capacity.STEPS)
+
+
+def test_an_average_of_pieces_is_refused_by_name(group_of_one):
+    model, _, scheduler = begun("growing")
+    with pytest.raises(NotImplementedError, match="FSDP1 or ZeRO gives each process a piece"):
+        keep_average(scheduler, AveragedModel(model))
 
 
 def test_an_adapter_that_changes_its_size_is_refused_with_the_way_out(group_of_one):

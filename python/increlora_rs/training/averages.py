@@ -28,7 +28,8 @@ def keep_average(
     starts as the adapter's own, as a fresh average does, so that a growth does to the average's output what
     it does to the adapter's: nothing, unless the configuration has it otherwise. A row that is older than
     what the average has seen enters with B = 0. Under ``scaling="rank"`` the old rows of E are rescaled as
-    the adapter's are.
+    the adapter's are. In the capacity form an average of the parameters has their size, and 0 where they
+    have it.
 
     If an adapter of other ranks is loaded during the training and the average of the same checkpoint is not,
     the averages of modules of other ranks start anew, with a warning. ``scheduler.detach()`` drops what the
@@ -51,7 +52,7 @@ def keep_average(
             other sizes; after a growth also, if it was loaded from elsewhere meanwhile. Or the method lets
             parameters begin anew (ReMoRA).
         TypeError: ``scheduler`` is no RankScheduler, or ``average`` none of the above.
-        NotImplementedError: the adapter is in the capacity form.
+        NotImplementedError: processes have a piece of the adapter each (FSDP1, ZeRO).
     """
     if not isinstance(scheduler, RankScheduler):
         raise TypeError(
@@ -63,10 +64,10 @@ def keep_average(
             "the training, so that their average over steps is that of no update; leave that out (MoRA: "
             "remora_interval), or the average."
         )
-    if any(module.layer.has_room(module.adapter) for module in scheduler.policy.modules):
+    if scheduler.session.is_sharded:
         raise NotImplementedError(
-            "scheduler: its adapter is in the capacity form (growth='capacity'), and no average follows that "
-            "yet; use growth='resize', or do without the average."
+            "scheduler: FSDP1 or ZeRO gives each process a piece of the adapter, and no average of pieces "
+            "follows ranks; use DDP, or fully_shard with the adapter left whole, or do without the average."
         )
     given = None if parameters is None else list(parameters)
     follower = _Follower(scheduler, average, given)
@@ -82,25 +83,30 @@ class _Follower:
 
     def start(self) -> None:
         """Takes the sizes of now."""
-        found = self._held()
-        note(self._average, found)
-        for held in found:
-            held.follow(self._scheduler.step)
+        with self._scheduler.session.at_work():
+            found = self._held()
+            note(self._average, found)
+            for held in found:
+                held.follow(self._scheduler.step)
 
     def __call__(self, event: GrowthEvent) -> None:
         """Takes the sizes after a growth, a load, or the end."""
         resized = {id(resize.parameter) for resize in event.resizes}
+        of_all = self._held()
+        # Of a module as a whole, for one tensor may not tell.
+        lagging = {id(held.module) for held in of_all if event.cause == "load" and held.out_of_step()}
         restarted: dict[str, None] = {}
-        for held in self._held():
+        for held in of_all:
             module = held.module
-            named = zip(module.structure.names, module.factors, strict=True)
+            named = zip(module.structure.names, module.trained, strict=True)
             new_rank = any(id(p) in resized for name, p in named if name in module.structure.active_only)
             if event.cause == "detach" and new_rank:
                 # An adapter of other ranks was loaded at the end: the average is of the training.
                 continue
             if event.cause == "load" and new_rank:
-                if held.restart():
-                    restarted[held.module.name] = None
+                if id(module) in lagging:
+                    held.restart()
+                    restarted[module.name] = None
                 continue
             held.follow(event.step, event)
         if restarted:

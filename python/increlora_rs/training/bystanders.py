@@ -120,9 +120,7 @@ class Bystanders:
         # Another training's average of a like model has its sizes at most by chance.
         sizes = {id(module): size for module, size in zip(self._modules, before, strict=True)}
         return all(
-            part.size_now == sizes[id(part.module)][part.factor]
-            for part in held
-            if isinstance(part, HeldTensor)
+            part.has(sizes[id(part.module)][part.factor]) for part in held if isinstance(part, HeldTensor)
         )
 
 

@@ -223,7 +223,13 @@ class InRoom(InPlace):
         weights = [factor.weight for factor, _ in moves]
         pieces = list(map(self._places.value, weights))
         states = [self.optimizer.state.get(weight, {}) for weight in weights]
-        for key in self._places.all_of({key for state in states for key in state}):
+        of_rows = {
+            key
+            for state, piece in zip(states, pieces, strict=True)
+            for key, value in state.items()
+            if _of_rows(value, piece) is not None
+        }
+        for key in self._places.all_of(of_rows):
             values = [_of_rows(state.get(key), piece) for state, piece in zip(states, pieces, strict=True)]
             wholes = self._places.gathered(weights, values)
             for (factor, kept), value, whole in zip(moves, values, wholes, strict=True):

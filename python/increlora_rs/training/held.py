@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import AdaptedLayer
+from ..layers.factor import Factor
+from ..resizing.room import padded
 from ..support.names import short
 from .events import GrowthEvent, Resize
 from .modules import AdaptedModule
@@ -42,7 +44,12 @@ def held_by(
             f"grows, {modules[0].name!r} the first of its modules; give a copy of the model that was given "
             "to attach, or its tensors by name."
         )
+    tensors = [held for held in found if isinstance(held, HeldTensor)]
+    # All or none: where a module is full, its rows that count have the same shape.
+    in_room = bool(tensors) and all(tensor.fills_room() for tensor in tensors)
     for held in found:
+        if isinstance(held, HeldTensor):
+            held.in_room = in_room
         held.check()
     return found
 
@@ -117,7 +124,7 @@ def _in_list(
     ours = {
         id(parameter): (k, factor)
         for k, module in enumerate(modules)
-        for factor, (parameter, _, _) in enumerate(module.parameters)
+        for factor, parameter in enumerate(module.trained)
     }
     everything = list(model.parameters())
     orders = [
@@ -175,6 +182,9 @@ class HeldTensor:
         tensor: The average.
         what: What it is called in messages.
         active_only: Is it without the components in reserve?
+        in_room: Is it laid out in the capacity form: of the parameter's fixed size, 0 past the rows that
+            count?
+        of: Of a copy in that form, what says how many rows count.
     """
 
     module: AdaptedModule
@@ -182,6 +192,12 @@ class HeldTensor:
     tensor: Tensor
     what: str
     active_only: bool = False
+    in_room: bool = False
+    of: Factor | None = None
+
+    @property
+    def _dim(self) -> int:
+        return self.module.dims[self.factor]
 
     @property
     def _name(self) -> str:
@@ -195,13 +211,31 @@ class HeldTensor:
 
     @property
     def size_now(self) -> int:
-        """Rows that the tensor has."""
-        return int(self.tensor.shape[self.module.parameters[self.factor][1]])
+        """Rows that the tensor has; of one that is laid out in the capacity form, those up to the last that
+        is not 0, unless a copy says how many."""
+        if self.of is not None and self.of.room is not None:
+            return self.of.rows
+        if not self.in_room:
+            return int(self.tensor.shape[self._dim])
+        there = torch.nonzero(self.tensor.detach().ne(0).any(1 - self._dim))
+        return 0 if not len(there) else int(there[-1]) + 1
+
+    def fills_room(self) -> bool:
+        """Has it the shape of a parameter in the capacity form?"""
+        factor = self.module.layer.held_factors(self.module.adapter)[self.factor]
+        return factor.room is not None and tuple(self.tensor.shape) == factor.room
+
+    def has(self, size: int) -> bool:
+        """Has it so many rows, as far as it tells? Where 0 is what a new row begins with, it may have more
+        than it shows."""
+        now = self.size_now
+        shows_all = not self.in_room or self.of is not None
+        return now == size or (not shows_all and now < size and self._name in self.module.structure.silencing)
 
     def check(self) -> None:
         """Raises ValueError unless the tensor differs from its parameter by rows alone."""
         parameter, dim, _ = self.module.parameters[self.factor]
-        if self.tensor is parameter:
+        if self.tensor is self.module.trained[self.factor]:
             raise ValueError(
                 f"average: the {self.what} is the trained parameter itself; an average needs a copy, as by "
                 "p.detach().clone()."
@@ -216,7 +250,7 @@ class HeldTensor:
 
     def out_of_step(self) -> bool:
         """Has it another number of rows than it is to have?"""
-        return self.size_now != self.size
+        return not self.has(self.size)
 
     def followed(self, step: int, event: GrowthEvent | None) -> Tensor | None:
         """The value with the rows of now; None where it has them.
@@ -225,9 +259,12 @@ class HeldTensor:
             ValueError: it has more rows than the adapter had.
         """
         parameter, dim, births = self.module.parameters[self.factor]
-        old, size, wanted = self.tensor.detach(), self.size_now, self.size
+        wanted = self.size
         resize = None if event is None else self._resize(event)
-        was = size if resize is None else resize.old_size
+        told = wanted if resize is None else resize.old_size
+        size = told if self.has(told) else self.size_now
+        old = self.tensor.detach().narrow(dim, 0, size)
+        was = size if resize is None else told
         if size == wanted and (resize is None or size != was):
             return None
         if size > wanted and (resize is None or size != was):
@@ -258,13 +295,11 @@ class HeldTensor:
         if self.active_only and structure.active_only:
             # Those of a parameter that has no others.
             name = next(iter(structure.active_only))
-        parameter = self.module.factors[structure.names.index(name)]
+        parameter = self.module.trained[structure.names.index(name)]
         return next((resize for resize in event.resizes if resize.parameter is parameter), None)
 
-    def current(self) -> Tensor | None:
-        """The value of the adapter itself; None where the average has the right size."""
-        if not self.out_of_step():
-            return None
+    def current(self) -> Tensor:
+        """The value of the adapter itself."""
         parameter, dim, _ = self.module.parameters[self.factor]
         return parameter.detach().narrow(dim, 0, self.size).to(self.tensor, copy=True)
 
@@ -273,14 +308,16 @@ class HeldTensor:
         if event is None or _first_time(event, self.tensor):
             self._set(self.followed(step, event))
 
-    def restart(self) -> bool:
-        """Takes the adapter's values if it has not its size. Did it?"""
-        value = self.current()
-        self._set(value)
-        return value is not None
+    def restart(self) -> None:
+        """Takes the adapter's values."""
+        self._set(self.current())
 
     def _set(self, value: Tensor | None) -> None:
         if value is None:
+            return
+        if self.in_room:
+            with torch.no_grad():
+                self.tensor.copy_(padded(value, self._dim, self.tensor.shape[self._dim]))
             return
         if self.tensor.is_pinned():
             value = value.pin_memory()
@@ -304,9 +341,10 @@ class HeldLayer:
 
     def _tensors(self) -> list[HeldTensor]:
         what = f"module {self.copy.name!r}"
+        held = self.copy.layer.held_factors(self.copy.adapter)
         return [
-            HeldTensor(self.module, factor, parameter, what)
-            for factor, (parameter, _, _) in enumerate(self.copy.parameters)
+            HeldTensor(self.module, k, factor.weight, what, in_room=factor.room is not None, of=factor)
+            for k, factor in enumerate(held)
         ]
 
     def check(self) -> None:
@@ -325,12 +363,9 @@ class HeldLayer:
         if all(first):
             self._set([tensor.followed(step, event) for tensor in tensors])
 
-    def restart(self) -> bool:
-        """Takes the adapter's values if it has not its size. Did it?"""
-        if not self.out_of_step():
-            return False
+    def restart(self) -> None:
+        """Takes the adapter's values."""
         self._set([parameter.detach() for parameter, _, _ in self.module.parameters])
-        return True
 
     def _set(self, values: list[Tensor | None]) -> None:
         layer, adapter, module = self.copy.layer, self.copy.adapter, self.module
@@ -339,15 +374,17 @@ class HeldLayer:
         layer.probes[adapter].history = module.layer.probes[module.adapter].history
         if all(value is None for value in values):
             return
+        factors = layer.held_factors(adapter)
         kept = [
-            parameter.detach().clone() if value is None else value
-            for value, (parameter, _, _) in zip(values, self.copy.parameters, strict=True)
+            factor.counted().detach().clone() if value is None else value
+            for value, factor in zip(values, factors, strict=True)
         ]
         shapes = [tuple(parameter.shape) for parameter in module.factors]
         layer.take_sizes(adapter, dict(zip(module.structure.names, shapes, strict=True)))
         with torch.no_grad():
-            for value, (parameter, _, _) in zip(kept, self.copy.parameters, strict=True):
-                parameter.copy_(value)
+            for value, factor in zip(kept, factors, strict=True):
+                room = factor.room
+                factor.weight.copy_(value if room is None else padded(value, factor.dim, room[factor.dim]))
 
 
 Held = HeldTensor | HeldLayer

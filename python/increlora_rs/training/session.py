@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -98,6 +99,15 @@ class Session:
     def _group(self) -> dict[str, Any]:
         group: dict[str, Any] = self.optimizer.param_groups[0]
         return group
+
+    @property
+    def is_sharded(self) -> bool:
+        """Has this process but a part of the adapter?"""
+        return self._form.is_sharded
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """Within it the modules' factors are as the model has them, whichever form it is in."""
+        return self._form.at_work() if self.probe.attached else nullcontext()
 
     # Beginning and end.
 

@@ -11,7 +11,7 @@ import warnings
 import peft
 import torch
 from growing import growing
-from increlora_rs import IncreLoraConfig, attach
+from increlora_rs import IncreLoraConfig, attach, keep_average
 from launches import gloo, keep
 from sharded import STEPS, STOP, Block, Net, loss_of, optimizer_of, trained
 from torch.distributed.fsdp import (
@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # What each asks of the process group, and how FSDP1 shards.
 ENGINES = {
@@ -81,12 +82,29 @@ def begun(scenario, engine):
     return model, optimizer, attach(model, optimizer, total_steps=STEPS)
 
 
-def train(model, optimizer, scheduler, rank, last):
+class Average:
+    """One that follows ``model``, updated after each step."""
+
+    def __init__(self, scheduler, model):
+        self.of, self.model = model, AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.8))
+        keep_average(scheduler, self.model)
+
+    def update(self):
+        self.model.update_parameters(self.of)
+
+    def adapter(self):
+        state = self.model.module.state_dict()
+        return {key.removeprefix("module."): value for key, value in state.items() if "lora_" in key}
+
+
+def train(model, optimizer, scheduler, rank, last, average=None):
     for t in range(scheduler.step + 1, last + 1):
         loss_of(model, t, rank, 0).backward()
         clip(model)
         optimizer.step()
         optimizer.zero_grad()
+        if average is not None:
+            average.update()
 
 
 def whole(model):
@@ -96,7 +114,7 @@ def whole(model):
     return FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT, FullStateDictConfig(), of_optimizer)
 
 
-def result(model, scheduler):
+def result(model, scheduler, average=None):
     if isinstance(model, FSDP):
         with whole(model):
             state = model.state_dict()
@@ -108,14 +126,15 @@ def result(model, scheduler):
         "adapter": {key: value.clone() for key, value in state.items() if "lora_" in key},
         "ranks": scheduler.ranks,
         "history": [tuple(row) for row in scheduler.history.tolist()],
-    }
+    } | ({} if average is None else {"average": average.adapter()})
 
 
 def train_here(scenario, engine, rank):
     model, optimizer, scheduler = begun(scenario, engine)
-    train(model, optimizer, scheduler, rank, STEPS)
+    average = Average(scheduler, model) if engine == "DDP" else None
+    train(model, optimizer, scheduler, rank, STEPS, average)
     scheduler.detach()
-    return result(model, scheduler)
+    return result(model, scheduler, average)
 
 
 def train_in_two_parts(scenario, engine, rank):
@@ -137,14 +156,16 @@ def train_alone(scenario, processes, growth="resize"):
     model = model_for(scenario, growth)
     optimizer = optimizer_of(model, scenario)
     scheduler = attach(model, optimizer, total_steps=STEPS)
+    average = Average(scheduler, model)
     for t in range(1, STEPS + 1):
         for rank in range(processes):
             (loss_of(model, t, rank, 0) / processes).backward()
         clip(model)
         optimizer.step()
         optimizer.zero_grad()
+        average.update()
     scheduler.detach()
-    return result(model, scheduler)
+    return result(model, scheduler, average)
 
 
 def main():

@@ -15,6 +15,7 @@ from increlora_rs import IncreLoraConfig, adapter_parameters, attach
 from launches import gloo, keep
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -35,8 +36,10 @@ SCENARIOS = {
     "CPU offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
     "bfloat16": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)},
     "adapted after sharding": {},
+    "loaded from a meta device": {},
     "with a head": {},
 }
+ADAPTED_AFTER = ("adapted after sharding", "loaded from a meta device")
 # Of these one process has no like: what it multiplies is rounded.
 ROUNDED = ("bfloat16",)
 _FORMS = {
@@ -130,11 +133,25 @@ def optimizer_of(model, scenario="plain"):
     return torch.optim.AdamW(trained(model), lr=1e-1 if scenario == "moving" else 1e-2)
 
 
-def build(scenario, rank):
-    if scenario == "adapted after sharding":
-        torch.manual_seed(3)
+def loaded(whole, rank):
+    """A base that no process but the first ever has whole."""
+    with torch.device("meta"):
         net = Net()
-        shard(net, scenario)
+    shard(net, "loaded from a meta device")
+    net.to_empty(device="cpu")
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(net, {} if rank else whole.state_dict(), options=options)
+    return net
+
+
+def build(scenario, rank):
+    if scenario in ADAPTED_AFTER:
+        torch.manual_seed(3)
+        if scenario == "loaded from a meta device":
+            net = loaded(Net(), rank)
+        else:
+            net = Net()
+            shard(net, scenario)
         # Each process draws others; the first one's count.
         torch.manual_seed(3 + rank)
         Net()
@@ -150,7 +167,7 @@ def build(scenario, rank):
 def train(scenario, model, optimizer, scheduler, rank, last):
     micro = micro_batches(scenario)
     # What fully_shard was called on last.
-    root = model.base_model.model if scenario == "adapted after sharding" else model
+    root = model.base_model.model if scenario in ADAPTED_AFTER else model
     for t in range(scheduler.step + 1, last + 1):
         for m in range(micro):
             if scenario == "accumulation without communication":
