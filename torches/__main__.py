@@ -95,8 +95,8 @@ def _candidate(extension: Path, trial: Trial) -> Path:
 
 
 def _tests(under: Place, candidate: Path) -> int:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "logical", "--maxprocesses", "4"]
-    command += _TESTS
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    command += ["--numprocesses", "logical", "--maxprocesses", "4", *_TESTS]
     done = subprocess.run(
         command, cwd=ROOT, env=under.environment(candidate), capture_output=True, text=True, check=False
     )
