@@ -108,7 +108,7 @@ def _text(block: re.Match[str]) -> str:
 def fewer(method: str, tasks: str, r: float, r_of_lora: float) -> str:
     """The table of a method at one budget beside LoRA at another, a row a task."""
     rows = []
-    for comparison in selected(f"lora,{method}", tasks):
+    for comparison in selected(",".join(dict.fromkeys(("lora", method))), tasks):
         found = {(row.method, row.r): row for row in comparison.rows}
         lora, ours = found["lora", r_of_lora], found[method, r]
         differences = [difference_of(lora, ours, part) for part in ("dev", "test")]
