@@ -308,7 +308,8 @@ fn largest_eigenvalue(mut s: Vec<f64>, n: usize) -> f64 {
     for _ in 0..SWEEPS {
         let off: f64 = (0..n * n).filter(|at| at % n != at / n).map(|at| s[at] * s[at]).sum();
         let on: f64 = (0..n).map(|i| s[i * n + i] * s[i * n + i]).sum();
-        if !(off > f64::EPSILON * f64::EPSILON * on) {
+        let diagonal = off <= f64::EPSILON * f64::EPSILON * on;
+        if diagonal || (off + on).is_nan() {
             break;
         }
         for p in 0..n {
