@@ -119,16 +119,26 @@ def adapters_bytes(saved: dict[str, int], method: str) -> int:
 def peak(size: Size, method: str, precision: str, dropout: float) -> dict[str, int]:
     """With the model built, and at most in its training passes: resident bytes of a new process; on a GPU
     bytes of tensors there."""
+    case = method, precision, dropout
+    return peak_of("benches.memory", size, case, lambda: _prepared(size, *case), _train)
+
+
+def peak_of(
+    module: str,
+    size: Size,
+    case: tuple[str, str, float],
+    prepare: Callable[[], _Prepared],
+    train: Callable[[_Prepared], None],
+) -> dict[str, int]:
+    """As :func:`peak`, of what ``train`` does with what ``prepare`` makes; ``module`` calls
+    :func:`print_peak` with them where it is run with the name of the size and the ``case``."""
     if size.device == "cuda":
-        return of_device(
-            lambda: _prepared(size, method, precision, dropout), lambda prepared: _train(*prepared)
-        )
+        return _peak_of_device(prepare, train)
     name = next(name for name, known in NAMED.items() if known is size)
-    return in_new_process("benches.memory", [name, method, precision, str(dropout)])
+    return _peak_of_process(module, [name, *map(str, case)])
 
 
-def in_new_process(module: str, arguments: list[str]) -> dict[str, int]:
-    """What ``python -m module`` prints at last."""
+def _peak_of_process(module: str, arguments: list[str]) -> dict[str, int]:
     path = os.pathsep.join([str(_ROOT), *(entry for entry in sys.path if entry)])
     answer = subprocess.run(
         [sys.executable, "-m", module, *arguments],
@@ -141,8 +151,7 @@ def in_new_process(module: str, arguments: list[str]) -> dict[str, int]:
     return result
 
 
-def of_device(prepare: Callable[[], _Prepared], train: Callable[[_Prepared], None]) -> dict[str, int]:
-    """As :func:`peak`, of tensors on a GPU."""
+def _peak_of_device(prepare: Callable[[], _Prepared], train: Callable[[_Prepared], None]) -> dict[str, int]:
     gc.collect()
     before = torch.cuda.memory_allocated()
     prepared = prepare()
@@ -157,22 +166,27 @@ def _prepared(size: Size, method: str, precision: str, dropout: float) -> tuple[
     return training_model(method, size, precision=kind, dropout=dropout), batch(size, kind)
 
 
-def _train(model: nn.Module, data: Batch) -> None:
+def _train(prepared: tuple[nn.Module, Batch]) -> None:
     for _ in range(_PASSES):
-        forward_backward(model, data)
+        forward_backward(*prepared)
 
 
-def resident(field: str) -> int:
-    """Bytes that the system says this process has, of a ``field`` of its status."""
+def print_peak(prepare: Callable[[], _Prepared], train: Callable[[_Prepared], None]) -> None:
+    """Prints as JSON what :func:`peak` returns, of this process, which must have done nothing before."""
+    prepared = prepare()
+    built = _resident("VmRSS")
+    train(prepared)
+    print(json.dumps({"built": built, "peak": _resident("VmHWM")}))
+
+
+def _resident(field: str) -> int:
+    # Bytes that the system says this process has.
     with open("/proc/self/status", encoding="ascii") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
 def _main(name: str, method: str, precision: str, dropout: str) -> None:
-    model, data = _prepared(NAMED[name], method, precision, float(dropout))
-    built = resident("VmRSS")
-    _train(model, data)
-    print(json.dumps({"built": built, "peak": resident("VmHWM")}))
+    print_peak(lambda: _prepared(NAMED[name], method, precision, float(dropout)), _train)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@ memory."""
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
@@ -100,10 +99,10 @@ def added_memory(records: list[dict[str, Any]]) -> dict[tuple[str, float], dict[
 
 def peak(size: Size, method: str, precision: str, dropout: float) -> dict[str, int]:
     """With the model built, and at most in a training: as :func:`benches.memory.peak`."""
-    if size.device == "cuda":
-        return memory.of_device(lambda: Whole(method, size, precision, dropout, _STEPS), _train)
-    name = next(name for name, known in NAMED.items() if known is size)
-    return memory.in_new_process("benches.training", [name, method, precision, str(dropout)])
+    case = method, precision, dropout
+    return memory.peak_of(
+        "benches.training", size, case, lambda: Whole(method, size, precision, dropout, _STEPS), _train
+    )
 
 
 def _train(training: Whole) -> None:
@@ -112,10 +111,7 @@ def _train(training: Whole) -> None:
 
 
 def _main(name: str, method: str, precision: str, dropout: str) -> None:
-    training = Whole(method, NAMED[name], precision, float(dropout), _STEPS)
-    built = memory.resident("VmRSS")
-    _train(training)
-    print(json.dumps({"built": built, "peak": memory.resident("VmHWM")}))
+    memory.print_peak(lambda: Whole(method, NAMED[name], precision, float(dropout), _STEPS), _train)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import mmap
-import re
 from pathlib import Path
 from typing import TypedDict
+
+from increlora_rs._torch_check import marked
 
 from .place import ROOT
 
@@ -19,7 +19,6 @@ _BEGIN, _END = "<!-- trials -->", "<!-- end -->"
 _HEAD = """\
 | built for | under | names | types | layout | tests | loss left by the training |
 | --- | --- | ---: | ---: | --- | ---: | ---: |"""
-_MARK = re.compile(rb"increlora_rs built for torch ([0-9.]+);")
 
 
 class Trial(TypedDict):
@@ -66,12 +65,10 @@ def rendered(of: list[Trial], page: str) -> str:
 
 def built_for(extension: Path) -> str:
     """The version of torch that an extension was built for; ``ValueError`` where it has no mark."""
-    with extension.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        found = _MARK.search(data)
-        version = found and bytes(found[1])
+    version = marked(extension)
     if version is None:
         raise ValueError(f"{extension} is not an extension of increlora_rs")
-    return version.decode()
+    return version
 
 
 def _key(trial: Trial) -> tuple[tuple[int, ...], ...]:

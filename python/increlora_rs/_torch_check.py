@@ -7,7 +7,6 @@ compute nonsense. So the version that it was built for is read from the bytes of
 
 import json
 import mmap
-import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,18 +32,23 @@ def built_for() -> str:
             "increlora_rs._core is missing: the package was not built. Run `pip install .` in the "
             "project's folder."
         )
-    version = None
-    # An empty file cannot be mapped.
-    if os.path.getsize(spec.origin):
-        with (
-            open(spec.origin, "rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        ):
-            found = _MARK.search(data)
-            version = found.group(1).decode() if found else None
+    version = marked(Path(spec.origin))
     if version is None:
         raise ImportError(f"{spec.origin} is not an extension of increlora_rs; reinstall it.")
     return version
+
+
+def marked(extension: Path) -> str | None:
+    """The version of torch that a file of the extension says it was built for; None of any other file."""
+    # An empty file cannot be mapped.
+    if not extension.stat().st_size:
+        return None
+    with (
+        extension.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        found = _MARK.search(data)
+        return found.group(1).decode() if found else None
 
 
 def runs_with(built: str) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 //! one pass over the matrix, the gradient in a second one while it is still in the cache.
 
 use super::real::{dispatch, Real, Vector};
+use super::rows::add_sums_by;
 use super::split::split;
 
 /// The largest number of components that the loops here are good at.
@@ -93,8 +94,11 @@ fn one<T: Real, V: Vector<T>>(
         }
     }
     match r {
-        0 => {}
-        _ if rows => add_to_rows::<T, V>(job.matrix, r, weights, &mut ahead, grad),
+        _ if grad.is_empty() => {}
+        _ if rows => {
+            let (stride, n) = (padded(r), job.matrix.len() / r);
+            add_sums_by::<T, V>(weights, stride, job.matrix, n, grad, || ahead.line());
+        }
         2 => add_to_columns::<T, V, 2>(job.matrix, r, weights, end, &mut ahead, grad),
         3 | 4 => add_to_columns::<T, V, 4>(job.matrix, r, weights, end, &mut ahead, grad),
         _ => add_to_columns::<T, V, 8>(job.matrix, r, weights, end, &mut ahead, grad),
@@ -180,55 +184,6 @@ fn total<T: Real, V: Vector<T>>(vector: V) -> f64 {
     unsafe { vector.store(lanes.as_mut_ptr()) };
     ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])).wide()
         + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7])).wide()
-}
-
-/// `grad += weights * matrix`, 4 rows of it and 2 vectors at once.
-#[inline(always)]
-fn add_to_rows<T: Real, V: Vector<T>>(
-    matrix: &[T],
-    r: usize,
-    weights: &[T],
-    ahead: &mut Ahead<'_, T>,
-    grad: &mut [T],
-) {
-    let n = matrix.len() / r;
-    let width = 2 * V::LANES;
-    for i0 in (0..r).step_by(4) {
-        let weight = |i: usize, j: usize| weights[(i0 + i) * padded(r) + j];
-        let count = 4.min(r - i0);
-        for at in 0..n / width {
-            let mut sums = [[V::splat(T::default()); 2]; 4];
-            for j in 0..r {
-                ahead.line();
-                let from = &matrix[j * n + at * width..][..width];
-                // SAFETY: there are two vectors.
-                let x = unsafe { [V::load(from.as_ptr()), V::load(from.as_ptr().add(V::LANES))] };
-                for (i, sums) in sums.iter_mut().enumerate() {
-                    let weight = V::splat(weight(i, j));
-                    for l in 0..2 {
-                        sums[l] = weight.times_plus(x[l], sums[l]);
-                    }
-                }
-            }
-            for (i, sums) in sums.iter().enumerate().take(count) {
-                let to = &mut grad[(i0 + i) * n + at * width..][..width];
-                for (l, sum) in sums.iter().enumerate() {
-                    // SAFETY: there are two vectors.
-                    unsafe {
-                        let to = to.as_mut_ptr().add(l * V::LANES);
-                        V::load(to).plus(*sum).store(to);
-                    }
-                }
-            }
-        }
-        for at in n / width * width..n {
-            for i in 0..count {
-                for j in 0..r {
-                    grad[(i0 + i) * n + at] += weight(i, j) * matrix[j * n + at];
-                }
-            }
-        }
-    }
 }
 
 /// Where a tile of columns stands in each of some rows.

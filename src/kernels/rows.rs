@@ -68,45 +68,57 @@ dispatch! {
 }
 
 dispatch! {
-    /// 4 rows and 2 vectors at once.
     fn sums<T, V>(weights: &[T], rows: &[T], n: usize, out: &mut [T]) => {
-        let (p, q) = (out.len() / n, rows.len() / n);
-        let width = 2 * V::<T>::LANES;
-        for i0 in (0..p).step_by(4) {
-            // Past the last row it is the last once more, and not written.
-            let weight = |i: usize, j: usize| weights[(i0 + i).min(p - 1) * q + j];
-            let count = 4.min(p - i0);
-            for at in 0..n / width {
-                let mut sums = [[V::<T>::splat(T::default()); 2]; 4];
-                for j in 0..q {
-                    let from = &rows[j * n + at * width..][..width];
-                    // SAFETY: there are two vectors.
-                    let x = unsafe {
-                        [V::<T>::load(from.as_ptr()), V::<T>::load(from.as_ptr().add(V::<T>::LANES))]
-                    };
-                    for (i, sums) in sums.iter_mut().enumerate() {
-                        let weight = V::<T>::splat(weight(i, j));
-                        for l in 0..2 {
-                            sums[l] = weight.times_plus(x[l], sums[l]);
-                        }
-                    }
-                }
-                for (i, sums) in sums.iter().enumerate().take(count) {
-                    let to = &mut out[(i0 + i) * n + at * width..][..width];
-                    for (l, sum) in sums.iter().enumerate() {
-                        // SAFETY: there are two vectors.
-                        unsafe {
-                            let to = to.as_mut_ptr().add(l * V::<T>::LANES);
-                            V::<T>::load(to).plus(*sum).store(to);
-                        }
+        add_sums_by::<T, V<T>>(weights, rows.len() / n, rows, n, out, || ());
+    }
+}
+
+/// As [`add_sums`], by vectors of a kind, 4 rows and 2 vectors at once. `stride` numbers of the weights are for a row of
+/// the output; `each` is done beside each piece of a row that is read.
+#[inline(always)]
+pub(super) fn add_sums_by<T: Real, V: Vector<T>>(
+    weights: &[T],
+    stride: usize,
+    rows: &[T],
+    n: usize,
+    out: &mut [T],
+    mut each: impl FnMut(),
+) {
+    let (p, q) = (out.len() / n, rows.len() / n);
+    let width = 2 * V::LANES;
+    for i0 in (0..p).step_by(4) {
+        // Past the last row it is the last once more, and not written.
+        let weight = |i: usize, j: usize| weights[(i0 + i).min(p - 1) * stride + j];
+        let count = 4.min(p - i0);
+        for at in 0..n / width {
+            let mut sums = [[V::splat(T::default()); 2]; 4];
+            for j in 0..q {
+                each();
+                let from = &rows[j * n + at * width..][..width];
+                // SAFETY: there are two vectors.
+                let x = unsafe { [V::load(from.as_ptr()), V::load(from.as_ptr().add(V::LANES))] };
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    let weight = V::splat(weight(i, j));
+                    for l in 0..2 {
+                        sums[l] = weight.times_plus(x[l], sums[l]);
                     }
                 }
             }
-            for at in n / width * width..n {
-                for i in 0..count {
-                    for j in 0..q {
-                        out[(i0 + i) * n + at] += weight(i, j) * rows[j * n + at];
+            for (i, sums) in sums.iter().enumerate().take(count) {
+                let to = &mut out[(i0 + i) * n + at * width..][..width];
+                for (l, sum) in sums.iter().enumerate() {
+                    // SAFETY: there are two vectors.
+                    unsafe {
+                        let to = to.as_mut_ptr().add(l * V::LANES);
+                        V::load(to).plus(*sum).store(to);
                     }
+                }
+            }
+        }
+        for at in n / width * width..n {
+            for i in 0..count {
+                for j in 0..q {
+                    out[(i0 + i) * n + at] += weight(i, j) * rows[j * n + at];
                 }
             }
         }

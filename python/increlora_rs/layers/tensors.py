@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class AdapterTensors(nn.Module):
     def rank(self, adapter_name: str) -> int:
         """The rank, as the parameters' sizes tell it; in the capacity form their rows that count."""
         held = self.held_factors(adapter_name)
-        tensors: list[Tensor] = [_weight(one) if (work := one.work) is None else work for one in held]
+        tensors: Sequence[Tensor] = _seen(held)
         if any(one.room is not None for one in held) and not self.probes[adapter_name].at_work:
             tensors = [one.outline() for one in held]
         return int(self.structure.rank_of(dict(zip(self.structure.names, tensors, strict=True))))
@@ -64,8 +64,7 @@ class AdapterTensors(nn.Module):
     def factors(self, adapter_name: str) -> tuple[nn.Parameter, ...]:
         """The parameters as their training sees them, in the order of ``structure.names``: those of
         :meth:`trained`, or in the capacity form what holds their rows that count."""
-        held = self.held_factors(adapter_name)
-        return tuple(_weight(one) if (work := one.work) is None else work for one in held)
+        return _seen(self.held_factors(adapter_name))
 
     def trained(self, adapter_name: str) -> tuple[nn.Parameter, ...]:
         """The parameters that an optimizer holds, in the order of ``structure.names``."""
@@ -172,6 +171,11 @@ class AdapterTensors(nn.Module):
             self._tensor_names = (*self._tensor_names, name)
         held: nn.ModuleDict = getattr(self, name)
         return held
+
+
+def _seen(held: Sequence[Factor]) -> tuple[nn.Parameter, ...]:
+    """The parameters of these as their training sees them."""
+    return tuple(_weight(one) if (work := one.work) is None else work for one in held)
 
 
 def _weight(held: Factor) -> nn.Parameter:
