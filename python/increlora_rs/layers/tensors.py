@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -47,11 +47,7 @@ class AdapterTensors(nn.Module):
 
     def rank(self, adapter_name: str) -> int:
         """The rank, as the parameters' sizes tell it; in the capacity form their rows that count."""
-        held = self.held_factors(adapter_name)
-        tensors: Sequence[Tensor] = _seen(held)
-        if any(one.room is not None for one in held) and not self.probes[adapter_name].at_work:
-            tensors = [one.outline() for one in held]
-        return int(self.structure.rank_of(dict(zip(self.structure.names, tensors, strict=True))))
+        return int(self.structure.rank_of(_Sized(self, adapter_name)))
 
     def acting_rank(self, adapter_name: str) -> int:
         """The rank of what acts: without components that a method has masked."""
@@ -64,7 +60,7 @@ class AdapterTensors(nn.Module):
     def factors(self, adapter_name: str) -> tuple[nn.Parameter, ...]:
         """The parameters as their training sees them, in the order of ``structure.names``: those of
         :meth:`trained`, or in the capacity form what holds their rows that count."""
-        return _seen(self.held_factors(adapter_name))
+        return tuple(map(_seen, self.held_factors(adapter_name)))
 
     def trained(self, adapter_name: str) -> tuple[nn.Parameter, ...]:
         """The parameters that an optimizer holds, in the order of ``structure.names``."""
@@ -173,9 +169,27 @@ class AdapterTensors(nn.Module):
         return held
 
 
-def _seen(held: Sequence[Factor]) -> tuple[nn.Parameter, ...]:
-    """The parameters of these as their training sees them."""
-    return tuple(_weight(one) if (work := one.work) is None else work for one in held)
+class _Sized(dict[str, Tensor]):
+    """The parameters of an adapter by name, of the sizes that count.
+
+    Each is looked up when it is asked for: a training asks all layers for their ranks at every event, and one
+    parameter tells a rank.
+    """
+
+    def __init__(self, layer: AdapterTensors, adapter: str) -> None:
+        self._layer, self._adapter = layer, adapter
+
+    def __missing__(self, name: str) -> Tensor:
+        held: Any = self._layer._modules[name]
+        factor: Factor = held._modules[self._adapter]
+        if factor.room is not None and not self._layer.probes[self._adapter].at_work:
+            return factor.outline()
+        return _seen(factor)
+
+
+def _seen(held: Factor) -> nn.Parameter:
+    # As its training sees it.
+    return _weight(held) if (work := held.work) is None else work
 
 
 def _weight(held: Factor) -> nn.Parameter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class Change:
         if scale != 1.0:
             rows = rows * scale
         if len(kept) < old:
-            rows = rows.index_select(along, torch.tensor(kept, dtype=torch.int64, device=rows.device))
+            rows = rows.index_select(along, self._places(len(kept)).to(rows.device))
         if new:
             start = self._start(entry, len(kept))
             if entry.kind == "stacked":
@@ -106,6 +107,15 @@ class Change:
         if any(position >= old for position in self.kept):
             raise CannotFollow("it has not all of the rows that stayed")
         return list(self.kept)
+
+    def _places(self, count: int) -> Tensor:
+        """The old positions of the ``count`` rows that stayed."""
+        return torch.arange(count) if self.kept is None else self._kept
+
+    @cached_property
+    def _kept(self) -> Tensor:
+        # Each tensor of a parameter's state asks for it.
+        return torch.tensor(self.kept, dtype=torch.int64)
 
     def _start(self, entry: Entry, first: int) -> Tensor:
         new = self.parameter.detach().narrow(self.dim, first, self.parameter.shape[self.dim] - first)
