@@ -76,7 +76,7 @@ def bars(figures: Mapping[str, Any]) -> list[Bar]:
         found += _overheads(figures["step"]["passes"])
         found += _steps(figures["step"]["steps"])
     if "training" in figures:
-        found += _training(figures["training"], NAMED[figures["size"]])
+        found += _training(figures["training"], NAMED[figures["size"]], figures.get("memory"))
     if "memory" in figures:
         found += _saved(figures["memory"]["model"])
     if "scheduler" in figures:
@@ -94,23 +94,31 @@ def bars(figures: Mapping[str, Any]) -> list[Bar]:
     return found
 
 
-def _training(figures: Mapping[str, Any], size: Size) -> Iterator[Bar]:
+def _training(figures: Mapping[str, Any], size: Size, memory: Mapping[str, Any] | None) -> Iterator[Bar]:
     rates = Rates.from_json(figures["floor"])
+    saved = {
+        (record["precision"], record["dropout"]): adapters_bytes(record["bytes"], OURS)
+        for record in (memory or {"model": []})["model"]
+    }
     for record in figures["steps"]:
         samples, kind, dropout = record["ms"], record["precision"], record["dropout"]
         if kind not in _TRAINING or dropout != DROPOUT:
             continue
         where, (whole, over_floor, _) = f"{kind}, dropout {dropout:g}", _TRAINING[kind]
-        value = sum(samples[OURS]) / sum(samples[LORA])
-        yield Bar(f"whole training in the default form over PEFT LoRA's, {where}", value, whole)
-        value = overhead(samples, OURS) / least(size, rates, kind, dropout)
+        floor_ms = least(size, rates, kind, dropout)
+        value, steps = sum(samples[OURS]) / sum(samples[LORA]), len(samples[LORA])
+        of_floor = (sum(samples[FROZEN]) + steps * floor_ms) / sum(samples[LORA])
+        promise = f"whole training in the default form over PEFT LoRA's, {where}"
+        yield Bar(promise, value, whole, note=f"the frozen model and the floor: {of_floor:.3f}")
+        value = overhead(samples, OURS) / floor_ms
         yield Bar(f"its overhead over the floor, {where}", value, over_floor)
     for (kind, dropout), adds in added_memory(figures["peak"]).items():
         if kind in _TRAINING and dropout == DROPOUT:
             where, limit = f"{kind}, dropout {dropout:g}", _TRAINING[kind][2]
-            yield Bar(
-                f"memory that such a training adds over PEFT LoRA's, {where}", adds[OURS] / adds[LORA], limit
-            )
+            kept = saved.get((kind, dropout))
+            note = "" if kept is None else f"inputs that the layers save: {kept / adds[LORA]:.3f}"
+            promise = f"memory that such a training adds over PEFT LoRA's, {where}"
+            yield Bar(promise, adds[OURS] / adds[LORA], limit, note=note)
 
 
 def _nothing(figures: Mapping[str, Any]) -> Iterator[Bar]:

@@ -94,7 +94,7 @@ def conditions(figures: Figures) -> list[str]:
 
 
 def _bars(figures: Figures) -> Table:
-    table = Table("Bars", ["promise", "measured", "bar", "kept", "where"])
+    table = Table("Bars", ["promise", "measured", "bar", "kept", "note"])
     for bar in bars(figures):
         limit = f"{'at most' if bar.at_most else 'at least'} {bar.limit:g}"
         table.add(bar.promise, bar.value, limit, "yes" if bar.passed else "**no**", bar.note)

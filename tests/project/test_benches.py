@@ -327,6 +327,11 @@ def test_bars_of_a_whole_training_are_computed_from_the_figures():
     least = training.least(sizes.SMOKE, rates, "float32", 0.1)
     assert [bar.value for bar in found] == pytest.approx([0.65, 0.2 / least, 0.15])
     assert [bar.limit for bar in found] == [0.7, 1.3, 0.12]
+    # What no layer could do better, beside the bars.
+    assert found[0].note == f"the frozen model and the floor: {(1.0 + least) / 2.0:.3f}"
+    assert found[2].note == ""
+    saved = {"model": [place | {"bytes": {FROZEN: 10, LORA: 90, OURS: 30}}]}
+    assert bars({"size": "smoke", "training": figures, "memory": saved})[2].note.endswith("save: 0.100")
 
 
 def test_a_whole_training_has_events():
