@@ -21,6 +21,14 @@ pub struct Rates {
     pub squares: f64,
 }
 
+impl Rates {
+    /// Name and value of one that is none; None: both are.
+    pub fn refusal(&self) -> Option<(&'static str, f64)> {
+        let named = [("mean_rate", self.mean), ("square_rate", self.squares)];
+        named.into_iter().find(|&(_, rate)| !(rate > 0.0 && rate <= 1.0))
+    }
+}
+
 /// Appends value times gradient of each number of a parameter; without a gradient it is 0. Both are of one type.
 pub fn add_effects(effects: &mut Vec<f64>, value: &Plain<'_>, gradient: Option<&Plain<'_>>) {
     add_products::<f32>(effects, value, gradient);

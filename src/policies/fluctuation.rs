@@ -69,10 +69,10 @@ pub fn observe_(
     means: Means<'_>,
     rates: Rates,
 ) -> Result<()> {
-    let device = check(values, gradients, &means, rates)?;
     if observe_plain(values, gradients, &means, rates)? {
         return Ok(());
     }
+    let device = check(values, gradients, &means, rates)?;
     let mut effects = Vec::with_capacity(values.len());
     let mut slopes = Vec::with_capacity(values.len());
     for (value, gradient) in values.iter().zip(gradients) {
@@ -106,19 +106,28 @@ pub fn observe_(
     Ok(())
 }
 
-/// [`observe_`] on slices; false, with nothing done, where they are not to be had.
+/// [`observe_`] on slices; false, with nothing done, where they are not to be had. Such tensors pass [`check`] by what is
+/// asked here, which every step pays for.
 fn observe_plain(
     values: &[Tensor],
     gradients: &[Option<Tensor>],
     means: &Means<'_>,
     rates: Rates,
 ) -> Result<bool> {
-    let rows = [&*means.mean, &*means.squares, &*means.steps].map(|vector| vector.f_view([1, -1]));
+    let vectors = [&*means.mean, &*means.squares, &*means.steps];
+    if vectors.iter().any(|vector| vector.dim() != 1) {
+        return Ok(false);
+    }
+    let rows = vectors.map(|vector| vector.f_view([1, -1]));
     let [Ok(mean), Ok(squares), Ok(steps)] = rows else { return Ok(false) };
     let [Some(mean), Some(squares), Some(steps)] = [&mean, &squares, &steps].map(Plain::of) else {
         return Ok(false);
     };
-    if !plain::disjoint(std::iter::empty(), [mean, squares, steps].into_iter()) {
+    let found = [mean, squares, steps];
+    let of_one_size = found.iter().all(|one| one.kind == Kind::Double && one.is_like(&mean));
+    let fit = of_one_size && !values.is_empty() && values.len() == gradients.len();
+    if !fit || rates.refusal().is_some() || !plain::disjoint(std::iter::empty(), found.into_iter())
+    {
         return Ok(false);
     }
     let mut effects = Vec::with_capacity(mean.columns);
@@ -131,6 +140,9 @@ fn observe_plain(
                 None => return Ok(false),
             },
         }
+    }
+    if effects.len() != mean.columns {
+        return Ok(false);
     }
     let means = loops::Means {
         mean: mean.elements_mut(),
@@ -180,14 +192,12 @@ fn check(
         checks::shape(name, vector, &[components])?;
         checks::same_device(name, vector, "mean", means.mean)?;
     }
-    for (name, rate) in [("mean_rate", rates.mean), ("square_rate", rates.squares)] {
-        if !(rate > 0.0 && rate <= 1.0) {
-            return Err(Error::Value(format!(
-                "{name} is {rate}; give a number above 0 and at most 1"
-            )));
+    match rates.refusal() {
+        Some((name, rate)) => {
+            Err(Error::Value(format!("{name} is {rate}; give a number above 0 and at most 1")))
         }
+        None => Ok(means.mean.device()),
     }
-    Ok(means.mean.device())
 }
 
 #[cfg(test)]
