@@ -27,7 +27,9 @@ EXPECTATIONS = Expectations(
         ("", r"test_save_pretrained_warns_for_unsharded_state_dict", NOT_GATHERED),
         MIXED_DORA,
         ("", rf"test_only_params_are_updated\[{_EMBEDDED} ([123] LoRA-|1 LoRA trainable_tokens-)", _SLOW),
+        ("", rf"test_only_params_are_updated\[{_EMBEDDED} 2 DoRA-", _SLOW),
         ("", rf"test_disable_adapters(_with_merging)?\[{_EMBEDDED} 2 LoRA-", _SLOW),
+        ("", rf"test_disable_adapters_with_merging\[{_EMBEDDED} 2 DoRA-", _SLOW),
         ("", r"test_causal_lm_training_trainer_compile\[lora\]", _SLOW),
         ("", r"TestMultiRankAdapter::test_multirank_2", "asks for rank `r`; a module begins with `init_r`"),
         (
