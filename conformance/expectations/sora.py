@@ -15,7 +15,7 @@ EXPECTATIONS = Expectations(
             r"test_lora_embed_scale_is_applied(\[False\]|_mixed_batch)$",
             "asks for random updates below a bound that those with gates drawn from N(0, 1) pass by chance",
         ),
-        (r"fsdp_wrapped_learnable_bias\[\w+-Vanilla MLP 4 LoRA-", LAST_BITS),
+        (r"fsdp_wrapped_learnable_bias\[\w+-Vanilla MLP (4 LoRA|8 LoRA with DoRA)-", LAST_BITS),
     ),
     failures=(
         ("", r"TestLayerRepr::test_repr_lora_", CLASS_NAMES),
