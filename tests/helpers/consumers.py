@@ -218,10 +218,11 @@ def llama_cpp_file(path, base):
         if name == "token_embd.weight" and "output.weight" not in shapes:
             raise Refused(f"{name} is the head, too")
         b, embedding = pair["lora_b"], name == "token_embd.weight"
+        # Of several experts their number stands before the sizes; a vector is a matrix of one row.
         update = _update(pair["lora_a"].T if embedding else pair["lora_a"], b, embedding)
-        if update.shape != shapes[name]:
+        if update.shape != ((1, *shapes[name]) if len(shapes[name]) == 1 else shapes[name]):
             raise Refused(f"{name} has an incorrect shape")
-        updates[name] = float(field.contents()) / b.shape[1] * update
+        updates[name] = float(field.contents()) / b.shape[-1] * update
     return updates
 
 
