@@ -9,7 +9,7 @@ import pytest
 import torch
 from adapted_experts import EXPERTS, MORE_TARGETS, adapted, layers_of
 from growing import growing
-from increlora_rs import export_lora
+from increlora_rs import convert_lora, export_lora
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_export_experts import CONFIG, reload_error
@@ -222,6 +222,12 @@ def test_plain_peft_leaves_out_experts_of_models_that_it_does_not_rename(grown, 
     assert {key.split(".")[6] for key in loaded.state_dict() if "lora_" in key} == {"o_proj"}
 
 
+def test_plain_peft_refuses_the_router_of_qwen2(grown, tmp_path):
+    path, _ = exported(grown("Qwen2Moe"), tmp_path)
+    with pytest.raises(ValueError, match="Qwen2MoeTopKRouter"):
+        PeftModel.from_pretrained(mixtures.build("Qwen2Moe"), path)
+
+
 # What is refused.
 
 
@@ -245,6 +251,19 @@ def test_an_adapter_on_no_experts_is_refused(grow, tmp_path, config):
 def test_other_values_are_refused(grown, tmp_path):
     with pytest.raises(ValueError, match=r"experts='apart' is unknown.*'fused', 'separate'"):
         export_lora(grown("Qwen3Moe"), tmp_path / "lora", experts="apart")
+
+
+def test_they_are_not_converted_back(grown, tmp_path):
+    model = grown("Mixtral")
+    mixtures.build("Mixtral").config.save_pretrained(tmp_path / "base")
+    path, _ = exported(model, tmp_path)
+    with pytest.warns(UserWarning, match=r"on separate experts, .*experts\.0\.w1' among 24, and does not"):
+        convert_lora(path, tmp_path / "back")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    path, _ = exported(model, tmp_path)
+    with pytest.raises(ValueError, match=r"on separate experts, .*experts\.0\.w1' among 24, which are one"):
+        convert_lora(path, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def as_an_earlier_version_saved_it(model, path):
