@@ -116,7 +116,9 @@ def grow():
         generator = torch.Generator().manual_seed(seed)
         layers = {short(name): layer for name, layer in adapted_layers(model, adapter_name).items()}
         if ranks is None:
-            ranks = {name: 1 + k % 3 for k, name in enumerate(layers)}
+            ranks = {
+                name: min(1 + k % 3, layer.largest_rank) for k, (name, layer) in enumerate(layers.items())
+            }
         for name, rank in ranks.items():
             missing = rank - layers[name].r[adapter_name]
             if missing > 0:

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from adapted_experts import adapted
 from decoders import decoder
 from growing import growing
 from increlora_rs.cli import main
@@ -76,6 +77,15 @@ def test_export_of_a_smaller_rank_tells_what_is_lost(saved, tmp_path, capsys):
     assert "all updates together: lost " in printed
 
 
+def test_export_writes_experts_separately(grow, tmp_path):
+    model = adapted("Mixtral")
+    grow(model)
+    model.save_pretrained(tmp_path / "adapter")
+    out = tmp_path / "lora"
+    assert main(["export", str(tmp_path / "adapter"), str(out), "--experts", "separate"]) == 0
+    assert any(".experts.3.w1." in key for key in load_file(out / "adapter_model.safetensors"))
+
+
 def test_export_rounds_for_vllm_and_casts(saved, tmp_path, capsys):
     assert main(["export", str(saved), str(tmp_path / "lora"), "--vllm-rank", "--dtype", "bfloat16"]) == 0
     assert "a plain LoRA of rank 8; vLLM needs --max-lora-rank 8" in capsys.readouterr().out
@@ -114,6 +124,7 @@ def test_export_for_llama_cpp_takes_float16(decoder_adapter, tmp_path):
     [
         (["--gguf", "--rank", "8"], "--rank is for a plain LoRA"),
         (["--gguf", "--layout", "compact"], "--layout is for a plain LoRA"),
+        (["--gguf", "--experts", "separate"], "--experts is for a plain LoRA"),
         (["--gguf", "--vllm-rank"], "--vllm-rank is for a plain LoRA"),
         (["--gguf", "--dtype", "bfloat16"], "must be torch.float32 or torch.float16"),
         (["--base", "base"], "--base is for --gguf alone"),

@@ -59,6 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--base", default=None, help="with --gguf: the base model's directory or name")
     export.add_argument("--layout", choices=("uniform", "compact"), default=None, help="default: uniform")
     export.add_argument("--rank", type=int, default=None, help="default: the largest; below it, truncates")
+    export.add_argument(
+        "--experts",
+        choices=("fused", "separate"),
+        default=None,
+        help="one pair for several experts, as PEFT has it (default), or one each, as vLLM reads them",
+    )
     export.add_argument("--vllm-rank", action="store_true", help="round the rank up to one that vLLM takes")
     export.add_argument(
         "--dtype",
@@ -127,6 +133,7 @@ def _export(options: argparse.Namespace) -> None:
         options.layout or "uniform",
         options.rank,
         vllm_rank=options.vllm_rank,
+        experts=options.experts or "fused",
         dtype=options.dtype and getattr(torch, options.dtype),
     )
     rank, needed = export.config.r, export.max_lora_rank
@@ -142,7 +149,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _export_gguf(options: argparse.Namespace) -> None:
-    for name in ("layout", "rank", "vllm_rank"):
+    for name in ("layout", "rank", "experts", "vllm_rank"):
         if getattr(options, name):
             raise ValueError(
                 f"--{name.replace('_', '-')} is for a plain LoRA; with --gguf each module keeps its rank."

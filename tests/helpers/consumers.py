@@ -56,7 +56,7 @@ _VLLM_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _VLLM_HEADS = ("classifier", "score")
 
 
-def vllm(path, max_lora_rank, modules=None, vocabulary=None, gated=True):
+def vllm(path, max_lora_rank, modules=None, vocabulary=None, gated=True, experts=None):
     """vLLM 0.33.0, by its vllm/lora/{peft_helper,lora_model,lora_weights,utils}.py: rank and scale by module,
     by PEFT's patterns; tensors are copied into zeroed slots of ``max_lora_rank`` rows.
 
@@ -66,6 +66,7 @@ def vllm(path, max_lora_rank, modules=None, vocabulary=None, gated=True):
         modules: Last parts of the names of the model's linear layers and ``embedding_modules``; None: any.
         vocabulary: The model's; None: any.
         gated: Do the model's experts have a third projection?
+        experts: Their number and the names of their projections (``ckpt_names`` of its layer); None: any.
     """
     config, tensors = _read(path)
     _check_for_vllm(config, max_lora_rank)
@@ -88,7 +89,7 @@ def vllm(path, max_lora_rank, modules=None, vocabulary=None, gated=True):
             raise Refused(f"expected target modules in {modules} but received {name}")
         if embedding and vocabulary is not None and a.shape[1] != vocabulary:
             raise Refused(f"{name}: the embedding LoRA size must be consistent with the vocabulary size")
-    _check_experts(pairs, gated)
+    _check_experts(pairs, gated, experts)
     updates = {}
     for name, (a, b, embedding) in pairs.items():
         scale = _scale_in_vllm(config, name)
@@ -131,18 +132,24 @@ def _scale_in_vllm(config, name):
     return alpha / (rank**0.5 if config["use_rslora"] else rank)
 
 
-def _check_experts(pairs, gated):
+def _check_experts(pairs, gated, experts):
     """PackedLoRALayerWeights.pack_moe, and what a model with one wrapper an expert says of fused ones."""
     ranks = {}
+    count, names = experts or (None, ())
+    expected = {f"experts.{number}.{name}" for number in range(count or 0) for name in names}
     for name, (a, _, _) in pairs.items():
         if re.search(r"\.experts(\.base_layer)?$", name):
             raise Refused(f"{name} contains fused 3D MoE weights")
+        if experts and ".experts" in name and name[name.index(".experts") + 1 :] not in expected:
+            raise Refused(f"expected target modules in {sorted(expected)} but received {name}")
         expert = re.search(r"(.*\.experts)\.(\d+)\.([^.]+)$", name)
         if expert:
             ranks.setdefault(expert[1], {}).setdefault(expert[3], {})[expert[2]] = a.shape[0]
     for layer, projections in ranks.items():
         if len(projections) < (3 if gated else 2) or len({frozenset(e) for e in projections.values()}) > 1:
             raise Refused(f"the experts of {layer} lack a projection")
+        if experts and any(len(of_expert) < count for of_expert in projections.values()):
+            raise Refused(f"experts of {layer} are missing")
         if any(len(set(of_expert.values())) > 1 for of_expert in projections.values()):
             raise Refused(f"The experts of {layer} have different LoRA ranks for the same projection")
 
@@ -211,10 +218,11 @@ def llama_cpp_file(path, base):
         if name == "token_embd.weight" and "output.weight" not in shapes:
             raise Refused(f"{name} is the head, too")
         b, embedding = pair["lora_b"], name == "token_embd.weight"
+        # Of several experts their number stands before the sizes; a vector is a matrix of one row.
         update = _update(pair["lora_a"].T if embedding else pair["lora_a"], b, embedding)
-        if update.shape != shapes[name]:
+        if update.shape != ((1, *shapes[name]) if len(shapes[name]) == 1 else shapes[name]):
             raise Refused(f"{name} has an incorrect shape")
-        updates[name] = float(field.contents()) / b.shape[1] * update
+        updates[name] = float(field.contents()) / b.shape[-1] * update
     return updates
 
 

@@ -7,6 +7,7 @@ from increlora_rs.support.names import short
 
 LAYER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FUSED_LAYER = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"]
 OUTSIDE = ["embed_tokens", "lm_head"]
 VOCABULARY = 99
 _SIZES = {
@@ -29,6 +30,7 @@ _GRANITE = {
     "residual_multiplier": 0.7,
     "logits_scaling": 1.5,
 }
+_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 # What each class's configuration has beside the sizes.
 SETTINGS = {
     "Llama": {},
@@ -41,6 +43,9 @@ SETTINGS = {
     "Gemma2": _GEMMA,
     "Gemma3": _GEMMA,
     "Phi3": {"original_max_position_embeddings": 64},
+    "Mixtral": _EXPERTS | {"head_dim": 8},
+    "Qwen2Moe": _EXPERTS | {"shared_expert_intermediate_size": 40, "norm_topk_prob": False},
+    "Qwen3Moe": _EXPERTS | {"head_dim": 8, "norm_topk_prob": True},
 }
 
 
@@ -61,7 +66,15 @@ def decoder(kind="Llama", **settings):
 def targets(model):
     """Every kind of module that an adapter for llama.cpp may be on."""
     layer = FUSED_LAYER if model.config.model_type == "phi3" else LAYER
+    if parameters(model):
+        shared = ["gate_proj", "up_proj", "down_proj", "shared_expert_gate"]
+        layer = LAYER[:4] + (shared if model.config.model_type == "qwen2_moe" else [])
     return layer if model.config.tie_word_embeddings else layer + OUTSIDE
+
+
+def parameters(model):
+    """Every parameter of experts and routers that one may be on; None: the model has none."""
+    return EXPERTS if "moe" in model.config.model_type or model.config.model_type == "mixtral" else None
 
 
 def updates(model):

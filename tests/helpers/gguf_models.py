@@ -16,6 +16,9 @@ CONVERTERS = {
     "Gemma2ForCausalLM": ("gemma2", False, 1.0),
     "Gemma3ForCausalLM": ("gemma3", False, 1.0),
     "Phi3ForCausalLM": ("phi3", False, 0.0),
+    "MixtralForCausalLM": ("llama", True, 0.0),
+    "Qwen2MoeForCausalLM": ("qwen2moe", False, 0.0),
+    "Qwen3MoeForCausalLM": ("qwen3moe", False, 0.0),
 }
 
 
@@ -46,11 +49,24 @@ def write_gguf(model, path):
             numbers = interleaved(numbers.reshape(len(numbers), -1), heads[module]).reshape(numbers.shape)
         if key.endswith("norm.weight"):
             numbers = numbers + np.float32(shift)
-        writer.add_tensor(names.get_name(key, (".weight", ".bias")), np.ascontiguousarray(numbers))
+        for part_key, part in separated(key, numbers).items():
+            writer.add_tensor(names.get_name(part_key, (".weight", ".bias")), np.ascontiguousarray(part))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def separated(key, numbers):
+    """Of experts in one parameter, (E, out, in), each projection, as the converter stacks it; anything else
+    as it is."""
+    holder, experts, projection = key.rpartition(".mlp.experts.")
+    if not experts:
+        # One row is a vector there.
+        return {key: numbers[0] if key.endswith("shared_expert_gate.weight") else numbers}
+    names = ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
+    parts = np.split(numbers, len(names), axis=1)
+    return {f"{holder}{experts}{name}.weight": part for name, part in zip(names, parts, strict=True)}
 
 
 def _settings(writer, config):
@@ -78,6 +94,10 @@ def _settings(writer, config):
         "attn_logit_softcapping": writer.add_attn_logit_softcapping,
         "final_logit_softcapping": writer.add_final_logit_softcapping,
         "sliding_window": writer.add_sliding_window,
+        "num_local_experts": writer.add_expert_count,
+        "num_experts_per_tok": writer.add_expert_used_count,
+        "moe_intermediate_size": writer.add_expert_feed_forward_length,
+        "shared_expert_intermediate_size": writer.add_expert_shared_feed_forward_length,
     }
     for name, add in optional.items():
         if getattr(config, name, None):

@@ -50,9 +50,9 @@ MODELS = {
 }
 
 
-def build(name):
+def build(name, **settings):
     architecture, arguments = MODELS[name]
-    config = getattr(transformers, f"{architecture}Config")(**arguments)
+    config = getattr(transformers, f"{architecture}Config")(**(arguments | settings))
     state = torch.get_rng_state()
     torch.manual_seed(7)
     model = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()

@@ -13,6 +13,7 @@ import pytorch_lightning
 import torch
 import transformers
 import unets
+from adapted_experts import adapted
 from decoders import decoder
 from growing import growing
 from launches import WORKERS
@@ -153,6 +154,11 @@ def saved_llama_adapter(make_bert, names):
     return {}
 
 
+def saved_mixture_adapter(make_bert, names):
+    adapted("Mixtral").save_pretrained("mixture_adapter")
+    return {}
+
+
 def unet_names(make_bert, names):
     unet = unets.unet()
     unet.add_adapter(growing(r=2, target_modules=["to_q", "to_v"]))
@@ -183,9 +189,10 @@ PRELUDES = {
     ("export.md", 0): saved_adapter,
     ("export.md", 1): lambda make_bert, names: {"base": make_bert()},
     ("export.md", 5): saved_llama_adapter,
-    ("export.md", 6): unet_names,
-    ("export.md", 7): lambda make_bert, names: {"fresh_base": make_bert()},
-    ("export.md", 8): lambda make_bert, names: {"another_base": make_bert()},
+    ("export.md", 6): saved_mixture_adapter,
+    ("export.md", 7): unet_names,
+    ("export.md", 8): lambda make_bert, names: {"fresh_base": make_bert()},
+    ("export.md", 9): lambda make_bert, names: {"another_base": make_bert()},
     ("troubleshooting.md", 0): lambda make_bert, names: {
         "base": make_bert(),
         "config": growing(r=2, target_modules=["query", "value"]),
@@ -232,7 +239,16 @@ PRODUCED = {
     "README.md": ["adapter", "lora", "ranks.png"],
     "quickstart.md": ["adapter", "lora", "ranks.png"],
     "averages.md": ["adapter", "averaged", "ema"],
-    "export.md": ["adapter.gguf", "growing", "lora", "lora16", "lora2", "merged", "unet_lora"],
+    "export.md": [
+        "adapter.gguf",
+        "growing",
+        "lora",
+        "lora16",
+        "lora2",
+        "merged",
+        "mixture_lora",
+        "unet_lora",
+    ],
 }
 
 

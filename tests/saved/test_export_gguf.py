@@ -8,8 +8,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from decoders import LAYER, SETTINGS, decoder, targets, updates
-from gguf_models import ARCHITECTURES, CONVERTERS, interleaved, write_gguf
+from decoders import LAYER, SETTINGS, decoder, parameters, targets, updates
+from gguf_models import ARCHITECTURES, CONVERTERS, interleaved, separated, write_gguf
 from growing import growing
 from increlora_rs import IncreLoraConfig, PriLoraConfig, export_gguf
 from increlora_rs.saved.gguf_bases import LAYOUTS, gguf_base
@@ -25,7 +25,8 @@ def model(grow):
 
 
 def adapted(base, grow=None, config=growing, **settings):
-    settings = {"r": 2, "lora_alpha": 6, "target_modules": targets(base)} | settings
+    every = {"target_modules": targets(base), "target_parameters": parameters(base)}
+    settings = {"r": 2, "lora_alpha": 6} | (settings if "target_modules" in settings else every | settings)
     model = get_peft_model(base, config(**settings))
     if grow is not None:
         grow(model)
@@ -40,13 +41,20 @@ def assert_right(path, model, tolerance=1e-6):
     architecture, interleaves, _ = CONVERTERS[type(base).__name__]
     names = gguf.get_tensor_name_map(ARCHITECTURES[architecture], base.config.num_hidden_layers)
     heads = {"q_proj": base.config.num_attention_heads, "k_proj": base.config.num_key_value_heads}
-    wanted = {}
+    wanted, experts = {}, {}
     for name, update in updates(model).items():
+        if ".experts." in name:
+            experts.setdefault(name.rpartition(".")[0], []).append(update.numpy())
+            continue
+        name = name.removesuffix(".weight")
         kind = name.rpartition(".")[2]
         numbers = (
             interleaved(update.numpy(), heads[kind]) if interleaves and kind in heads else update.numpy()
         )
         wanted[f"{names.get_name(name)}.weight"] = torch.tensor(numbers)
+    for name, each in experts.items():
+        for part, numbers in separated(name, np.stack(each)).items():
+            wanted[names.get_name(part, (".weight",))] = torch.tensor(numbers)
     assert set(found) == set(wanted)
     for name, update in wanted.items():
         torch.testing.assert_close(found[name], update, rtol=0.0, atol=tolerance)
@@ -108,6 +116,30 @@ def test_modules_of_rank_0_are_left_out(tmp_path):
     model = adapted(decoder(), init_r=0, rank_pattern={"q_proj": 2})
     export = export_gguf(model, model, tmp_path / "adapter.gguf")
     assert set(export.ranks) == {"blk.0.attn_q.weight", "blk.1.attn_q.weight"}
+
+
+def test_the_experts_of_a_projection_have_the_largest_of_their_ranks(grow, tmp_path):
+    pattern = {r"0\..*gate_up_proj": 0, r"0\..*down_proj.[013]": 0, "mlp.gate.weight": 0}
+    model = adapted(decoder("Qwen3Moe"), init_r=1, rank_pattern=pattern)
+    grow(model, {"model.layers.1.mlp.experts.gate_up_proj.2": 3})
+    export = export_gguf(model, model, tmp_path / "adapter.gguf")
+    ranks = {name: rank for name, rank in export.ranks.items() if "exps" in name or "inp" in name}
+    assert ranks == {
+        "blk.0.ffn_down_exps.weight": 1,
+        "blk.1.ffn_gate_exps.weight": 3,
+        "blk.1.ffn_up_exps.weight": 3,
+        "blk.1.ffn_down_exps.weight": 1,
+    }
+    write_gguf(model.get_base_model(), tmp_path / "base.gguf")
+    found = consumers.llama_cpp_file(tmp_path / "adapter.gguf", tmp_path / "base.gguf")
+    acting = found["blk.0.ffn_down_exps.weight"].flatten(1).any(1)
+    assert acting.tolist() == [False, False, True, False]
+
+
+def test_experts_of_a_base_without_them_are_refused(grow, tmp_path):
+    model = adapted(decoder("Mixtral"), grow)
+    with pytest.raises(ValueError, match=r"the adapter is on the experts .*gate_up_proj.*Merge"):
+        export_gguf(model, decoder().config, tmp_path / "adapter.gguf")
 
 
 def test_an_adapter_of_rank_0_is_refused(tmp_path):

@@ -3,7 +3,7 @@
 import llama_cpp
 import pytest
 import torch
-from decoders import LAYER, SETTINGS, VOCABULARY, decoder, next_token_of, targets
+from decoders import LAYER, SETTINGS, VOCABULARY, decoder, next_token_of, parameters, targets
 from gguf_models import write_gguf
 from growing import growing
 from increlora_rs import IncreLoraConfig, MeLoraConfig, MoraConfig, SoraConfig, export_gguf
@@ -40,9 +40,9 @@ def compared(tmp_path):
 
 
 def adapted(model, config=growing, grow=None, **settings):
-    model = get_peft_model(
-        model, config(**({"r": 3, "lora_alpha": 6, "target_modules": targets(model)} | settings))
-    )
+    every = {"target_modules": targets(model), "target_parameters": parameters(model)}
+    settings = {"r": 3, "lora_alpha": 6} | (settings if "target_modules" in settings else every | settings)
+    model = get_peft_model(model, config(**settings))
     if grow is not None:
         grow(model)
     else:
@@ -84,6 +84,25 @@ def test_every_scale_and_rank_is_right(case, compared):
     difference, _, moved = compared(adapted(decoder(), target_modules=LAYER, **RANKS[case]))
     assert difference < TOLERANCE
     assert moved > 0.3
+
+
+OF_EXPERTS = {
+    "one projection": {"target_parameters": ["experts.down_proj"], "target_modules": []},
+    "the router": {"target_parameters": ["mlp.gate.weight"], "target_modules": []},
+    "rslora, patterns": {
+        "use_rslora": True,
+        "rank_pattern": {r"down_proj\.[02]": 1, "gate.weight": 1, "q_proj": 5},
+        "alpha_pattern": {"gate_up_proj": 3, r"down_proj.3": 20},
+    },
+}
+
+
+@pytest.mark.parametrize("case", OF_EXPERTS)
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+def test_every_scale_and_rank_of_experts_is_right(kind, case, compared):
+    difference, _, moved = compared(adapted(decoder(kind), **OF_EXPERTS[case]))
+    assert difference < TOLERANCE
+    assert moved > 0.05
 
 
 @pytest.mark.parametrize("heads", [1, 4])

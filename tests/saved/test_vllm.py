@@ -4,14 +4,17 @@ the rules of `consumers.py`."""
 import json
 
 import consumers
+import mixtures
 import pytest
 import torch
 import vllm_python
+from adapted_experts import MORE_TARGETS
 from decoders import LAYER, VOCABULARY, decoder, next_token_of
 from growing import growing
 from increlora_rs import export_lora
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
+from test_export_separate import separated
 
 pytestmark = [vllm_python.needed, pytest.mark.slow]
 PROMPTS = [[5, 17, 40, 8, 61], [90, 3, 33, 12, 7, 25, 70, 71, 6, 44, 58, 19]]
@@ -48,6 +51,58 @@ def test_vllm_gives_what_the_model_gives(exports):
     assert (wanted - base).abs().max() > 1.0
     for logprobs in with_adapter:
         torch.testing.assert_close(logprobs, wanted, rtol=0.0, atol=1e-4)
+
+
+# What a model of vLLM's own asks of the sizes.
+_SIZES = {"hidden_size": 128, "head_dim": 32, "mlp_only_layers": [], "bos_token_id": 1, "eos_token_id": 2}
+_OF = {
+    "Mixtral": _SIZES,
+    "Qwen3Moe": _SIZES,
+    "Qwen2Moe": _SIZES,
+    "Phimoe": _SIZES,
+    "DeepseekV3": _SIZES
+    | dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 32)
+    | {"topk_method": "noaux_tc"},
+}
+
+
+@pytest.mark.parametrize("name", _OF)
+def test_vllm_holds_the_update_of_each_expert(name, grow, tmp_path):
+    """Its kernel of experts with LoRA runs on GPUs only; what it would multiply by is looked at."""
+    base = mixtures.build(name, **_OF[name])
+    base.save_pretrained(tmp_path / "base")
+    # As the published checkpoint calls the class; Transformers' name leads to no model of vLLM's own.
+    described = tmp_path / "base" / "config.json"
+    described.write_text(described.read_text().replace("PhimoeForCausalLM", "PhiMoEForCausalLM"))
+    config = growing(r=2, target_modules=["o_proj"], target_parameters=MORE_TARGETS[name])
+    model = get_peft_model(base, config)
+    grow(model)
+    paths = [tmp_path / layout for layout in (*LAYOUTS, "fused")]
+    for path in paths[:2]:
+        export_lora(model, path, path.name, experts="separate")
+    export_lora(model, paths[2])
+    *taken, of_fused = vllm_python.ask(
+        slots=[str(path) for path in paths], base=str(tmp_path / "base"), max_lora_rank=8
+    )
+    assert taken == [None, None]
+    for path in paths[:2]:
+        found = load_file(path / "slots.safetensors")
+        for key, wanted in separated(name, model).items():
+            holder, experts, projection = key.rpartition(".experts.")
+            if key.endswith(".o_proj"):
+                continue
+            if experts:
+                number, projection = projection.split(".")
+                part = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}.get(projection, projection)
+                held = found[f"{holder}.experts.{part}"][int(number)]
+            else:
+                held = found[key]
+            torch.testing.assert_close(held.double(), wanted, rtol=1e-5, atol=1e-5)
+    if name == "Mixtral":
+        # It knows no module of these names, and says nothing.
+        assert not any(update.any() for update in load_file(paths[2] / "slots.safetensors").values())
+    else:
+        assert of_fused is not None
 
 
 def changed(path, to, options=None, tensors=None):

@@ -86,6 +86,8 @@ class MethodConfig(LoraConfig):
             LoRA would compute in another way, for it takes no ``dilation`` and no ``padding_mode``.
         adapted_parameters: Kept by the library, for the export: the parameters of ``target_parameters`` in
             model order, of each its full name and the number of matrices in it, 0 where it is one.
+        unfused_layers: Kept by the library, for the export: what those were called before experts were fused,
+            each expert a layer, by the parameter's name, with "*" for each number; None: not known.
 
     The other arguments are LoraConfig's.
 
@@ -123,6 +125,10 @@ class MethodConfig(LoraConfig):
     adapted_parameters: list[list[Any]] = field(
         default_factory=list,
         metadata={"help": "Kept by the library: parameters that are adapted, and their matrices."},
+    )
+    unfused_layers: dict[str, list[str]] | None = field(
+        default=None,
+        metadata={"help": "Kept by the library: the layers that experts were before they were fused."},
     )
 
     def __post_init__(self) -> None:
@@ -284,12 +290,14 @@ class MethodConfig(LoraConfig):
         unlike_lora: Iterable[str],
         experts: Iterable[str],
         parameters: Mapping[str, int],
+        unfused: Mapping[str, list[str]],
     ) -> None:
         """Takes down, for the export of a saved adapter, what is adapted."""
         self.module_kinds = module_kinds({site.name: site.kind for site in sites})
         self.expert_names = sorted(experts)
         self.unlike_lora = sorted(unlike_lora)
         self.adapted_parameters = [list(pair) for pair in parameters.items()]
+        self.unfused_layers = dict(unfused)
 
     def note_ranks(self, ranks: Mapping[str, int]) -> None:
         """Takes down the ranks of the modules, by full name, where they can be others than those that the
@@ -412,6 +420,10 @@ class MethodConfig(LoraConfig):
                     f"adapted_parameters={self.adapted_parameters!r} must be a list of names, each with a "
                     "number; leave it out: the library keeps it."
                 )
+        if not isinstance(self.unfused_layers, (dict, type(None))):
+            raise TypeError(f"unfused_layers={self.unfused_layers!r} must be a dictionary; leave it out.")
+        for name, layers in (self.unfused_layers or {}).items():
+            arguments.collection(f"unfused_layers[{name!r}]", layers, str, "a list of strings")
         tokens = self.trainable_token_indices
         for indices in tokens.values() if isinstance(tokens, dict) else [tokens]:
             arguments.collection(

@@ -21,10 +21,12 @@ from ..support.experts import expert_names_of
 from ..support.files import refuse_own_directory, staged
 from ..support.lowrank import svd_of_product
 from ..support.names import rank_pattern
+from ..support.unfused import unfused_layers_of_base
 from .dtypes import in_dtype
 from .lora_format import dora_tensor, lora_tensors, padded
 from .reading import SavedAdapter, SavedModule, read
-from .stacked_format import matrices_of, stacked
+from .separate_format import Separate, separate
+from .stacked_format import Stacked, matrices_of, stacked
 
 # What vLLM takes as --max-lora-rank; an adapter may have any rank up to it.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -58,6 +60,7 @@ def export_lora(
     rank: int | None = None,
     *,
     vllm_rank: bool = False,
+    experts: Literal["fused", "separate"] = "fused",
     dtype: torch.dtype | None = None,
     adapter_name: str = "default",
 ) -> Export:
@@ -81,6 +84,11 @@ def export_lora(
             of the adapter, and nothing is lost. A module of a higher rank becomes the nearest update of
             this rank (singular value decomposition of B diag(E) A), and :class:`Export` has the error.
         vllm_rank: Round the uniform rank up to one that vLLM takes as ``--max-lora-rank``.
+        experts: How adapted experts of ``target_parameters`` are written. "fused": several in one pair, as
+            PEFT has them. "separate": a pair for each layer that an expert was before Transformers fused it,
+            by its name in checkpoints, such as ``mlp.experts.3.up_proj``, as vLLM reads them. All experts of
+            a layer have all projections then, of zeros where nothing was adapted, and one rank a projection
+            in the compact layout too.
         dtype: Of the tensors written; None: the adapter's own.
         adapter_name: Which adapter of a model.
 
@@ -92,9 +100,12 @@ def export_lora(
             largest, ``vllm_rank`` is given for "compact" or for a rank above 512, a value is too large for
             ``dtype``, the adapter is damaged, every module is of rank 0, or one that is not is a convolution
             that PEFT's LoRA would compute in another way; or a DoRA is on what PEFT takes for fused experts.
+            ``experts`` is "separate", and the adapter is on no experts, or on such as checkpoints never had
+            apart, or of a base that is not known.
         TypeError: ``dtype`` is no floating-point dtype.
         FileNotFoundError: the directory is missing.
     """
+    arguments.choice("experts", experts, ("fused", "separate"))
     adapter = read(model_or_adapter_dir, adapter_name)
     target = Path(out_dir)
     refuse_own_directory(model_or_adapter_dir, target)
@@ -110,14 +121,12 @@ def export_lora(
     _check_dtype(dtype)
     tensors = {key: _cast(key, tensor, dtype) for key, tensor in _others(adapter).items()}
     factors, errors, error = _cut(loras, rank)
-    parameters = dict(adapter.config.adapted_parameters)
-    of_parameters = stacked(factors, parameters, rank if layout == "uniform" else None)
+    parts = _of_parameters(adapter, factors, rank if layout == "uniform" else None, experts)
+    for part in parts:
+        of_part = dtype or adapter.modules[part.source].dtype
+        tensors |= {key: _cast(key, value, of_part) for key, value in part.tensors().items()}
+    matrices = _matrices(adapter)
     ranks = {}
-    for one in of_parameters:
-        of_matrix = adapter.modules[one.matrices[0]].dtype
-        tensors |= {key: _cast(key, value, dtype or of_matrix) for key, value in one.tensors().items()}
-        ranks[one.name] = one.rank
-    matrices = {name for one in of_parameters for name in one.matrices}
     for name, (a, b) in factors.items():
         if name in matrices:
             continue
@@ -131,19 +140,42 @@ def export_lora(
             # In full: rounded to half precision it would scale whole outputs.
             tensors |= dora_tensor(name, module.magnitude.clone(), module.kind)
         ranks[name] = a.shape[0]
-    names = [name for name in ranks if name in adapter.modules and name not in matrices]
-    taken = _taken_for_experts(adapter, names)
+    taken = _taken_for_experts(adapter, list(ranks))
     if taken and adapter.config.use_dora:
         raise ValueError(
             f"model_or_adapter_dir: PEFT takes {taken} for fused experts of the base by their names, and "
             "applies no DoRA to such; merge the adapter with merge_and_unload()."
         )
-    config = _config(adapter, layout, ranks, rank, taken)
+    config = _config(adapter, layout, ranks, parts, rank, taken)
     with staged(target) as stage:
         save_file(tensors, stage / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(stage))
     # Of what is left out nothing is lost.
     return Export(config, dict.fromkeys(adapter.modules, 0.0) | errors, error)
+
+
+def _of_parameters(
+    adapter: SavedAdapter, factors: dict[str, tuple[Tensor, Tensor]], rank: int | None, experts: str
+) -> list[Stacked] | list[Separate]:
+    """The LoRAs of the parameters of ``target_parameters``, of rank ``rank`` or, for None, their own."""
+    parameters = dict(adapter.config.adapted_parameters)
+    if experts == "fused":
+        return stacked(factors, parameters, rank)
+    layers = adapter.config.unfused_layers
+    if layers is None:
+        # An earlier version saved it.
+        layers = unfused_layers_of_base(adapter.config.base_model_name_or_path, parameters)
+    if layers is None:
+        raise ValueError(
+            "experts='separate': the adapter does not say what its base model is, which gives experts their "
+            "names; export the model in memory instead."
+        )
+    return separate(factors, parameters, layers, rank)
+
+
+def _matrices(adapter: SavedAdapter) -> set[str]:
+    """The modules that are experts or routers of ``target_parameters``."""
+    return {one for ones in matrices_of(dict(adapter.config.adapted_parameters)).values() for one in ones}
 
 
 def _factors(module: SavedModule) -> tuple[Tensor, Tensor]:
@@ -251,14 +283,20 @@ def _taken_for_experts(adapter: SavedAdapter, modules: list[str]) -> list[str] |
 
 
 def _config(
-    adapter: SavedAdapter, layout: str, ranks: dict[str, int], rank: int, taken: list[str] | None
+    adapter: SavedAdapter,
+    layout: str,
+    ranks: dict[str, int],
+    parts: list[Stacked] | list[Separate],
+    rank: int,
+    taken: list[str] | None,
 ) -> LoraConfig:
-    """That of modules and parameters of these ranks; ``taken`` are modules that are named as parameters."""
-    ours, every = adapter.config, matrices_of(dict(adapter.config.adapted_parameters))
+    """That of modules of these ranks and of ``parts``; ``taken`` are modules named as parameters."""
+    ours, known = adapter.config, set(taken or ())
     targets = _target_modules(ours.target_modules)
-    known, parameters = set(taken or ()), [name for name in every if name in ranks]
-    names = [name for name in ranks if name not in known and name not in every]
-    matrices = {one for of_one in every.values() for one in of_one}
+    separated = [part for part in parts if isinstance(part, Separate)]
+    fused = {part.name: part.rank for part in parts if isinstance(part, Stacked)}
+    names = [name for name in ranks if name not in known]
+    matrices = _matrices(adapter)
     left_out = [name for name in adapter.modules if name not in ranks and name not in matrices]
     layers = None if left_out else ours.layers_to_transform
     if left_out:
@@ -274,12 +312,18 @@ def _config(
             ]
         else:
             targets = names
-    if parameters == list(every):
+    if separated:
+        ends = {part.name.rpartition(".")[2] for part in separated}
+        targets = sorted({*(targets or ()), *ends})
+    parameters = list(fused)
+    if len(fused) == len(ours.adapted_parameters):
         # In the user's words.
         parameters = sorted(ours.target_parameters or ())
     parameters += [f"{name}.weight" for name in taken or ()]
-    ranks = {f"{name}.weight" if name in known else name: rank for name, rank in ranks.items()}
-    pattern = rank_pattern(ranks) if layout == "compact" else {}
+    ranks = {f"{name}.weight" if name in known else name: rank for name, rank in ranks.items()} | fused
+    pattern = {}
+    if layout == "compact":
+        pattern = rank_pattern(ranks) | {part.pattern: part.rank for part in separated}
     return LoraConfig(
         task_type=ours.task_type,
         base_model_name_or_path=ours.base_model_name_or_path,

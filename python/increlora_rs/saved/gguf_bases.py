@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,17 @@ _ATTENTION = {
 }
 _GATED = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 _LAYER = _ATTENTION | _GATED
+_SHARED = {
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+}
+_ROUTER = {"mlp.gate.weight": "ffn_gate_inp"}
+_EXPERTS = {
+    "mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
+    "mlp.experts.down_proj": ("ffn_down_exps",),
+}
 _FUSED_LAYER = {
     "self_attn.qkv_proj": "attn_qkv",
     "self_attn.o_proj": "attn_output",
@@ -47,12 +58,15 @@ class _Layout:
     Args:
         architecture: The GGUF file's ``general.architecture``.
         modules: Names in a GGUF file of the modules of a layer to which llama.cpp applies an adapter.
+        experts: Those of the parameters that hold all experts of a layer; of several the first has its first
+            rows.
         interleaved: Are the rows of q_proj and k_proj interleaved?
         always_tied: Is the embedding the head whatever the configuration says? The converter drops the head.
     """
 
     architecture: str
     modules: dict[str, str]
+    experts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     interleaved: bool = False
     always_tied: bool = False
 
@@ -69,6 +83,9 @@ LAYOUTS = {
     "Gemma2ForCausalLM": _Layout("gemma2", _LAYER, always_tied=True),
     "Gemma3ForCausalLM": _Layout("gemma3", _LAYER, always_tied=True),
     "Phi3ForCausalLM": _Layout("phi3", _FUSED_LAYER),
+    "MixtralForCausalLM": _Layout("llama", _ATTENTION | _ROUTER, _EXPERTS, interleaved=True),
+    "Qwen2MoeForCausalLM": _Layout("qwen2moe", _ATTENTION | _ROUTER | _SHARED, _EXPERTS),
+    "Qwen3MoeForCausalLM": _Layout("qwen3moe", _ATTENTION | _ROUTER, _EXPERTS),
 }
 
 
@@ -107,12 +124,7 @@ class GgufBase:
         """
         match = _IN_LAYERS.match(module)
         if match and match["module"] in self._layout.modules:
-            if int(match["layer"]) >= self.layers:
-                raise ValueError(
-                    f"base: it has {self.layers} layers, and the adapter is on {module!r}; give the model "
-                    "that the adapter was trained on."
-                )
-            return f"blk.{match['layer']}.{self._layout.modules[match['module']]}.weight"
+            return self._in_layer(module, match["layer"], self._layout.modules[match["module"]])
         outside = {"model.embed_tokens": "token_embd.weight", "lm_head": "output.weight"}
         if module in outside and self.tied:
             raise ValueError(
@@ -124,8 +136,32 @@ class GgufBase:
             return outside[module]
         raise ValueError(
             f"model_or_adapter_dir: the adapter is on {module!r}, to which llama.cpp applies no adapter in a "
-            f"{self.name}; it does to {[*self._layout.modules, *outside]}. {_WAY_OUT}"
+            f"{self.name}; it does to {[*self._layout.modules, *self._layout.experts, *outside]}. {_WAY_OUT}"
         )
+
+    def tensors_of_experts(self, parameter: str) -> list[str]:
+        """What the parts of ``parameter``, which holds all experts of a layer, are called in the base's GGUF
+        file; the first has its first rows.
+
+        Raises:
+            ValueError: it has none there.
+        """
+        match = _IN_LAYERS.match(parameter)
+        if match is None or match["module"] not in self._layout.experts:
+            raise ValueError(
+                f"model_or_adapter_dir: the adapter is on the experts {parameter!r}, to which llama.cpp "
+                f"applies no adapter in a {self.name}. {_WAY_OUT}"
+            )
+        kinds = self._layout.experts[match["module"]]
+        return [self._in_layer(parameter, match["layer"], kind) for kind in kinds]
+
+    def _in_layer(self, module: str, layer: str, kind: str) -> str:
+        if int(layer) >= self.layers:
+            raise ValueError(
+                f"base: it has {self.layers} layers, and the adapter is on {module!r}; give the model "
+                "that the adapter was trained on."
+            )
+        return f"blk.{layer}.{kind}.weight"
 
     def rows(self, tensor: str, count: int) -> Tensor | None:
         """Positions in Transformers' matrix of the rows that its GGUF file has, int64 (count,); None: they

@@ -14,7 +14,9 @@ from transformers import PretrainedConfig
 from ..support.files import staged_file
 from .dtypes import in_dtype
 from .gguf_bases import GgufBase, gguf_base
+from .lora_format import padded
 from .reading import SavedAdapter, read
+from .stacked_format import matrices_of
 
 # bfloat16 is refused: its 8 bits cost seven to ten times float16's error in what a model gives.
 _DTYPES = (torch.float32, torch.float16)
@@ -43,9 +45,10 @@ def export_gguf(
 ) -> GgufExport:
     """Writes the adapter to the file ``out``, which llama.cpp loads by ``--lora`` beside the base's file.
 
-    Each module keeps its own rank. llama.cpp multiplies the update of a matrix by the adapter's one alpha
-    over that matrix's rank; alpha is the largest rank here, and B takes what is left of the module's scale.
-    Rows of q_proj and k_proj stand in the order in which llama.cpp's converter writes those of the base.
+    Each module keeps its own rank; experts, which stand in one matrix there, have the largest of them.
+    llama.cpp multiplies the update of a matrix by the adapter's one alpha over that matrix's rank; alpha is
+    the largest rank here, and B takes what is left of the module's scale. Rows of q_proj and k_proj stand in
+    the order in which llama.cpp's converter writes those of the base.
 
     The package ``gguf`` is needed (``pip install "increlora_rs[gguf]"``), llama.cpp is not.
 
@@ -79,7 +82,7 @@ def export_gguf(
     known = gguf_base(_base(base, adapter))
     _refuse_others(adapter)
     pairs = _pairs(adapter, known)
-    alpha = max(b.shape[1] for _, b in pairs.values())
+    alpha = max(b.shape[-1] for _, b in pairs.values())
     with staged_file(target) as stage:
         writer = gguf.GGUFWriter(stage, known.architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
@@ -87,14 +90,14 @@ def export_gguf(
         # As a float: llama.cpp reads the key without asking for its type.
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
         for name, (a, b) in pairs.items():
-            rank = b.shape[1]
+            rank = b.shape[-1]
             writer.add_tensor(f"{name}.lora_a", _numbers(a, dtype, f"A of {name}"))
             writer.add_tensor(f"{name}.lora_b", _numbers(b * (rank / alpha), dtype, f"B of {name}"))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    return GgufExport(known.architecture, {name: b.shape[1] for name, (_, b) in pairs.items()})
+    return GgufExport(known.architecture, {name: b.shape[-1] for name, (_, b) in pairs.items()})
 
 
 def _package() -> Any:
@@ -154,9 +157,14 @@ def _refuse_others(adapter: SavedAdapter) -> None:
 def _pairs(adapter: SavedAdapter, base: GgufBase) -> dict[str, tuple[Tensor, Tensor]]:
     """A and B of each module with the scale in B, shaped and ordered as llama.cpp reads them, by the name of
     the base's matrix; those of rank 0 are left out."""
-    pairs = {}
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    parameters = {name: count for name, count in adapter.config.adapted_parameters if count}
+    experts = matrices_of(parameters)
+    inside = {one for ones in experts.values() for one in ones}
+    for name, ones in experts.items():
+        pairs |= _stacked(adapter, base.tensors_of_experts(name), ones)
     for name, module in adapter.modules.items():
-        if module.rank:
+        if module.rank and name not in inside:
             tensor, (a, b) = base.tensor(name), module.lora()
             rows = base.rows(tensor, b.shape[0])
             pairs[tensor] = (a.T if module.kind == "embedding" else a), b if rows is None else b[rows]
@@ -166,6 +174,20 @@ def _pairs(adapter: SavedAdapter, base: GgufBase) -> dict[str, tuple[Tensor, Ten
             "adapter does nothing and there is no file to write; train it, or use the base model."
         )
     return pairs
+
+
+def _stacked(
+    adapter: SavedAdapter, tensors: list[str], experts: list[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A (E, rank, in) and B (E, out, rank) of the matrices that hold several experts, by their names; none
+    where all have rank 0."""
+    modules = [adapter.modules[name] for name in experts]
+    rank = max(module.rank for module in modules)
+    if not rank:
+        return {}
+    factors = [padded(*module.lora(), rank) for module in modules]
+    a, b = torch.stack([a for a, _ in factors]), torch.stack([b for _, b in factors])
+    return {tensor: (a, part) for tensor, part in zip(tensors, b.chunk(len(tensors), 1), strict=True)}
 
 
 def _numbers(tensor: Tensor, dtype: torch.dtype, what: str) -> Any:

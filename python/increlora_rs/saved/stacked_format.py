@@ -27,7 +27,7 @@ class Stacked:
         a: (E rank, in).
         b: (out, E rank).
         rank: Of each matrix.
-        matrices: The names of the modules that its matrices are here.
+        source: The name of the module here whose dtype it has.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Stacked:
     a: Tensor
     b: Tensor
     rank: int
-    matrices: list[str]
+    source: str
 
     def tensors(self) -> dict[str, Tensor]:
         """Under PEFT's keys."""
@@ -78,7 +78,7 @@ def stacked(
         pairs = [padded(*factors.get(one, (a[:0], b[:, :0])), of_all) for one in matrices]
         a = torch.cat([a for a, _ in pairs])
         b = torch.stack([b for _, b in pairs], dim=2).flatten(1)
-        found.append(Stacked(name, _key(name, list(acting)), a, b, of_all, matrices))
+        found.append(Stacked(name, _key(name, list(acting)), a, b, of_all, matrices[0]))
     return found
 
 

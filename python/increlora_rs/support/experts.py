@@ -117,16 +117,27 @@ def expert_layers(model: nn.Module) -> dict[str, str]:
 
     A reader takes *every* target of such a name for one of the experts, those of dense layers too.
     """
+    return _layers_of(types_of(model))
+
+
+def types_of(model: nn.Module) -> set[str]:
+    """Types and classes of a model and the models in it, as Transformers calls them."""
     types = set()
     for module in model.modules():
         kind = getattr(getattr(module, "config", None), "model_type", None)
         if isinstance(kind, str):
             types |= {kind, type(module).__name__}
-    return _layers_of(types)
+    return types
 
 
 def expert_layers_of_base(name_or_path: str | None) -> dict[str, str] | None:
     """:func:`expert_layers` of a base model by its configuration, if that lies on this machine; else None."""
+    types = types_of_base(name_or_path)
+    return None if types is None else _layers_of(types)
+
+
+def types_of_base(name_or_path: str | None) -> set[str] | None:
+    """:func:`types_of` of a base model by its configuration, if that lies on this machine; else None."""
     if not name_or_path:
         return None
     try:
@@ -135,7 +146,7 @@ def expert_layers_of_base(name_or_path: str | None) -> dict[str, str] | None:
         return None
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     types = {part.get("model_type") for part in parts} | set(config.get("architectures") or ())
-    return _layers_of(kind for kind in types if isinstance(kind, str)) if config else None
+    return {kind for kind in types if isinstance(kind, str)} if config else None
 
 
 def _layers_of(types: Iterable[str]) -> dict[str, str]:
@@ -153,8 +164,13 @@ def _layers_of(types: Iterable[str]) -> dict[str, str]:
     return layers | {"gate": "gate.weight"} if layers else layers
 
 
+def checkpoint_conversions(kind: str) -> list[Any]:
+    """How Transformers makes a model of type or class ``kind`` of its checkpoints, step by step."""
+    return [] if _peft is None else list(get_checkpoint_conversion_mapping(kind) or ())
+
+
 def _checkpoint_names(kind: str) -> Iterator[tuple[str, str]]:
-    for entry in get_checkpoint_conversion_mapping(kind) or ():
+    for entry in checkpoint_conversions(kind):
         for source in _tuple(getattr(entry, "source_patterns", ())):
             for target in _tuple(getattr(entry, "target_patterns", ()))[:1]:
                 yield source, target

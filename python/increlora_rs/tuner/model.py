@@ -30,6 +30,7 @@ from ..layers.room import make_room
 from ..ops.probe import Probe
 from ..support.experts import Parameter, expert_layers, is_router, left_out, warn_of_left_out
 from ..support.names import short
+from ..support.unfused import unfused_layers
 from ..support.warning import warn
 from .checks import (
     check_no_lora,
@@ -106,11 +107,13 @@ class MethodModel(LoraModel):
         bar_fast_paths(model, AdaptedLayer)
         layers = adapted_layers(model, adapter_name)
         config.fan_in_fan_out = any(isinstance(layer, TransposedLinear) for layer in layers.values())
+        parameters = adapted_parameters(model, adapter_name, short)
         config.note(
             [layer.site for layer in layers.values()],
             unlike_lora=[short(name) for name, layer in layers.items() if not layer.is_lora],
             experts=expert_layers(model),
-            parameters=adapted_parameters(model, adapter_name, short),
+            parameters=parameters,
+            unfused=unfused_layers(model, parameters),
         )
         if config.makes_room:
             make_room(model, adapter_name)

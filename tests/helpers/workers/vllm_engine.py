@@ -1,6 +1,7 @@
 """vLLM in a process, and an environment, of its own, with a request on standard input. JSON of a base's
 directory, adapters' and prompts as tokens: log-probabilities of the next token come out. Or of adapters to
-check: what vLLM's own loading code says comes out, and the updates in a file."""
+check: what vLLM's own loading code says comes out, and the updates in a file. Or of a base with experts and
+adapters on them: what the engine says comes out, and in a file the updates that it holds then."""
 
 import json
 import os
@@ -21,17 +22,7 @@ def answers(request):
     from vllm.lora.request import LoRARequest
 
     size = request["vocabulary"]
-    llm = LLM(
-        request["base"],
-        skip_tokenizer_init=True,
-        enable_lora=True,
-        max_lora_rank=request["max_lora_rank"],
-        max_model_len=32,
-        max_num_seqs=4,
-        max_logprobs=size,
-        enforce_eager=True,
-        dtype="float32",
-    )
+    llm = LLM(request["base"], max_logprobs=size, **options(request))
     parameters = SamplingParams(max_tokens=1, temperature=0.0, logprobs=size, detokenize=False)
     prompts = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
     found = []
@@ -40,6 +31,55 @@ def answers(request):
         outputs = llm.generate(prompts, parameters, lora_request=lora, use_tqdm=False)
         tables = [output.outputs[0].logprobs[0] for output in outputs]
         found.append([[table[token].logprob for token in range(size)] for table in tables])
+    return found
+
+
+def options(request):
+    return {
+        "skip_tokenizer_init": True,
+        "enable_lora": True,
+        "max_lora_rank": request["max_lora_rank"],
+        "max_model_len": 32,
+        "max_num_seqs": 4,
+        "enforce_eager": True,
+        "dtype": "float32",
+    }
+
+
+def slots(request):
+    """By adapter: None, or what it is refused with; updates in ``path/slots.safetensors``, of all experts of
+    a layer w1, w3 and w2 as (experts, out, in)."""
+    from safetensors.torch import save_file
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+    from vllm.model_executor.layers.fused_moe.experts import triton_moe
+
+    # The kernel runs on GPUs only, and nothing is asked of the model but to load.
+    triton_moe.TritonExperts.apply = lambda self, output, *args, **kwargs: output.zero_()
+    llm = LLM(request["base"], max_cpu_loras=len(request["slots"]), **options(request))
+    worker = llm.llm_engine.model_executor.driver_worker
+    manager = getattr(worker, "worker", worker).model_runner.lora_manager._adapter_manager
+
+    def held(module):
+        every_a = [*module.w13_lora_a_stacked, *module.w2_lora_a_stacked]
+        every_b = [*module.w13_lora_b_stacked, *module.w2_lora_b_stacked]
+        return {name: b[0] @ a[0] for name, a, b in zip(("w1", "w3", "w2"), every_a, every_b, strict=True)}
+
+    found = []
+    for number, path in enumerate(request["slots"], 1):
+        try:
+            llm.llm_engine.add_lora(LoRARequest(str(number), number, path))
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+            continue
+        updates = {}
+        for name, module in manager.modules.items():
+            if hasattr(module, "w13_lora_a_stacked"):
+                updates |= {f"{name}.{part}": update for part, update in held(module).items()}
+            elif name.endswith(".gate"):
+                updates[name] = module.lora_b_stacked[0][0, 0] @ module.lora_a_stacked[0][0, 0]
+        save_file({k: t.contiguous() for k, t in updates.items()}, os.path.join(path, "slots.safetensors"))
+        found.append(None)
     return found
 
 
@@ -101,4 +141,5 @@ def tensor_names(path):
 
 if __name__ == "__main__":
     given = json.load(sys.stdin)
-    print("ANSWER" + json.dumps(checks(given) if "checks" in given else answers(given)), flush=True)
+    run = next((run for name, run in (("checks", checks), ("slots", slots)) if name in given), answers)
+    print("ANSWER" + json.dumps(run(given)), flush=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from ...support.files import refuse_own_directory, staged
 from ...support.lowrank import Svd, svd_of_product
 from ...support.names import rank_pattern
 from ...support.sites import module_kinds
+from ...support.warning import warn
 from .config import IncreLoraConfig
 
 # What an adapter is on; how it learns is the caller's choice.
@@ -87,7 +90,8 @@ def convert_lora(
 
     Raises:
         ValueError: the LoRA has a part that IncreLoRA has not (``lora_bias``, an initialisation
-            that changes the base weights, ...), is damaged, or ``options`` say what the LoRA says.
+            that changes the base weights, ...), is on separate experts of a base that fuses them, is damaged,
+            or ``options`` say what the LoRA says.
         TypeError, ValueError: an argument is wrong, as for ``IncreLoraConfig``.
         FileNotFoundError: the directory is missing.
     """
@@ -99,6 +103,8 @@ def convert_lora(
     updates = {name: _update(module) for name, module in lora.modules.items()}
     ranks = {name: svd.rank for name, svd in updates.items()}
     experts = _expert_names(model_or_adapter_dir, lora.config)
+    if not isinstance(model_or_adapter_dir, nn.Module):
+        _refuse_separate_experts(lora.modules, experts)
     config = _config(lora, r or _average_rank(lora, ranks, options), ranks, experts, options)
     config.module_kinds = module_kinds({name: module.kind for name, module in lora.modules.items()})
     tensors = {key: tensor.contiguous() for key, tensor in lora.others.items()}
@@ -117,6 +123,23 @@ def convert_lora(
         save_file(tensors, stage / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(stage))
     return config
+
+
+def _refuse_separate_experts(modules: Iterable[str], experts: list[str] | None) -> None:
+    """Experts that are layers of their own, in a base that fuses them (``experts``), or in one not known."""
+    found = sorted({name for name in modules if re.search(r"\.experts\.\d+\.", name)})
+    if found and experts:
+        raise ValueError(
+            f"model_or_adapter_dir: the LoRA is on separate experts, {found[0]!r} among {len(found)}, which "
+            "are one parameter in its base model, and an IncreLoRA adapter has no part for that. Merge it "
+            "into its base model with merge_and_unload(), and start from that."
+        )
+    if found and experts is None:
+        warn(
+            f"model_or_adapter_dir: the LoRA is on separate experts, {found[0]!r} among {len(found)}, and "
+            "does not say what its base model is; on one whose experts are fused, as Transformers has them, "
+            "the adapter that is written has no effect there."
+        )
 
 
 def _refuse_unsupported(lora: LoraConfig) -> None:
