@@ -60,7 +60,11 @@ class Adapter:
     def attach(self, engine: str) -> int:
         """A seed, whether there is a state, the modules' names; with FSDP2 the first process's values, in the
         capacity form the pieces made whole."""
-        values = {"FSDP2": self.width * self.trained, "FSDP1": self._pieces()}
+        values = {
+            "FSDP2": self.width * self.trained,
+            "FSDP1": self._pieces(),
+            "FSDP2, adapter sharded": self._pieces(),
+        }
         return 8 + 16 + 16 + values.get(engine, 0)
 
     # In a step.
@@ -70,8 +74,16 @@ class Adapter:
         return self.width * (self.trained + self.tensors)
 
     def whole(self) -> int:
-        """What FSDP1 and ZeRO keep in pieces made whole, and two facts."""
+        """What FSDP and ZeRO keep in pieces made whole, and two facts."""
         return self._pieces() + 2 * 8
+
+    def averaged(self) -> int:
+        """An average in pieces made whole at a change of ranks, and a fact."""
+        return self._pieces() // 4 + 8
+
+    def begun_average(self) -> int:
+        """``keep_average`` of one in pieces: it and the adapter made whole."""
+        return self.averaged() + self._pieces() // 2
 
     def _pieces(self) -> int:
         """Four sums: values and gradients, before the step and after it."""

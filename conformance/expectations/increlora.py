@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from .shared import CLASS_NAMES, LAST_BITS, MIXED_DORA, NOT_GATHERED, OLD_PEFT, TRAINED_E, Expectations
+from .shared import (
+    CLASS_NAMES,
+    LAST_BITS,
+    MIXED_DORA,
+    NOT_GATHERED,
+    OLD_PEFT,
+    SUM_OF_FACTORS,
+    SUM_OF_MODULES,
+    TRAINED_E,
+    Expectations,
+)
 
 EXPECTATIONS = Expectations(
     states=("fresh", "grown"),
     refusals=(
-        (
-            r"combination_type='(linear|ties|dare_ties|dare_linear|magnitude_prune)' adds the factors",
-            '`add_weighted_adapter(combination_type="{}")` raises by name: components that grew apart do not '
-            "correspond",
-        ),
-        (
-            r"adapters: '\w+' has (modules_to_save|trainable_token_indices)=",
-            "`add_weighted_adapter` of adapters with `{}` raises by name",
-        ),
+        SUM_OF_FACTORS,
+        SUM_OF_MODULES,
         (
             r"(rank) \d+ is more than \d+, the smaller of in_features",
             "a {} above min(in, out) raises by name",

@@ -53,6 +53,15 @@ NO_SUM = (
     r"a weighted sum of (\w+(?:-\w+)?) adapters is in general none",
     "`add_weighted_adapter` raises by name: a sum of adapters is in general none of {}",
 )
+SUM_OF_FACTORS = (
+    r"combination_type='(linear|ties|dare_ties|dare_linear|magnitude_prune)' adds the factors",
+    '`add_weighted_adapter(combination_type="{}")` raises by name: components that grew apart do not '
+    "correspond",
+)
+SUM_OF_MODULES = (
+    r"adapters: '\w+' has (modules_to_save|trainable_token_indices)=",
+    "`add_weighted_adapter` of adapters with `{}` raises by name",
+)
 ONE_KIND = (
     r"it is of kind '(embedding|convolution)', and \S+ adapts linear modules only",
     "`{}` as the kind of a target module raises by name",

@@ -24,6 +24,7 @@ BLOCK = re.compile(r"^```(?P<language>\w+)(?P<options>[^\n]*)\n(?P<code>.*?)^```
 FILES = {
     'title="train.py"': "test_the_script_for_several_processes_runs_in_two",
     'title="train_sharded.py"': "test_the_script_for_several_processes_runs_in_two",
+    'title="train_sharded_adapter.py"': "test_the_script_for_several_processes_runs_in_two",
     'title="train_fsdp1.py"': "test_the_script_for_several_processes_runs_in_two",
     'title="train_trainer.py"': "test_the_script_for_several_processes_runs_in_two",
     'title="train_deepspeed.py"': "test_the_script_for_several_processes_runs_in_two",
@@ -326,7 +327,15 @@ def test_the_script_that_resumes_a_distributed_checkpoint_runs(bert_dir, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "script", ["train.py", "train_sharded.py", "train_fsdp1.py", "train_trainer.py", "train_deepspeed.py"]
+    "script",
+    [
+        "train.py",
+        "train_sharded.py",
+        "train_sharded_adapter.py",
+        "train_fsdp1.py",
+        "train_trainer.py",
+        "train_deepspeed.py",
+    ],
 )
 def test_the_script_for_several_processes_runs_in_two(script, bert_dir, tmp_path):
     if script == "train_deepspeed.py":

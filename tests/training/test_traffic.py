@@ -22,14 +22,17 @@ def counted(tmp_path_factory):
 
 def by_the_formula(engine, scenario, number, facts, adapter):
     """Bytes of a step."""
-    look = engine != "FSDP1" and (
+    in_pieces = engine in ("FSDP1", "FSDP2, adapter sharded")
+    look = not in_pieces and (
         number <= 2 or facts["decides"] or (engine == "FSDP2" and number & (number - 1) == 0)
     )
     total = adapter.check() if look else 0
     if engine == "FSDP2":
         total += adapter.average()
-    if engine == "FSDP1":
+    if in_pieces:
         total += adapter.whole()
+        if facts["averaged"]:
+            total += adapter.averaged()
         if facts["shrunk"]:
             total += adapter.moved_state(facts["shrunk"])
     if facts["armed"]:
@@ -46,6 +49,8 @@ def test_each_step_communicates_what_the_formula_says(counted, engine, scenario)
     for found in (result[engine, scenario] for result in counted):
         adapters = [Adapter(found["sizes"], facts["rows"], found["room"]) for facts in found["steps"]]
         assert sum(found["attach"].values()) == adapters[0].attach(engine)
+        if engine == "FSDP2, adapter sharded":
+            assert sum(found["average"].values()) == adapters[0].begun_average()
         wanted = [
             by_the_formula(engine, scenario, number, facts, adapter)
             for number, (facts, adapter) in enumerate(zip(found["steps"], adapters, strict=True), 1)

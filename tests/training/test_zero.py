@@ -6,11 +6,10 @@ import sys
 
 import pytest
 import torch
-from capacity_ends import assert_bit_for_bit, assert_resumed, assert_same
+from capacity_ends import assert_bit_for_bit, assert_resumed, assert_same, assert_same_average
 from flat_zero import DeepSpeedZeroOptimizer
 from increlora_rs import attach, keep_average
 from launches import WORKERS, torchrun
-from torch.optim.swa_utils import AveragedModel
 from zero_stages import ENGINES
 
 sys.path.insert(0, str(WORKERS))
@@ -179,10 +178,22 @@ def test_what_cannot_work_is_refused_by_name(name, value, told, group_of_one):
         attach(model, zero, total_steps=capacity.STEPS)
 
 
-def test_an_average_of_pieces_is_refused_by_name(group_of_one):
+@pytest.mark.parametrize("scenario", ["growing", "moving", "paper"])
+def test_an_average_of_the_models_own_copies_is_that_of_the_growing_form(scenario, group_of_one):
+    model, zero, scheduler = begun(scenario)
+    average = capacity.Average(scheduler, model)
+    for t in range(1, capacity.STEPS + 1):
+        train(model, zero, scheduler, t)
+        average.update()
+    scheduler.detach()
+    alone = capacity.train_alone(scenario, 1)
+    assert_same_average(alone, capacity.result(model, scheduler, average))
+
+
+def test_an_average_of_what_stage_3_has_taken_away_is_refused_by_name(group_of_one):
     model, _, scheduler = begun("growing")
-    with pytest.raises(NotImplementedError, match="FSDP1 or ZeRO gives each process a piece"):
-        keep_average(scheduler, AveragedModel(model))
+    with pytest.raises(NotImplementedError, match=r"deepspeed.zero.GatheredParameters"):
+        keep_average(scheduler, [torch.empty(0) for _ in capacity.trained(model)])
 
 
 def test_an_adapter_that_changes_its_size_is_refused_with_the_way_out(group_of_one):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..resizing.cut import cut_as, is_cut, whole
 from ..resizing.parameter import resize
 from ..resizing.room import padded
 from ..support.warning import warn
@@ -104,10 +105,12 @@ class Factor(nn.Module):
         self.room, self.dim, self.rows = tuple(self.weight.shape), dim, rows
         self.whole_in_graphs = whole_in_graphs
 
-    def begin_work(self, dtype: torch.dtype | None = None) -> None:
-        """Makes :attr:`work`, values undefined; of the weight's dtype, or another that it is trained in."""
-        weight = self.weight.detach()
-        self.__dict__["_work"] = nn.Parameter(weight.new_zeros(self.counted().shape, dtype=dtype))
+    def begin_work(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
+        """Makes :attr:`work`, values undefined; of the weight's dtype and on its device, or of another that
+        it is trained in."""
+        weight = self.weight
+        rows = torch.zeros(self.outline().shape, dtype=dtype or weight.dtype, device=device or weight.device)
+        self.__dict__["_work"] = nn.Parameter(rows)
 
     def end_work(self) -> None:
         """Lets it go."""
@@ -118,9 +121,13 @@ class Factor(nn.Module):
         shape alone, on meta."""
         if self.room is None or (self.whole_in_graphs and torch.compiler.is_compiling()):
             return self.weight
-        if self.weight.shape != self.room:
+        if self.is_part():
             return self.outline()
         return self.weight.narrow(self.dim, 0, self.rows)
+
+    def is_part(self) -> bool:
+        """Has this process but a part of the numbers, in the capacity form?"""
+        return self.room is not None and (self.weight.shape != self.room or is_cut(self.weight))
 
     def outline(self) -> Tensor:
         """The shape of the rows that count, without numbers: also in a graph, and of a part."""
@@ -155,13 +162,19 @@ class Factor(nn.Module):
             destination[f"{prefix}weight"] = self.to_save(destination[f"{prefix}weight"])
 
     def to_save(self, weight: Tensor) -> Tensor:
-        """What is saved of the weight: the same in both forms."""
-        return weight.narrow(self.dim, 0, self.rows) if weight.shape == self.room else weight
+        """What is saved of the weight: the same in both forms. Of one that is cut (FSDP2) all processes have
+        to ask, and it is cut anew."""
+        if weight.shape != self.room:
+            return weight
+        if is_cut(weight):
+            return cut_as(whole(weight).narrow(self.dim, 0, self.rows).contiguous(), weight)
+        return weight.narrow(self.dim, 0, self.rows)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         weight = state_dict.get(f"{prefix}weight")
         if self.room is not None and weight is not None and list(weight.shape) == self._shape(self.rows):
-            state_dict[f"{prefix}weight"] = padded(weight, self.dim, self.room[self.dim])
+            weight = padded(whole(weight), self.dim, self.room[self.dim])
+            state_dict[f"{prefix}weight"] = cut_as(weight, self.weight) if is_cut(self.weight) else weight
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -112,11 +112,12 @@ class AdapterTensors(nn.Module):
         """:meth:`tensors`, with their numbers where accelerate keeps these elsewhere."""
         tensors = self.tensors(adapter_name)
         if next(iter(tensors.values())).is_meta:
-            if any(one.room not in (None, one.weight.shape) for one in self.held_factors(adapter_name)):
+            if any(one.is_part() for one in self.held_factors(adapter_name)):
                 raise ValueError(
                     f"adapter {adapter_name!r} is sharded over processes, and this one has a part of it: ask "
-                    "for its numbers within FullyShardedDataParallel.summon_full_params(model), or save it "
-                    "with the state dict that accelerator.get_state_dict(model) gives."
+                    "for its numbers within FullyShardedDataParallel.summon_full_params(model) (FSDP1), or "
+                    "save it with a state dict that all processes have gathered, as by torch's "
+                    "get_model_state_dict(..., full_state_dict=True) or accelerator.get_state_dict(model)."
                 )
             with onloaded(*(getattr(self, name) for name in tensors)):
                 tensors = self.tensors(adapter_name)

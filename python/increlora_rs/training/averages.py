@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from ..support.warning import warn
 from .bystanders import note
 from .events import GrowthEvent
-from .held import Held, held_by
+from .held import Held, parts_of
+from .held_pieces import held_whole
 from .scheduler import RankScheduler
 
 
@@ -29,7 +31,8 @@ def keep_average(
     it does to the adapter's: nothing, unless the configuration has it otherwise. A row that is older than
     what the average has seen enters with B = 0. Under ``scaling="rank"`` the old rows of E are rescaled as
     the adapter's are. In the capacity form an average of the parameters has their size, and 0 where they
-    have it.
+    have it; where each process has a piece of the adapter (FSDP1 and FSDP2), so it has of the average, and
+    all processes call this.
 
     If an adapter of other ranks is loaded during the training and the average of the same checkpoint is not,
     the averages of modules of other ranks start anew, with a warning. ``scheduler.detach()`` drops what the
@@ -52,7 +55,8 @@ def keep_average(
             other sizes; after a growth also, if it was loaded from elsewhere meanwhile. Or the method lets
             parameters begin anew (ReMoRA).
         TypeError: ``scheduler`` is no RankScheduler, or ``average`` none of the above.
-        NotImplementedError: processes have a piece of the adapter each (FSDP1, ZeRO).
+        NotImplementedError: processes have a part of the average each, and not the one that they have of the
+            adapter (a copy of a sharded model, ZeRO 3).
     """
     if not isinstance(scheduler, RankScheduler):
         raise TypeError(
@@ -63,11 +67,6 @@ def keep_average(
             f"scheduler: {type(scheduler.policy).__name__} lets the adapter's parameters begin anew during "
             "the training, so that their average over steps is that of no update; leave that out (MoRA: "
             "remora_interval), or the average."
-        )
-    if scheduler.session.is_sharded:
-        raise NotImplementedError(
-            "scheduler: FSDP1 or ZeRO gives each process a piece of the adapter, and no average of pieces "
-            "follows ranks; use DDP, or fully_shard with the adapter left whole, or do without the average."
         )
     given = None if parameters is None else list(parameters)
     follower = _Follower(scheduler, average, given)
@@ -83,16 +82,18 @@ class _Follower:
 
     def start(self) -> None:
         """Takes the sizes of now."""
-        with self._scheduler.session.at_work():
-            found = self._held()
+        with self._scheduler.session.at_work(), self._held() as found:
             note(self._average, found)
             for held in found:
                 held.follow(self._scheduler.step)
 
     def __call__(self, event: GrowthEvent) -> None:
         """Takes the sizes after a growth, a load, or the end."""
+        with self._held() as of_all:
+            self._follow(event, of_all)
+
+    def _follow(self, event: GrowthEvent, of_all: list[Held]) -> None:
         resized = {id(resize.parameter) for resize in event.resizes}
-        of_all = self._held()
         # Of a module as a whole, for one tensor may not tell.
         lagging = {id(held.module) for held in of_all if event.cause == "load" and held.out_of_step()}
         restarted: dict[str, None] = {}
@@ -116,6 +117,7 @@ class _Follower:
                 "with an average, load that of the same checkpoint, too"
             )
 
-    def _held(self) -> list[Held]:
+    def _held(self) -> AbstractContextManager[list[Held]]:
         session = self._scheduler.session
-        return held_by(self._average, session.model, session.modules, self._parameters)
+        found = parts_of(self._average, session.model, session.modules, self._parameters)
+        return held_whole(found, session.places)

@@ -57,10 +57,11 @@ class Bystanders:
     Args:
         model: The model whose adapter grows.
         modules: Its modules.
+        in_pieces: Has this process but a piece of them? Then an average is not seen to lag.
     """
 
-    def __init__(self, model: nn.Module, modules: Sequence[AdaptedModule]) -> None:
-        self._model, self._modules = model, modules
+    def __init__(self, model: nn.Module, modules: Sequence[AdaptedModule], in_pieces: bool = False) -> None:
+        self._model, self._modules, self._in_pieces = model, modules, in_pieces
         self._seen: list[ReferenceType[Probe]] = []
         self._looked = False
         self._told: set[int] = set()
@@ -75,6 +76,8 @@ class Bystanders:
         """After a growth and all who were told of it, tells ``told`` of each average that it finds.
         ``before``: rows of the modules' parameters before it; ``changed``: the modules of which any came or
         went."""
+        if self._in_pieces:
+            return
         # The look at all objects takes longer than a growth: only where there is something new to find.
         first, self._looked = not self._looked, True
         tensors = first and any(name in sys.modules for name in _OF_TENSORS)

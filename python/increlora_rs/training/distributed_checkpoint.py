@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from ..layers import AdaptedLayer
 from ..layers.found import all_adapted_layers
+from ..resizing.cut import here
 from .fit import unwrapped_optimizer
 
 _STATE, _GROUPS, _MEMBERS = "state", "param_groups", "params"
@@ -229,7 +230,7 @@ def _destinations(model: nn.Module, saved: _Saved) -> tuple[dict[str, Tensor], d
             continue
         size = saved.size(key)
         if size is not None and name in growing and _differ_in_rank(size, tensor.shape):
-            factors[key] = tensor.detach().new_empty(size)
+            factors[key] = here(tensor.detach()).new_empty(size)
         elif size == tensor.shape:
             others[key] = tensor.detach()
         else:

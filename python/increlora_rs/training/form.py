@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.factor import Factor
+from ..resizing.cut import here
 from ..resizing.graph import mark_growing
 from ..resizing.optimizer_starts import known
 from ..resizing.optimizer_state import keep_state, resize_state, start_anew, watch
@@ -28,8 +29,8 @@ class InPlace:
     """The model's parameters change their size."""
 
     resizes = True
-    # Has this process but a part of the adapter?
-    is_sharded = False
+    # Where the numbers of the adapter are.
+    places: Whole | Pieces = Whole()
 
     def __init__(self, modules: Sequence[AdaptedModule], optimizer: torch.optim.Optimizer) -> None:
         self._modules, self.optimizer = modules, optimizer
@@ -43,6 +44,9 @@ class InPlace:
                 if name in module.structure.growing:
                     mark_growing(parameter, dim)
                     watch(parameter)
+
+    def settle(self) -> None:
+        """A step begins: has the model hold the parameters that the optimizer trains."""
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -106,20 +110,24 @@ class InRoom(InPlace):
                 "which cannot follow ranks in the capacity form; use AdamW, or growth='resize'."
             )
         super().__init__(modules, places.seen(optimizer))
-        self._places, self.is_sharded = places, places.is_sharded
+        self.places = places
         self._probe = modules[0].layer.probes[modules[0].adapter]
         self._factors: list[Factor] = [
             factor for module in modules for factor in module.layer.held_factors(module.adapter)
         ]
         self._depth = 0
         for factor in self._factors:
-            factor.begin_work(places.dtype)
+            factor.begin_work(places.dtype, places.device)
         self._of = {id(factor.work): factor for factor in self._factors}
         # Rows of the state that are to move when all are gathered.
         self._moves: list[tuple[Factor, list[int]]] = []
 
     def begin(self) -> None:
         """Nothing changes its size."""
+
+    def settle(self) -> None:
+        """A step begins: has the model hold the parameters that the optimizer trains."""
+        self.places.settle()
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -138,22 +146,22 @@ class InRoom(InPlace):
 
     def in_any(self, fact: bool) -> bool:
         """Is ``fact`` true in a process that has a part of the adapter?"""
-        return self._places.in_any(fact)
+        return self.places.in_any(fact)
 
     def trained_by(self, optimizer: torch.optim.Optimizer) -> bool:
         """Is a step of ``optimizer`` that begins or ends one of the adapter's parameters?"""
-        return self._places.trained_by(optimizer)
+        return self.places.trained_by(optimizer)
 
     def expect(self, births: Sequence[Sequence[Sequence[int]]]) -> None:
         """A state is resumed: where it holds the values, the rows that count are its own."""
-        if self._places.values_in_state:
+        if self.places.values_in_state:
             of_all = [steps for of_module in births for steps in of_module]
             for factor, steps in zip(self._factors, of_all, strict=True):
                 factor.take_rows(factor.dim, len(steps))
 
     def share(self) -> None:
         """What decides was at work outside of a step: has the model compute with its values."""
-        self._places.share()
+        self.places.share()
 
     def end(self) -> None:
         """The training is over: the rows that count are read off the model's parameters again."""
@@ -163,9 +171,10 @@ class InRoom(InPlace):
     @torch.no_grad()
     def _take(self) -> None:
         """Values and gradients from the model's parameters."""
+        self.settle()
         weights = [factor.weight for factor in self._factors]
-        values = self._places.gathered(weights, list(map(self._places.value, weights)))
-        gradients = self._places.gathered(weights, list(map(self._places.gradient, weights)))
+        values = self.places.gathered(weights, list(map(self.places.value, weights)))
+        gradients = self.places.gathered(weights, list(map(self.places.gradient, weights)))
         for factor, value, gradient in zip(self._factors, values, gradients, strict=True):
             work = _work(factor)
             assert value is not None
@@ -190,20 +199,20 @@ class InRoom(InPlace):
             if factor.room is not None and work.shape[factor.dim] != before:
                 factor.take_rows(factor.dim, int(work.shape[factor.dim]))
             rows = max(before, factor.rows)
-            self._places.put(factor, self._places.value(weight), work.detach(), rows)
-            gradient = self._places.gradient(weight)
+            self.places.put(factor, self.places.value(weight), work.detach(), rows)
+            gradient = self.places.gradient(weight)
             if work.grad is None:
                 weight.grad = None
             elif gradient is not None:
-                self._places.put(factor, gradient, work.grad, factor.rows)
-            elif not self.is_sharded:
+                self.places.put(factor, gradient, work.grad, factor.rows)
+            elif not self.places.is_sharded:
                 weight.grad = _padded(factor, work.grad)
 
     # What follows of the optimizer's state, which is of the model's parameters.
 
     def start_anew(self, parameter: nn.Parameter, counted: int | None = None) -> None:
         """Of the model's parameter."""
-        self._places.start_anew(self.optimizer, self._of[id(parameter)].weight, counted)
+        self.places.start_anew(self.optimizer, self._of[id(parameter)].weight, counted)
 
     def resize_state(
         self, parameter: nn.Parameter, dim: int, rescaled: float, kept: Sequence[int] | None
@@ -221,21 +230,21 @@ class InRoom(InPlace):
         if not moves:
             return
         weights = [factor.weight for factor, _ in moves]
-        pieces = list(map(self._places.value, weights))
-        states = [self.optimizer.state.get(weight, {}) for weight in weights]
+        pieces = list(map(self.places.value, weights))
+        states = [_state_here(self.optimizer, weight) for weight in weights]
         of_rows = {
             key
             for state, piece in zip(states, pieces, strict=True)
             for key, value in state.items()
             if _of_rows(value, piece) is not None
         }
-        for key in self._places.all_of(of_rows):
+        for key in self.places.all_of(of_rows):
             values = [_of_rows(state.get(key), piece) for state, piece in zip(states, pieces, strict=True)]
-            wholes = self._places.gathered(weights, values)
+            wholes = self.places.gathered(weights, values)
             for (factor, kept), value, whole in zip(moves, values, wholes, strict=True):
                 if whole is not None and value is not None:
                     rows = moved(whole, factor.dim, kept)
-                    self._places.put(factor, value, rows, rows.shape[factor.dim])
+                    self.places.put(factor, value, rows, rows.shape[factor.dim])
         for weight, piece, state in zip(weights, pieces, states, strict=True):
             if any(_is_other(value, piece) for value in state.values()):
                 warn(
@@ -243,7 +252,7 @@ class InRoom(InPlace):
                     "parameter's, and cannot follow components that move. The parameter's optimizer state "
                     "starts anew; docs/optimizers.md names optimizers that keep theirs"
                 )
-                self._places.start_anew(self.optimizer, weight, None)
+                self.places.start_anew(self.optimizer, weight, None)
 
 
 def _work(factor: Factor) -> nn.Parameter:
@@ -257,6 +266,12 @@ def _counted(factor: Factor, value: Tensor) -> Tensor:
 
 def _padded(factor: Factor, rows: Tensor) -> Tensor:
     return rows.clone() if factor.room is None else padded(rows, factor.dim, factor.room[factor.dim])
+
+
+def _state_here(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> dict[str, object]:
+    """This process's piece of the state of a parameter."""
+    state: dict[str, object] = optimizer.state.get(weight, {})
+    return {key: here(value) for key, value in state.items()}
 
 
 def _of_rows(value: object, piece: Tensor) -> Tensor | None:

@@ -11,7 +11,8 @@ from torch import nn
 from .deepspeed import ZeroPieces
 from .form import InPlace, InRoom
 from .modules import AdaptedModule
-from .pieces import Whole, pieces_of
+from .pieces import Pieces, Whole, pieces_of
+from .sharded_pieces import sharded_pieces
 from .sharding import flat_parameters
 
 
@@ -30,9 +31,13 @@ def form_of(
     if not any(module.layer.has_room(module.adapter) for module in modules):
         return InPlace(modules, optimizer)
     parameters = [parameter for module in modules for parameter in module.trained]
-    flats = [] if zero is not None else flat_parameters(model, parameters)
-    if zero is None and not flats:
+    pieces: Pieces | None = None
+    if zero is not None:
+        pieces = ZeroPieces(zero, parameters)
+    elif (pieces := sharded_pieces(model, parameters)) is None:
+        flats = flat_parameters(model, parameters)
+        pieces = pieces_of(flats, parameters) if flats else None
+    if pieces is None:
         return InRoom(modules, optimizer, Whole())
-    pieces = pieces_of(flats, parameters) if zero is None else ZeroPieces(zero, parameters)
     pieces.know([factor for module in modules for factor in module.layer.held_factors(module.adapter)])
     return InRoom(modules, optimizer, pieces)

@@ -35,6 +35,16 @@ def held_by(
         ValueError: there are none, it is not clear which they are, or they have other sizes.
         TypeError: ``average`` is nothing that holds an average.
     """
+    return checked(parts_of(average, model, modules, parameters))
+
+
+def parts_of(
+    average: Any,
+    model: nn.Module,
+    modules: Sequence[AdaptedModule],
+    parameters: list[nn.Parameter] | None = None,
+) -> list[Held]:
+    """As :func:`held_by`, whatever sizes they have."""
     if callable(average) and not isinstance(average, nn.Module) and not hasattr(average, "shadow_params"):
         average = average()
     found = list(_parts(average, model, modules, parameters))
@@ -44,6 +54,11 @@ def held_by(
             f"grows, {modules[0].name!r} the first of its modules; give a copy of the model that was given "
             "to attach, or its tensors by name."
         )
+    return found
+
+
+def checked(found: list[Held]) -> list[Held]:
+    """``found``, if it has the sizes that it is to have."""
     tensors = [held for held in found if isinstance(held, HeldTensor)]
     # All or none: where a module is full, its rows that count have the same shape.
     in_room = bool(tensors) and all(tensor.fills_room() for tensor in tensors)
@@ -185,6 +200,7 @@ class HeldTensor:
         in_room: Is it laid out in the capacity form: of the parameter's fixed size, 0 past the rows that
             count?
         of: Of a copy in that form, what says how many rows count.
+        piece: Where each process holds a piece, that of this process, and ``tensor`` is the whole.
     """
 
     module: AdaptedModule
@@ -194,6 +210,12 @@ class HeldTensor:
     active_only: bool = False
     in_room: bool = False
     of: Factor | None = None
+    piece: Tensor | None = None
+
+    @property
+    def given(self) -> Tensor:
+        """What the average itself holds."""
+        return self.tensor if self.piece is None else self.piece
 
     @property
     def _dim(self) -> int:
@@ -203,6 +225,11 @@ class HeldTensor:
     def _name(self) -> str:
         name: str = self.module.structure.names[self.factor]
         return name
+
+    @property
+    def holder(self) -> Factor:
+        """What holds the parameter that it is the average of."""
+        return self.module.layer.held_factors(self.module.adapter)[self.factor]
 
     @property
     def size(self) -> int:
@@ -222,7 +249,7 @@ class HeldTensor:
 
     def fills_room(self) -> bool:
         """Has it the shape of a parameter in the capacity form?"""
-        factor = self.module.layer.held_factors(self.module.adapter)[self.factor]
+        factor = self.holder
         return factor.room is not None and tuple(self.tensor.shape) == factor.room
 
     def has(self, size: int) -> bool:
@@ -235,7 +262,7 @@ class HeldTensor:
     def check(self) -> None:
         """Raises ValueError unless the tensor differs from its parameter by rows alone."""
         parameter, dim, _ = self.module.parameters[self.factor]
-        if self.tensor is self.module.trained[self.factor]:
+        if self.given is self.module.trained[self.factor]:
             raise ValueError(
                 f"average: the {self.what} is the trained parameter itself; an average needs a copy, as by "
                 "p.detach().clone()."
@@ -305,7 +332,7 @@ class HeldTensor:
 
     def follow(self, step: int, event: GrowthEvent | None = None) -> None:
         """Takes its rows of now, for ``event`` once."""
-        if event is None or _first_time(event, self.tensor):
+        if event is None or _first_time(event, self.given):
             self._set(self.followed(step, event))
 
     def restart(self) -> None:
@@ -346,6 +373,10 @@ class HeldLayer:
             HeldTensor(self.module, k, factor.weight, what, in_room=factor.room is not None, of=factor)
             for k, factor in enumerate(held)
         ]
+
+    def is_part(self) -> bool:
+        """Has this process but a part of the copy?"""
+        return any(factor.is_part() for factor in self.copy.layer.held_factors(self.copy.adapter))
 
     def check(self) -> None:
         """Raises ValueError unless the layer differs from the trained one by rows alone."""

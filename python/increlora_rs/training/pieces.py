@@ -22,8 +22,12 @@ class Whole:
     is_sharded = False
     # Does a checkpoint of the optimizer hold the parameters' values, too?
     values_in_state = False
-    # That of what is trained; None: the parameters'.
+    # Those of what is trained; None: the parameters'.
     dtype: torch.dtype | None = None
+    device: torch.device | None = None
+
+    def settle(self) -> None:
+        """Before anything is at work: has the model hold the parameters that the optimizer trains."""
 
     def value(self, weight: nn.Parameter) -> Tensor:
         """What this process has of a parameter, as it is trained."""
@@ -50,8 +54,12 @@ class Whole:
     def share(self) -> None:
         """Values were written outside of a step: has the model compute with them."""
 
-    def gathered(self, weights: Sequence[Tensor], values: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Of each of ``values``, which belong to ``weights``, the whole; None where there is none."""
+    def gathered(
+        self, weights: Sequence[Tensor], values: Sequence[Tensor | None], *, wide: bool = False
+    ) -> list[Tensor | None]:
+        """Of each of ``values``, which belong to ``weights``, the whole; None where there is none.
+
+        ``wide``: are there values in float64 that belong to parameters in less?"""
         return list(values)
 
     def put(self, factor: Factor, value: Tensor, rows: Tensor, most: int) -> None:
@@ -93,12 +101,15 @@ class Pieces(Whole):
             assert factor.room is not None
             self._shapes[id(factor.weight)] = torch.Size(factor.room)
 
-    def gathered(self, weights: Sequence[Tensor], values: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def gathered(
+        self, weights: Sequence[Tensor], values: Sequence[Tensor | None], *, wide: bool = False
+    ) -> list[Tensor | None]:
         """Of each value the whole, made of all processes' pieces, 0 where one has none."""
         shapes = [self._shapes[id(weight)] for weight in weights]
         ends = list(itertools.accumulate((shape.numel() for shape in shapes), initial=0))
-        wide = torch.float64 if any(weight.dtype is torch.float64 for weight in weights) else torch.float32
-        flat = torch.zeros(ends[-1] + len(shapes), dtype=wide, device=self._device)
+        wide = wide or any(weight.dtype is torch.float64 for weight in weights)
+        dtype = torch.float64 if wide else torch.float32
+        flat = torch.zeros(ends[-1] + len(shapes), dtype=dtype, device=self._device)
         for k, (weight, value) in enumerate(zip(weights, values, strict=True)):
             if value is not None and value.numel():
                 start = ends[k] + self._places[id(weight)]

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..resizing.cut import device_of, is_cut, sharded_modules
 from ..resizing.ddp import find_ddps, held_by
 from .alike import differing
 from .distributed import several_processes
@@ -24,7 +25,6 @@ from .sharding import (
     refuse_other_modules,
     refuse_partly_sharded,
     refuse_split,
-    sharded_modules,
 )
 
 
@@ -35,7 +35,8 @@ class Replicas:
         model: The model, out of its wrappers.
         modules: Its adapted modules.
         optimizer: The torch optimizer.
-        in_pieces: Is the adapter itself sharded, by an engine that averages its gradients?
+        in_pieces: Is the adapter itself sharded, by an engine that averages its gradients? What else is
+            trained may be whole, where FSDP2 was told to leave it out.
 
     Raises:
         ValueError: the model is sharded over some of the processes, or split by tensor parallelism; or the
@@ -54,12 +55,13 @@ class Replicas:
         self._several = several_processes() and not in_pieces
         self._steps = 0
         if several_processes():
-            refuse_other_modules(modules, modules[0].trained[0].device)
-        self._sharded = sharded_modules(model) if self._several else []
+            refuse_other_modules(modules, device_of(modules[0].trained[0]))
+        self._sharded = sharded_modules(model)
         refuse_partly_sharded(self._sharded)
         refuse_split(modules, self._sharded)
         # Who shards, or wraps, may come after us: whether it is needed is known in the first backward pass.
-        self._own = GradientAverage(optimizer, self._averages) if self._several else None
+        whole = several_processes() and bool(self._sharded) and _trains_whole(optimizer)
+        self._own = GradientAverage(optimizer, self._averages) if self._several or whole else None
         if self._own is not None and self._sharded:
             self._own.share_values()
         # Known from the first step on; to look for them takes long.
@@ -81,10 +83,9 @@ class Replicas:
 
     def average(self) -> None:
         """Gradients are final: averages them, if that is this training's."""
-        if self._several:
-            self._decide()
-            if self._own is not None:
-                self._own.finish()
+        self._decide()
+        if self._own is not None:
+            self._own.finish()
 
     def check(self, *, deciding: bool) -> None:
         """Looks whether parameters and averaged gradients are alike.
@@ -181,6 +182,11 @@ _ALONE = (
     "Processes that train each for itself must not share a process group "
     "(torch.distributed.init_process_group)."
 )
+
+
+def _trains_whole(optimizer: torch.optim.Optimizer) -> bool:
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    return any(p.requires_grad and not is_cut(p) for p in held)
 
 
 def _is_finite(tensor: Tensor | None) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..contract.policy import LrSchedule, Plan, Policy
+from ..resizing.cut import device_of, reshard
 from ..support import arguments
 from ..support.capacity import Capacity, data_of
 from ..support.untraced import untraced
@@ -170,6 +171,7 @@ class RankScheduler:
     ) -> None:
         zero = deepspeed.zero_of(model, optimizer)
         model = _unwrapped(model)
+        reshard(model)
         optimizer = unwrapped_optimizer(optimizer if zero is None else zero.optimizer)
         modules = adapted_modules(model, trainable_adapter(model, adapter_name))
         check_attachable(modules, optimizer, zero)
@@ -181,7 +183,7 @@ class RankScheduler:
         config = modules[0].layer.configs[modules[0].adapter]
         total_steps = _total_steps_of(config, total_steps)
         _check_lr(lr_schedule, lr_warmup_steps, total_steps)
-        device = modules[0].parameters[0][0].device
+        device = device_of(modules[0].parameters[0][0])
         seed = shared_seed(torch.initial_seed(), device)
         plan = Plan(seed, total_steps, lr_warmup_steps, lr_schedule, optimizer, device)
         self.method = config.method.name

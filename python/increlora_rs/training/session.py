@@ -24,6 +24,7 @@ from .events import Cause, SizeListeners
 from .forms import form_of
 from .hooks import Hooks
 from .modules import AdaptedModule
+from .pieces import Whole
 from .replicas import Replicas
 from .scaler import ScalerWatch
 
@@ -80,7 +81,7 @@ class Session:
         # Ranks and rows of a resumed state that the model has not been seen to have.
         self._expected: list[tuple[int, int]] | None = None
         self._scaler = ScalerWatch(scaler, self._drop_gauge)
-        self._replicas = Replicas(model, modules, self.optimizer, self._form.is_sharded)
+        self._replicas = Replicas(model, modules, self.optimizer, self.places.is_sharded)
         if state is None:
             with self._form.at_work():
                 self._start()
@@ -90,7 +91,7 @@ class Session:
         self._group[checkpoint.KEY] = checkpoint.HELD
         self._attach()
         self.listeners = SizeListeners(model, modules)
-        self._bystanders = Bystanders(model, modules)
+        self._bystanders = Bystanders(model, modules, self.places.is_sharded)
         self._assigned = Assigned(modules)
         self._hooks = Hooks(self.optimizer, self, zero)
         self._arm()
@@ -101,9 +102,9 @@ class Session:
         return group
 
     @property
-    def is_sharded(self) -> bool:
-        """Has this process but a part of the adapter?"""
-        return self._form.is_sharded
+    def places(self) -> Whole:
+        """Where the numbers of the adapter are: in this process, or a piece of them."""
+        return self._form.places
 
     def at_work(self) -> AbstractContextManager[None]:
         """Within it the modules' factors are as the model has them, whichever form it is in."""
@@ -154,6 +155,7 @@ class Session:
     def begin_step(self) -> None:
         """The optimizer's ``step`` was called."""
         self._at = None
+        self._form.settle()
         self._assigned.check_held(self.optimizer)
         self.probe.unattended = 0
 

@@ -13,13 +13,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..layers.found import all_adapted_layers
+from ..resizing.cut import is_cut
 from .deepspeed import is_trained_by_zero
 from .modules import AdaptedModule
 
 _WHOLE = (
     "Leave the adapter whole: fully_shard(module, ignored_params=increlora_rs.adapter_parameters(model)) in "
     "each call; in Trainer give IncreLoraCallback in `callbacks`, which does so; in accelerate set "
-    "ignored_modules, as docs/distributed.md shows. Or use DDP: leave out `fsdp` in TrainingArguments."
+    "ignored_modules, as docs/distributed.md shows. Or use DDP: leave out `fsdp` in TrainingArguments. Or "
+    'shard the adapter with its base: set growth="capacity" in its configuration, and max_r.'
 )
 
 
@@ -54,10 +56,10 @@ def refuse_sharded(parameter: nn.Parameter, *, has_room: bool, by_zero: bool = F
     """Raises ValueError for a parameter that is sharded over processes and so cannot grow in place.
 
     Args:
-        has_room: Is it of the capacity form, which FSDP1 and ZeRO may flatten?
+        has_room: Is it of the capacity form, which FSDP may cut and ZeRO flatten?
         by_zero: Is the optimizer one of ZeRO's, that is known?
     """
-    if isinstance(parameter, DTensor):
+    if is_cut(parameter) and not has_room:
         raise ValueError(
             f"model: its adapter is sharded (FSDP), and a sharded parameter cannot grow. {_WHOLE}"
         )
@@ -75,15 +77,6 @@ def refuse_sharded(parameter: nn.Parameter, *, has_room: bool, by_zero: bool = F
             'growth="capacity" in the configuration, and give attach the engine, or its optimizer; or take '
             "stage 0; or use DDP: leave out `deepspeed` in TrainingArguments."
         )
-
-
-def sharded_modules(model: nn.Module) -> list[Any]:
-    """The modules of ``model`` that ``fully_shard`` was called on; none where it is FSDP1's."""
-    # Whoever called it has loaded it.
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return (
-        [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
-    )
 
 
 def flat_parameters(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Any]:
@@ -124,7 +117,7 @@ def refuse_partly_sharded(modules: list[Any]) -> None:
     """Raises ValueError where ``fully_shard`` is over some of the processes: others then see the same data,
     and their gradients are parts of one."""
     for module in modules:
-        for group in _groups(module):
+        for group in groups_of(module):
             size = group.mesh_info.mesh.size()
             if size != dist.get_world_size():
                 raise ValueError(
@@ -142,7 +135,7 @@ def refuse_split(modules: Sequence[AdaptedModule], sharded: list[Any]) -> None:
         modules: The adapted modules.
         sharded: What ``fully_shard`` was called on.
     """
-    groups = [group for module in sharded for group in _groups(module)]
+    groups = [group for module in sharded for group in groups_of(module)]
     of_fsdp = {id(parameter.sharded_param) for group in groups for parameter in group.fsdp_params}
     for module in modules:
         for parameter in module.layer.get_base_layer().parameters():
@@ -179,10 +172,11 @@ def refuse_other_modules(modules: Sequence[AdaptedModule], device: torch.device)
 def reduces_gradients(modules: list[Any]) -> bool:
     """Is the backward pass at hand one that FSDP averages gradients in, and not one that
     ``set_requires_gradient_sync(False)`` leaves to a later one?"""
-    return all(group.reduce_grads for module in modules for group in _groups(module))
+    return all(group.reduce_grads for module in modules for group in groups_of(module))
 
 
-def _groups(module: Any) -> list[Any]:
+def groups_of(module: Any) -> list[Any]:
+    """What ``fully_shard`` has made of a module's parameters."""
     # torch has no public name for them.
     groups: list[Any] = module._get_fsdp_state()._fsdp_param_groups
     return groups

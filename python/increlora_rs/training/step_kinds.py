@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..resizing.cut import here
+
 
 def has_gradients(optimizer: torch.optim.Optimizer) -> bool:
     """Is there a gradient at all? Without one, no optimizer touches a parameter."""
@@ -35,5 +37,5 @@ def _stands_still(group: dict[str, Any]) -> bool:
 
 
 def _moves(gradient: Tensor) -> bool:
-    values = gradient._values() if gradient.is_sparse else gradient
+    values = gradient._values() if gradient.is_sparse else here(gradient)
     return bool(values.any())

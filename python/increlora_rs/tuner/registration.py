@@ -29,7 +29,7 @@ from ..saved.history_file import write_history
 from ..support.files import check_weights_file, staged
 from .model import MethodModel
 from .same_adapter import check_same_adapter
-from .state import ignores_mismatched_sizes
+from .state import ignores_mismatched_sizes, refuse_cut
 
 
 class IncreLoraModel(MethodModel):
@@ -90,6 +90,8 @@ def _atomic(save: Any) -> Any:
     def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
         ours = _adapters(self)
         given = signature.bind(self, save_directory, *args, **kwargs).arguments
+        if kwargs.get("state_dict") is None:
+            refuse_cut(self, ours)
         # A process that is not the main one writes nothing, and must not clear the main one's stage.
         if not ours or not given.get("is_main_process", True) or os.path.isfile(save_directory):
             return save(self, save_directory, *args, **kwargs)

@@ -12,11 +12,19 @@ from torch import Tensor, nn
 from ..layers import AdaptedLayer
 from ..layers.dora import MAGNITUDE
 from ..layers.found import adapted_layers
+from ..resizing.cut import is_cut, reshard
 from ..support.names import as_saved, short
 from .magnitudes import check_magnitude, magnitude_key, magnitude_to_save, saved_magnitude_key
 
 #: Is ``ignore_mismatched_sizes=True`` the wish of the load that runs? PEFT does not pass it on.
 ignores_mismatched_sizes: ContextVar[bool] = ContextVar("ignores_mismatched_sizes", default=False)
+
+_CUT = (
+    "adapter {name!r} is sharded by fully_shard (FSDP2), and this process has a part of it. Call state = "
+    "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions("
+    "full_state_dict=True, cpu_offload=True)) in all processes, and in the first one "
+    "save_pretrained(folder, state_dict=state)."
+)
 
 
 def factor_keys(name: str, adapter_name: str, layer: AdaptedLayer) -> dict[str, str]:
@@ -24,6 +32,16 @@ def factor_keys(name: str, adapter_name: str, layer: AdaptedLayer) -> dict[str, 
     saved = layer.structure.saved_names(layer.configs[adapter_name])
     name = as_saved(name)
     return {factor: f"{name}.{factor}.{adapter_name}.weight" for factor in saved}
+
+
+def refuse_cut(model: nn.Module, adapter_names: list[str]) -> None:
+    """Raises ValueError where ``fully_shard`` (FSDP2) has cut the parameters of an adapter: to gather them
+    all processes are needed, and it is not known whether all save."""
+    reshard(model)
+    for name in adapter_names:
+        for layer in adapted_layers(model, name).values():
+            if any(is_cut(factor.weight) for factor in layer.held_factors(name)):
+                raise ValueError(_CUT.format(name=name))
 
 
 def fill_in_heads(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
@@ -69,6 +87,8 @@ def select(
         # A state_dict that was handed over may hold a part of the modules.
         if all(key in selected for key in keys.values()):
             factors = {factor: selected[key] for factor, key in keys.items()}
+            if any(map(is_cut, factors.values())):
+                raise ValueError(_CUT.format(name=adapter_name))
             if next(iter(factors.values())).is_meta:
                 present = layer.present(adapter_name)
                 factors = {factor: present[factor].detach() for factor in keys}

@@ -53,10 +53,14 @@ def config_for(scenario, growth="capacity"):
 
 
 def model_for(scenario, growth="capacity"):
+    return model_of(config_for(scenario, growth))
+
+
+def model_of(config):
     torch.manual_seed(3)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="growth='capacity'")
-        return peft.get_peft_model(Net(), config_for(scenario, growth))
+        return peft.get_peft_model(Net(), config)
 
 
 def wrapped(model, engine):

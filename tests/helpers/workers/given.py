@@ -11,9 +11,10 @@ from contextlib import contextmanager
 
 import capacity
 import sharded
+import sharded_adapter
 import torch
 import torch.distributed as dist
-from increlora_rs import attach
+from increlora_rs import attach, keep_average
 from launches import gloo, keep
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,6 +22,7 @@ CASES = [
     *(("DDP", scenario) for scenario in ("moving", "growing", "sensitivity")),
     *(("FSDP2", scenario) for scenario in ("moving", "growing")),
     *(("FSDP1", scenario) for scenario in ("moving", "growing", "paper")),
+    *(("FSDP2, adapter sharded", scenario) for scenario in ("moving", "growing")),
 ]
 # Of capacity.STEPS: the last growth is at step 12.
 STEPS = 13
@@ -53,6 +55,8 @@ def counted():
 def begun(engine, scenario):
     if engine == "FSDP1":
         model = capacity.wrapped(capacity.model_for(scenario), engine)
+    elif engine == "FSDP2, adapter sharded":
+        model = sharded_adapter.sharded(capacity.model_for(scenario), "plain")
     else:
         model = capacity.model_for(scenario, "resize")
         if engine == "FSDP2":
@@ -66,6 +70,10 @@ def record(engine, scenario, rank):
     model, optimizer = begun(engine, scenario)
     with counted() as at_attach:
         scheduler = attach(model, optimizer, total_steps=capacity.STEPS)
+    averaged = engine == "FSDP2, adapter sharded"
+    with counted() as at_average:
+        if averaged:
+            keep_average(scheduler, [p.detach().clone() for p in sharded.trained(model)])
     policy, modules, steps, told = scheduler.policy, scheduler.session.modules, [], []
     factors = [factor for module in modules for factor in module.layer.held_factors(module.adapter)]
     sizes = {id(factor.weight): math.prod(factor.room or ()) for factor in factors}
@@ -85,9 +93,11 @@ def record(engine, scenario, rank):
         facts["grown"] = [k for k, module in enumerate(modules) if module.rank > before[k]]
         # Of parameters of which rows went, the numbers that they have room for.
         facts["shrunk"] = [sizes[id(resize.parameter)] for resize in told if resize.removed]
+        facts["averaged"] = averaged and bool(told)
         steps.append(facts | {"given": dict(given)})
     return {
         "attach": dict(at_attach),
+        "average": dict(at_average),
         "steps": steps,
         "sizes": [(module.layer.out_features, module.layer.in_features) for module in modules],
         "room": [rooms(module)[-1] for module in modules],

@@ -10,6 +10,7 @@ import torch
 
 from ... import _core
 from ...contract.policy import AdaptedModule
+from ...resizing.cut import here
 from ...support.warning import warn
 
 # So many names stand in the warning.
@@ -73,6 +74,6 @@ def has_learned(module: AdaptedModule, optimizer: torch.optim.Optimizer) -> bool
         piece = getattr(optimizer, "piece_of", torch.Tensor.detach)(parameter)
         moments = [value for value in state if isinstance(value, torch.Tensor) and value.shape == piece.shape]
         seen = moments if parameter.grad is None else [parameter.grad, *moments]
-        if any(bool(value.any()) for value in seen):
+        if any(bool(here(value).any()) for value in seen):
             return True
     return False
