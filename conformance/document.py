@@ -36,8 +36,7 @@ draw in a hundred, with LoRA too.
 A test in which no configuration of ours is made says nothing about it: it is not counted, and its failure
 does not fail the run. One that fails because something was refused by name counts as skipped: options are
 refused when the configuration is made, modules when the adapter is put in. Those that must fail run, and one
-that passes fails the run. A method that has no section below was not run in full yet: of it the sample alone
-is known to pass.
+that passes fails the run.
 
 `python -m conformance --all --write` writes this file, with `--method NAME` one section of it. A run fails if
 a test fails, if a test that must fail passes, if a skip has a reason that `conformance/expectations` does not
